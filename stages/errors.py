@@ -92,7 +92,7 @@ ALLOCATION_FAILURES = (
     "alloc_failed",
     "bad_alloc",
 )
-"""In the messages of errors without a class of their own: CUDA, Triton, torch's allocators, the system, cuBLAS and similar, C++."""
+"""Parts of messages of memory errors with a general class: CUDA, Triton, torch's allocators, the system, cuBLAS and similar, C++."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

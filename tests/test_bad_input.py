@@ -526,7 +526,7 @@ MODELS = {
     "a config that is no JSON": Case("config.json: not readable as JSON", SFT, files={"model/config.json": "{"}),
     "a config of no type": Case("cannot load the", SFT, files={"model/config.json": "{}"}),
     "an architecture of the future": Case("cannot load the", SFT, prepare=configured(model_type="llama99")),
-    "code of its own": Case(
+    "code in the model's folder": Case(
         "write {ref: ..., trust_remote_code: true} if you trust it",
         SFT,
         prepare=configured(model_type="mine", auto_map={"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}),

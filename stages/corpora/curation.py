@@ -164,8 +164,8 @@ class Curator:
 
 def _with_entries(row: Row, column: str, kept: Sequence[bool]) -> Row:
     """A copy of ``row`` with only the ``kept`` entries of the list in ``column`` and of its ranks or scores."""
-    beside = [name for name in ("ranks", "scores") if isinstance(row.get(name), list) and len(row[name]) == len(kept)]
-    return row.with_values({**row, **{name: list(compress(row[name], kept)) for name in (column, *beside)}})
+    parallel = [name for name in ("ranks", "scores") if isinstance(row.get(name), list) and len(row[name]) == len(kept)]
+    return row.with_values({**row, **{name: list(compress(row[name], kept)) for name in (column, *parallel)}})
 
 
 def _prompt_text(row: Row) -> str:

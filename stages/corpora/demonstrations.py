@@ -2,10 +2,10 @@
 
     prompt + completion                  text, or messages
     messages                             a conversation; its last assistant turn is the completion, the turns before it are the prompt
-    conversations                        the same in ShareGPT's form, {from, value}; a column ``system`` holds the first turn
+    conversations                        the same in ShareGPT's form, {from, value}; a column ``system`` has the first turn
     conversations + chosen               a conversation that ends with a user turn, and the preferred answer to it
     instruction + input + output         Alpaca's columns; the input follows the instruction after an empty line. ``system`` is the first
-                                         turn, ``history`` holds earlier [question, reply] pairs, as in LLaMA-Factory's form
+                                         turn, ``history`` has earlier [question, reply] pairs, as in LLaMA-Factory's form
     subreddit + title + post + summary   Reddit's TL;DR as published
     prompt + chosen                      the preferred side of a comparison (also hh-rlhf's dialogues without a prompt column)
 
@@ -80,7 +80,7 @@ def demonstration(row: Row) -> Demonstration:
 
 
 def _is_full_conversation(row: Row) -> bool:
-    """Whether a single column holds the full conversation."""
+    """Whether a single column contains the full conversation."""
     if "completion" in row or open_conversation(row) is not None:
         return False
     return conversation_column(row) is not None or (isinstance(row.get("chosen"), list) and "prompt" not in row)

@@ -40,7 +40,7 @@ def training_rows(tokenizer: PreTrainedTokenizerBase, demonstration: Demonstrati
 
     Some templates write a reply differently when other turns follow it (they drop earlier think blocks). Such a reply gets its own row,
     which ends with it, so the model learns it in the form that it must generate. A reply with ``weight: 0`` is context only; the list is
-    empty if that holds for all replies. Raises DataError with the row's location.
+    empty if all replies are. Raises DataError with the row's location.
     """
     with errors_at(demonstration.location):
         messages, replies = _trained_turns(demonstration, train_on)

@@ -53,8 +53,8 @@ def find_installed(settings: VllmStart) -> Installed:
 
     Raises LaunchError if there is none, or if its vLLM version is not tested.
     """
-    beside = Path(f"{sys.prefix}-vllm") / "bin" / "python"
-    python = settings.python or secret_if_set(INTERPRETER) or (str(beside) if beside.exists() else None)
+    default = Path(f"{sys.prefix}-vllm") / "bin" / "python"
+    python = settings.python or secret_if_set(INTERPRETER) or (str(default) if default.exists() else None)
     field_path = "generation.engine.vllm.start"
     if python is None:
         raise LaunchError(
@@ -233,7 +233,7 @@ def _free_port() -> int:
 
 
 def _environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """The environment of this process, without the variables of its own Python, launcher and GPUs, plus ``variables``.
+    """The environment of this process, without the variables of this process's Python, launcher and GPUs, plus ``variables``.
 
     With PYTHONSAFEPATH, Python does not import from the working directory, where a clone of vLLM or a file vllm.py would hide the package.
     """

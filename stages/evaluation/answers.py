@@ -364,7 +364,7 @@ def score_texts(
 ) -> list[float | None]:
     """A reward source's score of every completion, or None where it does not apply. Each process scores its share.
 
-    Counts in ``context.cut_texts``, and says, how many texts were cut.
+    Prints how many texts were cut, and adds this to ``context.cut_texts``.
     """
     runtime = context.runtime
     source = build_source(

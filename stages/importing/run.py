@@ -157,8 +157,8 @@ def _publish(layout: Layout, model: ResolvedModel, registry: Registry, name: str
         records.append(registry.publish(name, lambda folder: save_model(classifier, tokenizer, folder), role="classifier", extra=extra))
     if layout.role in HEADS:
         made = _scalar_model(layout, model, HEADS[layout.role])
-        beside = f"{name}-value" if layout.has_policy else name
-        records.append(registry.publish(beside, lambda folder: made.save(folder, tokenizer), role=layout.role, extra=extra))
+        own_name = f"{name}-value" if layout.has_policy else name
+        records.append(registry.publish(own_name, lambda folder: made.save(folder, tokenizer), role=layout.role, extra=extra))
     return records
 
 

@@ -28,7 +28,7 @@ def shown_order(task: str, annotator: str, number: int, seed: int) -> list[int]:
 
 
 class Assignment:
-    """The open tasks and their leases. Not thread-safe: the store calls it while it holds its lock."""
+    """The open tasks and their leases. Not thread-safe: the store calls it with its lock held."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Assignment:
         self._lease_seconds, self._clock = lease_seconds, clock
 
     def next(self, annotator: str, answered: Collection[str], wish: str | None = None) -> str | None:
-        """The task that the annotator holds, else the task ``wish`` if it is open, else the first open task. None if no task is open."""
+        """The annotator's current task, else the task ``wish`` if it is open, else the first open task. None if no task is open."""
         for name in (self._held.get(annotator), wish):
             if name in self.ranked and name not in answered and self._is_open(name, annotator):
                 return self._lease(name, annotator)

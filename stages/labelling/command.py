@@ -53,7 +53,7 @@ def serve(folder: Path, annotators: Sequence[str], *, host: str, port: int | Non
     """Serve a folder until SIGTERM or Ctrl-C.
 
     Raises LaunchError if the address is not available, or if other machines can reach it and no password is set. Raises DataError if
-    another server holds the folder.
+    another server serves the folder.
     """
     from stages.labelling.server import LabelServer, base_url, listen, make_server
 

@@ -141,7 +141,7 @@ class Log:
 class Store:
     """Tasks and answers of a folder, and the assignment of tasks to annotators.
 
-    Thread-safe. Raises DataError if another server holds it.
+    Thread-safe. Raises DataError if another server uses the folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -243,7 +243,7 @@ class Store:
             return None if task_id is None else self.tasks[task_id]
 
     def _note_open(self) -> None:
-        """Save which task each annotator has open, for the next server. The file holds no answers, so it is not flushed to disk."""
+        """Save which task each annotator has open, for the next server. The file contains no answers, so it is not flushed to disk."""
         partial = self.folder / f".{OPEN}"
         try:
             partial.write_text(json.dumps(self._assignment.held), encoding="utf-8")

@@ -1,8 +1,8 @@
 """Rotary embeddings with two sets of frequencies (longrope, e.g. of Phi-3 with 128k positions), chosen by sequence instead of by batch.
 
 A sequence longer than the original length of the model uses the long frequencies at all of its positions, others use the short ones.
-transformers chooses once per pass, by the largest position in it. A short sequence would then have other outputs beside a long one than
-alone. Here every sequence of a pass has the outputs that it has alone.
+transformers chooses once per pass, by the largest position in it. The outputs of a short sequence would then depend on whether a long
+sequence is in the same pass. Here every sequence has the same outputs as in a pass with no other sequence.
 """
 
 from __future__ import annotations

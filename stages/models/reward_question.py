@@ -21,7 +21,7 @@ QUESTION_FILE = "reward_question.json"
 class RewardQuestion:
     """The score of a completion is log P(first answer) - log P(second answer) after ``question``, with the model's chat template.
 
-    ``question`` holds {prompt} and {completion}.
+    ``question`` contains {prompt} and {completion}.
     """
 
     question: str

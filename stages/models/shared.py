@@ -54,7 +54,7 @@ class SharedBackbone:
         self._vocabulary = self.tokenizer.get_vocab()
         self._frozen: dict[str, str] = {}  # digest or path of an adapter -> its name here
 
-    def holds(self, model: ResolvedModel) -> bool:
+    def is_base_of(self, model: ResolvedModel) -> bool:
         """Whether ``model`` is based on this backbone and has the same tokens."""
         return backbone_key(model) == self.key and load_tokenizer(model).get_vocab() == self._vocabulary
 

@@ -311,7 +311,7 @@ class PPOStepConfig(CheckpointedStepConfig):
         return self.advantages == "gae"
 
     def value_input(self, fits: Callable[[str], bool]) -> str | None:
-        """The model input that the value network starts from, e.g. ``reward[0].model``; None if it has no backbone of its own.
+        """The model input that the value network starts from, e.g. ``reward[0].model``; None without a separate value network.
 
         A start from ``policy`` has a new head. ``fits(input)``: whether a reward model can read the policy's texts; it is asked in the
         order of the sources if ``value`` is null, until one fits. InstructGPT starts from the reward model (section 3.5).

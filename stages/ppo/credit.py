@@ -40,7 +40,7 @@ def token_scores(
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], ids: Sequence[int]) -> list[int]:
-    """The number of characters of the stripped text that each token of a response ends at. Grows from token to token."""
+    """For each token of a response, the position in the stripped text where the token ends. It never decreases."""
     # Prefixes are decoded instead of single tokens: a character may take several tokens, and a space may belong to either side.
     written = [continuation_text(tokenizer, prompt, ids[: end + 1]) for end in range(len(ids))]
     stripped = len(written[-1]) - len(written[-1].lstrip())

@@ -375,7 +375,7 @@ class PPORun:
 
     @contextmanager
     def _saved_when_stopped(self) -> Iterator[None]:
-        """If a stop is requested inside, save the run as it was before, including random generator states."""
+        """If a stop is requested inside, save the state from before, including random generator states."""
         generators = generator_states(self.runtime)
         try:
             yield

@@ -47,7 +47,7 @@ def estimate(config: PPOStepConfig, models: Mapping[str, View], lengths: Lengths
     records = machine.kind == "cuda" and config.generation.cuda_graphs and policy.quantization != "int8"
     kept = cache + copies if records and cache + copies <= KEPT_SHARE * machine.bytes else 0.0
     bigger = policy if value is None or value.shape.hidden * value.shape.layers <= shape.hidden * shape.layers else value
-    # The casts of both networks stay for all passes of an optimizer step; a pass counts those of its own network.
+    # The casts of both networks stay for all passes of an optimizer step; the plan of a pass counts those of its network.
     other = 0.0 if value is None or config.lora is not None else cast_bytes(min(shape.linear_weights, value.shape.linear_weights), compute)
 
     def trained_on(view: View, rows: float, columns: int, positions: float) -> Phase:

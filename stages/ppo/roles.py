@@ -154,7 +154,7 @@ class Roles:
 
     def load_reward_model(self, model: ResolvedModel, *, dtype: torch.dtype) -> RewardModel:
         """Load a reward model, on the shared backbone if it belongs to it."""
-        if self.backbone is not None and self.backbone.holds(model):
+        if self.backbone is not None and self.backbone.is_base_of(model):
             return self.backbone.reward_model(model)
         return RewardModel.from_pretrained(model, dtype=dtype).to(self.policy.device).requires_grad_(False)
 
@@ -224,7 +224,7 @@ def _adapted_roles(config: PPOStepConfig, context: StepContext) -> Roles:
     policy = Policy(model, temperature=temperature, autocast=_autocast(dtype), shared_value_head=head, activate=backbone.activation(acting))
     if config.reference is None:
         reference = Policy(model, temperature=temperature, autocast=_autocast(dtype), activate=backbone.activation(below))
-    elif backbone.holds(context.models["reference"]):
+    elif backbone.is_base_of(context.models["reference"]):
         names = backbone.frozen(context.models["reference"])
         reference = Policy(model, temperature=temperature, autocast=_autocast(dtype), activate=backbone.activation(names))
     else:
@@ -245,7 +245,7 @@ def _adapted_value(
     if start is None:
         return None, []
     chosen = context.models[start]
-    if backbone.holds(chosen):
+    if backbone.is_base_of(chosen):
         value = backbone.value_model(chosen, with_head=start != "policy")
         return value, backbone.named_parameters("value")
     dtype = context.runtime.dtype(config.precision)
@@ -288,7 +288,7 @@ def _reference(config: PPOStepConfig, context: StepContext, tokenizer: PreTraine
 
 
 def _value_start(config: PPOStepConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The model input that the value network starts from; None if it has no backbone of its own.
+    """The model input that the value network starts from; None without a separate value network.
 
     A reward model is skipped with a note if it has a different vocabulary, or cannot read prompt and completion. Raises ModelError if the
     recipe names such a model as ``value``.

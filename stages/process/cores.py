@@ -64,7 +64,7 @@ def cpu_quota(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> float:
         number, controllers, path = line.split(":", 2)
         roots = [cgroups, cgroups / "unified"] if number == "0" else [cgroups / controllers, cgroups / "cpu"]
         if number == "0" or "cpu" in controllers.split(","):
-            # A container sees its own group as the root, whatever its path on the host.
+            # A container sees its group as the root. The path on the host may differ.
             parts = Path(path).relative_to("/").parts
             quotas += [_quota_of(root.joinpath(*parts[:depth])) for root in roots for depth in range(len(parts) + 1)]
     return min(quotas)

@@ -238,7 +238,7 @@ def _put(node: object, key: str | int, value: object) -> None:
 def _opened(child: object, key: str | int, field: str) -> object:
     """Convert ``child`` so that it can hold ``key``: create a missing block, or expand a model or data source written as a bare string.
 
-    ``field`` is the name of the field that holds ``child``. It distinguishes models from data sources if both have the key.
+    ``field`` is the name of the field that contains ``child``. It distinguishes models from data sources if both have the key.
     """
     if child is None and isinstance(key, str):
         return {}

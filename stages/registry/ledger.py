@@ -178,12 +178,12 @@ class Registry:
 
         Files are hard-linked if the file system allows it, because versions never change.
         """
-        beside = [
+        versions = [
             other
             for other in self.records()
             if other.name.startswith(f"{record.name}-") and other.manifest["fingerprint_parts"] == record.manifest["fingerprint_parts"]
         ]
-        newest = {other.name: other for other in beside}  # records() sorts versions, so the newest wins
+        newest = {other.name: other for other in versions}  # records() sorts versions, so the newest wins
         for other in newest.values():
             self._adopt(other, name + other.name.removeprefix(record.name))
         return self._adopt(record, name)

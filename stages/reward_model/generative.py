@@ -136,7 +136,10 @@ def _load_judging(config: RewardModelConfig, context: StepContext) -> Generative
 
 
 def _save(judging: GenerativeSource, rows: list[list[int]], folder: Path, weights: dict[str, Tensor] | None) -> None:
-    """Save the model with its question. ``weights``: those of the trainer if they are sharded. ``rows``: the saved model is compared on."""
+    """Save the model with its question.
+
+    ``weights``: those of the trainer if they are sharded. ``rows``: token ids on which the saved model is compared with ``judging``.
+    """
     own = None if weights is None else {name.removeprefix("language_model."): value for name, value in weights.items()}
     save_model(judging.model, judging.tokenizer, folder, state_dict=own, rows=rows)
     judging.asked.write(folder)

@@ -150,7 +150,7 @@ class SlotWindow:
 
 
 class SlotLayer(DynamicLayer):
-    """Keys and values of one layer in S slots [S, H, room, D]. A slot holds one sequence; its token at position p is in column p.
+    """Keys and values of one layer in S slots [S, H, room, D]. A slot has one sequence; its token at position p is in column p.
 
     To give a slot to another sequence, the cache overwrites it. All rows and all steps use the same storage, and ``window`` selects a part
     of it. So CUDA graphs of several sizes can share the storage.

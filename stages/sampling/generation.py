@@ -120,7 +120,7 @@ def ending_tokens(
 def require_room(model: TransformersModel, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> None:
     """Raise ModelError if a prompt (token ids) plus ``settings.max_new_tokens`` needs more positions than ``model`` has.
 
-    Also if the completion may begin at or below the length from which the model uses other frequencies, and end above it.
+    Raises it also if a completion may grow past the length above which the model uses other frequencies.
     """
     _refuse_switch(model, prompts, settings)
     positions = model_length(model.config)
@@ -329,7 +329,7 @@ def _decode_in_batches(
     made: _Collected,
     pad_token_id: int,
 ) -> None:
-    """Decode one batch after another. Each batch pads its distinct prompts, and each row holds the index of its prompt."""
+    """Decode one batch after another. Each batch pads its distinct prompts, and each row has the index of its prompt."""
     device = next(model.parameters()).device
     for rows in _batches(order, [len(prompt) for prompt in prompts], settings.batch_size, mixed=support.hides_padding):
         distinct: dict[tuple[int, ...], int] = {}

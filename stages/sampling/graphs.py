@@ -174,7 +174,7 @@ def refuse(reason: str) -> None:
 def checked_recording(recorder: Recorder, step: Callable[[], Tensor], slots: Slots) -> Recording | None:
     """Record ``step`` and compare a replay with a computed step; returns None if they differ.
 
-    ``slots`` holds the state that ``step`` changes. The state is restored at the end.
+    ``slots`` has the state that ``step`` changes. The state is restored at the end.
     """
     before = slots.snapshot()
     try:

@@ -1,6 +1,6 @@
 """The responses in the slots of a decoding batch, stored in tensors that keep their addresses.
 
-S slots, V vocabulary. A slot holds one response at a time. When the response has ended, another one takes the slot. No step copies a value
+S slots, V vocabulary. A slot has one response at a time. When the response has ended, another one takes the slot. No step copies a value
 from the device to the CPU, and every tensor keeps its address. So a step can be recorded as a CUDA graph.
 """
 

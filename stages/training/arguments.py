@@ -30,7 +30,7 @@ NUM_LOG_LINES = 100  # log lines per training run
 def split_batch(settings: OptimizerSettings, num_processes: int) -> tuple[int, int]:
     """Split ``batch_size`` into (sequences per forward pass and process, forward passes per optimizer step).
 
-    A forward pass holds at most ``rows_per_pass`` sequences. The gradient is that of the complete batch. Raises RecipeError if a process
+    A forward pass has at most ``rows_per_pass`` sequences. The gradient is that of the complete batch. Raises RecipeError if a process
     would have no sequence.
     """
     if settings.batch_size < num_processes:

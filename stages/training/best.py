@@ -112,7 +112,7 @@ def publish_trained(
 
 
 def gathered_weights(trainer: StepTrainer) -> dict[str, torch.Tensor] | None:
-    """All weights, if they are sharded over processes (FSDP, ZeRO); None if the model holds them. Call on every process."""
+    """All weights, if they are sharded over processes (FSDP, ZeRO); None if the model has them. Call it on every process."""
     if trainer.is_deepspeed_enabled:
         return trainer.accelerator.get_state_dict(trainer.model_wrapped)
     return unsharded_state_dict(trainer.model)

@@ -1,11 +1,14 @@
-"""Threads, the way they wait, and dtypes on a CPU: training steps per second, on quiet cores and beside busy processes.
+"""Threads, the way they wait, and dtypes on a CPU: training steps per second, on idle cores and with busy processes.
 
     .venv/bin/python tests/benchmarks/cpu_threads.py [--rounds 3] [--seconds 1] [--width 128] [--json FILE] [--markdown FILE]
 
+The defaults take about two minutes. Results are printed and, with --json and --markdown, written to files. docs/gpu.md and docs/faq.md have
+figures.
+
 A step is forward, backward and AdamW on 768 tokens with a random Llama of two layers, with the layers that stages use. OpenMP reads its
-environment variables once, so each way of waiting has a process of its own, which sleeps while another one is measured. Measurements
-alternate: each round takes every way once, in an order of its own, and ratios are between measurements of one round. The last column says
-what programs beside the benchmark took of the cores.
+environment variables only once, so each way of waiting has a separate process, which sleeps while another one is measured. Each round
+measures every way once, in random order, and ratios are between measurements of the same round. The last column is the number of cores
+that other programs used.
 """
 
 from __future__ import annotations
@@ -48,12 +51,12 @@ class Way:
 
 
 def ways(threads: int) -> list[Way]:
-    """The first one is what the others are compared with."""
+    """All ways; the others are compared with the first one."""
     several = [Way(threads, waiting, "fp32") for waiting in WAITING]
     return [*several, Way(threads, "20,000 turns", "bf16"), Way(1, "20,000 turns", "fp32"), Way(1, "20,000 turns", "bf16")]
 
 
-# A worker: one way of waiting
+# A worker process: one way of waiting
 
 
 def work(width: int) -> None:
@@ -116,7 +119,7 @@ class Worker:
 
 @contextmanager
 def busy_processes(number: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """So many processes that use a core each."""
+    """Run ``number`` processes that use one core each, until the end of the context."""
     started = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
     try:
         yield started
@@ -127,7 +130,7 @@ def busy_processes(number: int) -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 def run(worker: Worker, way: Way, seconds: float, busy: int) -> dict[str, float]:
-    """Steps per second of one way, and the number of cores that other programs used meanwhile."""
+    """Steps per second of one way, and the number of cores that other programs used at the same time."""
     with busy_processes(busy) as started:
         own = [worker.process.pid, *(process.pid for process in started)]
         used, began = used_by_all() - sum(map(used_by, own)), time.monotonic()
@@ -201,7 +204,7 @@ def main() -> None:
     title = f"{cpu_name()}, {cores}; a Llama {options.width} wide, {options.rounds} rounds"
     print(title, flush=True)
     runs: list[dict[str, Any]] = []
-    conditions = {"quiet": 0, "beside one busy process": 1, "beside a busy process per core": cores.usable}
+    conditions = {"idle": 0, "one busy process": 1, "one busy process per core": cores.usable}
     workers = {waiting: Worker(waiting, all_ways[0].threads, options.width) for waiting in WAITING}
     try:
         for worker, way in ((workers[way.waiting], way) for way in all_ways):  # not counted

@@ -131,16 +131,16 @@ def run(stage: str, data: str, context: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def wholes() -> dict[str, Any]:
+def finished() -> dict[str, Any]:
     return {}
 
 
 @pytest.fixture
-def undisturbed(data, step_context, resolve_folder, tiny_llama_folder, wholes) -> Callable[[str], dict[str, Any]]:
+def uninterrupted_run(data, step_context, resolve_folder, tiny_llama_folder, finished) -> Callable[[str], dict[str, Any]]:
     def make(stage: str) -> dict[str, Any]:
-        if stage not in wholes:
-            wholes[stage] = run(stage, data, step_context("test/whole", 5, {"model": resolve_folder(tiny_llama_folder)}))
-        return wholes[stage]
+        if stage not in finished:
+            finished[stage] = run(stage, data, step_context("test/uninterrupted", 5, {"model": resolve_folder(tiny_llama_folder)}))
+        return finished[stage]
 
     return make
 
@@ -148,7 +148,7 @@ def undisturbed(data, step_context, resolve_folder, tiny_llama_folder, wholes) -
 @pytest.mark.parametrize("ending", ["killed", "SIGTERM"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_resumed_run_equals_an_uninterrupted_one(
-    data, undisturbed, step_context, resolve_folder, tiny_llama_folder, monkeypatch, stage, ending
+    data, uninterrupted_run, step_context, resolve_folder, tiny_llama_folder, monkeypatch, stage, ending
 ) -> None:
     models = {"model": resolve_folder(tiny_llama_folder)}
     context = step_context("test/cut", 5, models)
@@ -172,7 +172,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
     again = step_context("test/again", 5, models)  # the chain makes a new run folder for every attempt
     again.checkpoint_folder = context.checkpoint_folder
     torch.manual_seed(999)  # as if the process had used random numbers in between
-    resumed, uninterrupted = run(stage, data, again), undisturbed(stage)
+    resumed, uninterrupted = run(stage, data, again), uninterrupted_run(stage)
     assert resumed["weights"].keys() == uninterrupted["weights"].keys()
     for name, expected in uninterrupted["weights"].items():
         assert torch.equal(resumed["weights"][name], expected), name

@@ -185,8 +185,8 @@ def test_demonstrations_keep_every_turn() -> None:
     assert conversation == {"prompt": [*HISTORY, user("so?")], "completion": [CALL]} and conversation.is_full_conversation
     chosen = demonstration(row(chosen=[*HISTORY, user("so?"), bot("a")], rejected="-"))
     assert chosen == {"prompt": [*HISTORY, user("so?")], "completion": "a"} and chosen.is_full_conversation
-    beside = demonstration(row(prompt="hi", completion=[user("hi"), bot("a")]))
-    assert beside == {"prompt": "hi", "completion": "a"}
+    columns = demonstration(row(prompt="hi", completion=[user("hi"), bot("a")]))
+    assert columns == {"prompt": "hi", "completion": "a"}
 
 
 def test_prompts_of_rows_of_conversations() -> None:

@@ -24,7 +24,7 @@ START = (
 END = "]{% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 OBJECTS = {
     "tojson": START + "{{ f.arguments | tojson }}" + END,
-    "whole call": START + "{{ f | tojson }}" + END,
+    "complete call": START + "{{ f | tojson }}" + END,
     "items": START + "{% for k, v in f.arguments | items %}{{ k + '=' + v | string }};{% endfor %}" + END,
 }
 TEXTS = {
@@ -42,7 +42,7 @@ NAMED = [
 ]
 WRITTEN = {
     "tojson": '[look_up {"town": "Köln", "days": 3}]',
-    "whole call": '[look_up {"name": "look_up", "arguments": {"town": "Köln", "days": 3}}]',
+    "complete call": '[look_up {"name": "look_up", "arguments": {"town": "Köln", "days": 3}}]',
     "items": "[look_up town=Köln;days=3;]",
     "concatenated": '[look_up ```json{"town": "Köln", "days": 3}```]',
     "printed": '[look_up {"town": "Köln", "days": 3}]',

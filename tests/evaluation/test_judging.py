@@ -61,7 +61,7 @@ def test_texts_that_a_judge_or_a_selecting_reward_cut_are_counted(prompts, step_
     best_of = {"n": 2, "reward": {"function": LENGTHS, "name": "chooser"}}
     context = step_context(models=models)
     result = run(config(prompts, candidates={"base": "b", "aligned": {"model": "a", "best_of": best_of}}), context)
-    # The reward that selects reads 4 prompts x 2 samples at once; the judge reads 2 candidates x 4 completions, then all 8 samples.
+    # The reward that selects reads 4 prompts x 2 samples in one call; the judge reads 2 candidates x 4 completions, then all 8 samples.
     expected = [{"reader": "chooser", "count": 3, "of": 8}, {"reader": "lengths", "count": 6, "of": 16}]
     assert result.metrics["cut_texts"] == read_run(context)[0]["cut_texts"] == expected
 

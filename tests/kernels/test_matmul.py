@@ -86,7 +86,7 @@ from stages.process.runtime import Runtime
 torch.set_num_threads(1)
 Runtime(quiet=True)
 weight, held = torch.randn(128, 128), []
-for length in range(1, 801):  # every length is a shape of its own
+for length in range(1, 801):  # every length is another shape
     matmul._onednn(torch.randn(length, 128), weight)
     if length % 400 == 0:
         held.append(psutil.Process().memory_info().rss / 2**20)

@@ -120,8 +120,8 @@ def test_adapter_gives_equal_outputs_trained_loaded_stacked_and_exported(
     assert_same(logits_of(by_peft(tmp_path / "adapter", bases[base], quantization)), expected)
     adapter = resolved(tmp_path / "adapter", source, quantization=quantization)
     assert_same(logits_of(load_language_model(adapter, dtype=torch.float32, trainable=False)), expected)
-    save_merged(adapter, tmp_path / "whole")
-    assert_same(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "whole")), expected, quantization)
+    save_merged(adapter, tmp_path / "merged")
+    assert_same(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected, quantization)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
@@ -137,8 +137,8 @@ def test_layers_of_gpt2_keep_their_form(
     expected = logits_of(model)
     save_model(model, tiny_tokenizer, tmp_path / "adapter")
     assert_same(logits_of(by_peft(tmp_path / "adapter", bases["gpt2"], quantization)), expected)
-    save_merged(resolved(tmp_path / "adapter", source), tmp_path / "whole")
-    assert_same(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "whole")), expected, quantization)
+    save_merged(resolved(tmp_path / "adapter", source), tmp_path / "merged")
+    assert_same(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected, quantization)
 
 
 # Tokens that the model has no rows for
@@ -175,8 +175,8 @@ def test_rows_of_new_tokens_train_and_are_saved(
     hidden = load_backbone(adapter, dtype=torch.float32, trainable=False)(input_ids=NEW_IDS).last_hidden_state
     reloaded = load_language_model(adapter, dtype=torch.float32, trainable=False)
     assert_same(hidden, reloaded(input_ids=NEW_IDS, output_hidden_states=True).hidden_states[-1])
-    save_merged(adapter, tmp_path / "whole")
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    save_merged(adapter, tmp_path / "merged")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert exported.config.tie_word_embeddings == (base != "untied")
     assert_same(logits_of(exported, NEW_IDS), expected)
 
@@ -254,8 +254,8 @@ def test_each_of_three_stacked_adapters_computes_its_training_outputs(
         below = resolved(tmp_path / str(number), below, quantization=quantization)
     assert expected is not None
     assert_same(logits_of(load_language_model(below, dtype=torch.float32, trainable=False), NEW_IDS), expected)
-    save_merged(below, tmp_path / "whole")
-    assert_same(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "whole"), NEW_IDS), expected)
+    save_merged(below, tmp_path / "merged")
+    assert_same(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), NEW_IDS), expected)
 
 
 @pytest.mark.parametrize("field", [None, "modules_to_save", "target_modules"])

@@ -139,7 +139,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "two adapters": {"names": ("frozen-0", "default")},
     "not every sibling": {"target_modules": ["q_proj", "v_proj", "down_proj"]},
     "DoRA": {"use_dora": True},
-    "a bias of its own": {"lora_bias": True, "target_modules": ["down_proj"]},
+    "a trained bias": {"lora_bias": True, "target_modules": ["down_proj"]},
 }
 
 
@@ -263,7 +263,7 @@ def test_roles_that_cannot_share_a_pass_say_why(settings: dict[str, Any], reason
 
 
 def test_layers_with_hooks_on_their_parts_are_left_to_peft() -> None:
-    """DeepSpeed gathers a weight in a hook of the module that holds it."""
+    """DeepSpeed gathers a weight in a hook of the module that contains it."""
     plain = adapted()
     ours = folded(plain)
     seen = []

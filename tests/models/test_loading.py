@@ -81,7 +81,7 @@ def test_frozen_models_have_no_trainable_weight(tiny_llama_folder: Path) -> None
 
 def test_pickled_weights_are_refused_with_the_reason(tmp_path: Path, tiny_llama_folder: Path) -> None:
     (tmp_path / "config.json").write_text((tiny_llama_folder / "config.json").read_text())
-    (tmp_path / "pytorch_model.bin").write_bytes(b"whatever")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
     with pytest.raises(ModelError, match="pytorch_model.bin: pickle files can run code"):
         load_language_model(str(tmp_path), dtype=torch.float32)
 

@@ -49,7 +49,7 @@ def test_the_switch_keeps_the_layers_of_transformers(monkeypatch: pytest.MonkeyP
         assert not use_own_layers(transformers.LlamaForCausalLM(config)) and said == []
         monkeypatch.setenv("STAGES_OWN_LAYERS", "1")
         use_own_layers(transformers.LlamaForCausalLM(config))
-        (line,) = said  # at once, not at the end of the step
+        (line,) = said  # printed immediately, not at the end of the step
         assert line.startswith("LlamaForCausalLM: replaced layers: ") and "1 LlamaMLP, 3 LlamaRMSNorm" in line
         assert line.endswith("(STAGES_OWN_LAYERS=0 keeps those of transformers)")
         use_own_layers(transformers.LlamaForCausalLM(config))

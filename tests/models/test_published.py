@@ -106,7 +106,7 @@ def test_a_merge_that_changes_a_tied_output_layer_is_not_published(
     """An earlier bug: the embedding's adapter was merged into a matrix that is also the output layer. Each of the two checks detects it."""
     lora = LoraSettings(r=2, target_modules=["embed_tokens"])
     model = disturb(load_language_model(resolve_folder(tied_folder), dtype=torch.float32, lora=lora))
-    save_model(model, tiny_tokenizer, tmp_path / "whole", rows=ROWS)
+    save_model(model, tiny_tokenizer, tmp_path / "saved", rows=ROWS)
     monkeypatch.setattr(adapters, "_untie", lambda plain: False)
     with pytest.raises(ModelError, match="merging the adapter 'one' changes its outputs"):
         save_model(model, tiny_tokenizer, tmp_path / "one", rows=ROWS)

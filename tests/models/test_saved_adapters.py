@@ -55,7 +55,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dropout": {"lora_dropout": 0.5},
     "embedding": {"target_modules": ["embed_tokens", "o_proj"]},
     "rows": {"trainable_token_indices": {"embed_tokens": [3, 250], "lm_head": [3]}},
-    "whole modules": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "full modules": {"modules_to_save": ["embed_tokens", "lm_head"]},
 }
 
 
@@ -67,11 +67,11 @@ def test_an_adapter_of_every_form_is_loaded_and_exported(kind: str, tiny_llama_f
     tokenizer = load_tokenizer(str(tmp_path / "adapter"))  # its base's
     loaded = load_language_model(str(tmp_path / "adapter"), dtype=torch.float32, trainable=False, tokenizer=tokenizer)
     torch.testing.assert_close(logits_of(loaded), expected, rtol=1e-4, atol=1e-5)
-    save_merged(as_resolved(tmp_path / "adapter"), tmp_path / "whole")
-    torch.testing.assert_close(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "whole")), expected, rtol=1e-4, atol=1e-5)
+    save_merged(as_resolved(tmp_path / "adapter"), tmp_path / "merged")
+    torch.testing.assert_close(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["dora", "trained biases", "rows", "whole modules"])
+@pytest.mark.parametrize("kind", ["dora", "trained biases", "rows", "full modules"])
 def test_every_adapter_kind_keeps_its_outputs_under_a_new_adapter(kind: str, tiny_llama_folder: Path, tmp_path: Path) -> None:
     """On nf4 weights the adapter stays unmerged, and a new adapter on top starts as an identity."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -147,7 +147,7 @@ def backbone_of(policy: ResolvedModel) -> SharedBackbone:
     return SharedBackbone(policy, dtype=torch.float32, device=torch.device("cpu"), lora=LoraSettings(r=2))
 
 
-@pytest.mark.parametrize("kind", ["rows", "whole modules", "embedding", "rslora", "dora"])
+@pytest.mark.parametrize("kind", ["rows", "full modules", "embedding", "rslora", "dora"])
 def test_roles_on_one_backbone_keep_their_own_copies(kind: str, tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
     """The policy's adapter has rows or modules, the reward model's adapter has none. Each computes the same as on a separate backbone."""
     expected = foreign(tiny_llama_folder, tmp_path / "policy", **KINDS[kind])
@@ -159,7 +159,7 @@ def test_roles_on_one_backbone_keep_their_own_copies(kind: str, tiny_llama_folde
     backbone = backbone_of(as_resolved(tmp_path / "policy"))
     below = backbone.frozen(as_resolved(tmp_path / "policy"))
     backbone.fresh("default", below)
-    assert backbone.holds(as_resolved(tmp_path / "reward"))
+    assert backbone.is_base_of(as_resolved(tmp_path / "reward"))
     shared = backbone.reward_model(as_resolved(tmp_path / "reward"))
     for _ in range(2):
         backbone.activation(below)()

@@ -89,7 +89,7 @@ def undisturbed(six_iterations, step_context, resolve_folder, tiny_llama_folder)
 
     def make(name: str) -> dict[str, Any]:
         if name not in WHOLE:
-            context = step_context("test/whole", 5, {"policy": resolve_folder(tiny_llama_folder)})
+            context = step_context("test/uninterrupted", 5, {"policy": resolve_folder(tiny_llama_folder)})
             WHOLE[name] = outcome(run(six_iterations(name), context), context)
         return WHOLE[name]
 

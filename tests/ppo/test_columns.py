@@ -68,7 +68,7 @@ def test_reward_function_gets_the_columns_of_each_row(grading, rows, ppo_config,
 def test_resumed_run_passes_the_same_rows(grading, rows, ppo_config, step_context, resolve_folder, tiny_llama_folder, monkeypatch) -> None:
     models = {"policy": resolve_folder(tiny_llama_folder)}
     config = ppo_config(data=rows, reward=[{"function": "grading:graded"}], total_episodes=24, ppo_epochs=1, checkpoint_seconds=1e9)
-    run(config, step_context("test/whole", 1, models))
+    run(config, step_context("test/uninterrupted", 1, models))
     uninterrupted = list(grading.seen)
     grading.seen.clear()
     grading.calls.clear()

@@ -104,7 +104,7 @@ def prompts(tmp_path: Path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("lora", [None, {"r": 2}], ids=["whole", "lora"])
+@pytest.mark.parametrize("lora", [None, {"r": 2}], ids=["full", "lora"])
 def test_critic_free_methods_have_no_value_network(ppo_config, ppo_context, prompts, monkeypatch, lora) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("a value network was loaded")

@@ -126,7 +126,7 @@ def test_the_update_equals_that_of_separate_models(family, lora_config, monkeypa
     for shared in (True, False):
         with monkeypatch.context() as patch:
             if not shared:
-                patch.setattr(SharedBackbone, "holds", lambda self, model: False)
+                patch.setattr(SharedBackbone, "is_base_of", lambda self, model: False)
             roles = load_roles(config, context)
             for name, network in roles.networks().items():  # the adapters are equal on both sides, and none is the identity
                 disturb(network, len(name))
@@ -173,7 +173,7 @@ def test_an_adapter_in_a_folder_shares_the_backbone_of_its_base_s_folder(
     assert backbone_key(policy) == backbone_key(reward)
     assert backbone_key(folder(tmp_path / "adapted", "", quantization="nf4")) != backbone_key(policy)
     backbone = SharedBackbone(policy, dtype=torch.float32, device=torch.device("cpu"), lora=LoraSettings(r=2))
-    assert backbone.holds(reward)
+    assert backbone.is_base_of(reward)
     assert backbone.reward_model(reward).backbone is backbone.model.get_base_model().model
 
 

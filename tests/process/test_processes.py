@@ -185,7 +185,7 @@ def alone(workdir: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def pair(workdir: Path) -> Path:
-    """Started by ``accelerate launch``, which by itself would start only one process without a message."""
+    """Started by ``accelerate launch``, which without Tristage's defaults would start only one process, without a message."""
     done = start(workdir, "pair", *TWO_BY_ACCELERATE)
     assert done.returncode == 0, done.stderr
     return workdir / "pair"

@@ -68,7 +68,7 @@ def test_figure_1_reports_which_claims_the_run_shows(figure1: Any) -> None:
     summary = {"candidates": dict.fromkeys(strength), "win_rates": [rate(a, b) for a in strength for b in strength if a != b]}
     said = figure1.claims(summary, "gold")
     assert len(said) == 13
-    assert [claim for claim, holds, _ in said if not holds] == ["ppo-m > sft-m"]
+    assert [claim for claim, is_true, _ in said if not is_true] == ["ppo-m > sft-m"]
     assert figure1.rates(summary, "gold")["sft-l"]["win_rate"] == 0.5
 
 

@@ -92,7 +92,7 @@ def test_the_card_of_an_adapter(registry, base, tmp_path) -> None:
     card = ModelCard.load(alone / "README.md")
     assert card.data.library_name == "peft"
     assert "stages models export recipe/base@1 BASE" in card.text and "pretrained=BASE,peft=FOLDER" in card.text
-    merged_folder = registry.export(adapter.ref, tmp_path / "whole", merge=export_merged)
+    merged_folder = registry.export(adapter.ref, tmp_path / "merged", merge=export_merged)
     write_card(adapter, registry, merged_folder, merged=True)
     card = ModelCard.load(merged_folder / "README.md")
     assert card.data.library_name == "transformers" and "adapter on" not in card.text.partition("## Use")[0]

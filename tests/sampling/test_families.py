@@ -225,7 +225,7 @@ def test_family_decodes_the_tokens_of_plain_forward_passes(name: str) -> None:
 def test_class_gets_the_fastest_correct_decoding_method(kind: str, fields: dict[str, Any], way: str) -> None:
     support = usable_support(make(kind, **fields))
     cached = {"in place": support.adds_mask, "padded": support.hides_padding, "equal lengths": True}
-    assert next((name for name, holds in cached.items() if support.cache_name and holds), "without a cache") == way
+    assert next((name for name, is_correct in cached.items() if support.cache_name and is_correct), "without a cache") == way
 
 
 def test_flash_attention_gets_a_two_dimensional_mask() -> None:

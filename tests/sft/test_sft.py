@@ -134,7 +134,7 @@ def test_prompt_tokens_are_not_learned(step_context: Any, tiny_llama_folder: Pat
         {"training": {"gradient_checkpointing": True}},
         {"lora": {"r": 4}, "model": {"ref": "base", "quantization": "nf4"}},
     ],
-    ids=["full", "packing", "lora", "whole-text", "checkpointing", "nf4"],
+    ids=["full", "packing", "lora", "all-text", "checkpointing", "nf4"],
 )
 def test_fine_tuning_lowers_the_held_out_loss(
     demonstrations: Path, step_context: Any, tiny_llama_folder: Path, resolve_folder: Any, fields: dict[str, Any]

@@ -227,8 +227,8 @@ def test_refusal_of_the_hub_is_reported(server, client, home) -> None:
 
 
 def test_incomplete_repository_is_not_pulled(server, client, home, tmp_path) -> None:
-    assert client.run("models", "push", "recipe/base", "org/whole", "--public", "--home", str(home)).status == 0
-    complete = server.repositories["model", "org/whole"].commits[server.commit("model", "org/whole")]
+    assert client.run("models", "push", "recipe/base", "org/complete", "--public", "--home", str(home)).status == 0
+    complete = server.repositories["model", "org/complete"].commits[server.commit("model", "org/complete")]
 
     def pull(identifier: str, files: dict[str, bytes] | None = None) -> str:
         if files is not None:

@@ -66,7 +66,7 @@ def test_coverage_with_ties(case: str, prompts: int) -> None:
         draws = random.choices((1.0, 0.5, 0.0), (wins, ties, 1 - wins - ties), k=number)
         low, high = share_interval(draws)
         covered += low <= truth <= high
-    # 3000 runs of an exact interval lie within 1.2 points of 95 %, three times their standard error
+    # with 3000 runs, the coverage of an exact interval is within 1.2 points (three standard errors) of 95 %
     assert 0.93 <= covered / 3000 <= 0.97
 
 

@@ -88,7 +88,7 @@ def test_best_model_of_the_run_is_published(demonstrations, step_context, resolv
 def test_interrupted_run_keeps_its_measurements(demonstrations, step_context, resolve_folder, tiny_llama_folder) -> None:
     models = {"model": resolve_folder(tiny_llama_folder)}
     settings = config(demonstrations, "fewest_e")
-    uninterrupted = run(settings, step_context("test/whole", 3, models))
+    uninterrupted = run(settings, step_context("test/uninterrupted", 3, models))
     calls = 0
     original = Selector.try_out
 

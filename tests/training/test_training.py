@@ -99,7 +99,7 @@ def make_trainer(
 
 def test_log_has_a_hundred_lines_and_metrics_cover_the_complete_run(step_context: Any, tiny_llama_folder: Path) -> None:
     context = step_context()
-    result = train(make_trainer(context, tiny_llama_folder), context, "whole")
+    result = train(make_trainer(context, tiny_llama_folder), context, "uninterrupted")
     assert result["optimizer_steps"] == 10
     logged = [json.loads(line) for line in (context.folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in logged] == list(range(1, 11))
