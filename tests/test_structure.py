@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -13,8 +14,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 FOR_EVERYONE = {"config", "errors", "json_types", "metric_names", "model_types", "run_summary", "shipped"}
-# Room -> rooms that it may import, in addition to itself and those of FOR_EVERYONE.
-ARROWS: dict[str, set[str]] = {
+# Package or module -> those that it may import, in addition to itself and those of FOR_EVERYONE.
+ALLOWED_IMPORTS: dict[str, set[str]] = {
     "errors": set(),
     "config": set(),
     "json_types": set(),
@@ -124,7 +125,7 @@ MATHEMATICS = ("rl", "stats", "kernels")
 STAGES = ("pretraining", "sft", "reward_model", "sentiment", "dpo", "ppo", "evaluation")
 
 
-def room(module: str) -> str:
+def package_of(module: str) -> str:
     return module.split(".")[1] if "." in module else "__init__"
 
 
@@ -140,7 +141,7 @@ def imports_of(text: str, known: set[str]) -> set[str]:
     modules: set[str] = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: relative import; the arrows are read from full names"
+            assert node.level == 0, f"line {node.lineno}: relative import; imports are checked by their full names"
             full = [f"{node.module}.{alias.name}" for alias in node.names]
             modules |= {name if name in known else str(node.module) for name in full}
         elif isinstance(node, ast.Import):
@@ -154,8 +155,8 @@ def graph() -> dict[str, set[str]]:
     return {name: imports_of(path.read_text(encoding="utf-8"), set(paths)) & set(paths) - {name} for name, path in paths.items()}
 
 
-def circles(imports: dict[str, set[str]]) -> list[set[str]]:
-    """Circles of imports (strongly connected components of more than one module)."""
+def cycles(imports: dict[str, set[str]]) -> list[set[str]]:
+    """Cycles of imports (strongly connected components of more than one module)."""
 
     def reached(start: str) -> set[str]:
         seen: set[str] = set()
@@ -175,12 +176,21 @@ def modules() -> list[Path]:
     return sorted((REPOSITORY / "stages").rglob("*.py"))
 
 
-def test_imports_follow_the_arrows() -> None:
-    used: dict[str, set[str]] = {name: set() for name in ARROWS}
+def test_imports_follow_the_table() -> None:
+    used: dict[str, set[str]] = {name: set() for name in ALLOWED_IMPORTS}
     for module, imported in graph().items():
-        here = room(module)
-        used[here] |= {room(name) for name in imported} - {here, "__init__"} - FOR_EVERYONE
-    assert used == ARROWS  # every import is in the table, and every entry of the table is needed
+        here = package_of(module)
+        used[here] |= {package_of(name) for name in imported} - {here, "__init__"} - FOR_EVERYONE
+    assert used == ALLOWED_IMPORTS  # every import is in the table, and every entry of the table is needed
+
+
+def test_the_levels_in_the_docs_allow_the_imports() -> None:
+    rows = re.findall(r"^\| [^|]+ \| (`[^|]+`) \|$", (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8"), re.MULTILINE)
+    level_of = {name: -number for number, row in enumerate(rows) for name in re.findall(r"`(\w+)`", row)}
+    assert level_of.keys() == ALLOWED_IMPORTS.keys() - {"__init__", "__main__"}
+    for name, imported in ALLOWED_IMPORTS.items():
+        if name in level_of:
+            assert all(level_of[other] <= level_of[name] for other in imported), name
 
 
 def test_imports_in_functions_and_for_type_checkers_are_seen() -> None:
@@ -188,22 +198,22 @@ def test_imports_in_functions_and_for_type_checkers_are_seen() -> None:
     assert imports_of(text, {"stages.a", "stages.a.b", "stages.a.d", "stages.e"}) == {"stages.a.b", "stages.a.d", "stages.e"}
 
 
-def test_circles_are_found() -> None:
+def test_cycles_are_found() -> None:
     imports = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"a"}, "f": {"g"}, "g": {"h"}, "h": {"f"}}
-    assert circles(imports) == [{"b", "c"}, {"f", "g", "h"}]
+    assert cycles(imports) == [{"b", "c"}, {"f", "g", "h"}]
 
 
-def test_no_circles_between_modules() -> None:
-    assert circles(graph()) == []
+def test_no_cycles_between_modules() -> None:
+    assert cycles(graph()) == []
 
 
-def test_no_circles_between_rooms() -> None:
-    assert circles(ARROWS) == []
+def test_no_cycles_between_packages() -> None:
+    assert cycles(ALLOWED_IMPORTS) == []
 
 
 def test_no_stage_imports_another() -> None:
     for stage in STAGES:
-        assert not ARROWS[stage] & set(STAGES)
+        assert not ALLOWED_IMPORTS[stage] & set(STAGES)
 
 
 @pytest.mark.parametrize("folder", MATHEMATICS)
@@ -250,7 +260,7 @@ def test_the_readme_is_short() -> None:
     assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
-def test_every_module_has_a_test_file_or_is_tested_by_its_room() -> None:
+def test_every_module_has_a_test_file_or_is_tested_by_its_package() -> None:
     tested = {path.stem.removeprefix("test_") for path in (REPOSITORY / "tests").rglob("test_*.py")}
     for stage in (
         "pretraining",
@@ -374,7 +384,7 @@ def misplaced(trees: dict[str, ast.Module], fast: Iterable[str]) -> list[str]:
 def test_functions_import_only_what_would_slow_down_the_start() -> None:
     trees = {name_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in modules()}
     configs = {name for name in trees if name.endswith(("config", "_config"))}
-    readers = {name for name in trees if room(name) == "corpora" and name != "stages.corpora.packing"}
+    readers = {name for name in trees if package_of(name) == "corpora" and name != "stages.corpora.packing"}
     assert misplaced(trees, STARTS_FAST | configs | readers) == []
 
 

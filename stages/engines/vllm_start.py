@@ -233,7 +233,7 @@ def _free_port() -> int:
 
 
 def _environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """The environment of this process, without the variables of this process's Python, launcher and GPUs, plus ``variables``.
+    """The environment of this process, without the variables of Python, the launcher and GPUs, plus ``variables``.
 
     With PYTHONSAFEPATH, Python does not import from the working directory, where a clone of vLLM or a file vllm.py would hide the package.
     """
