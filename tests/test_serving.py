@@ -103,7 +103,7 @@ def test_complete_texts_by_vllms_protocols(served) -> None:
     torch.testing.assert_close(served_scores, logits.softmax(dim=-1)[:, 1], rtol=1e-4, atol=1e-5)
 
 
-def test_openrlhfs_own_requests(served) -> None:
+def test_requests_in_the_format_of_openrlhf(served) -> None:
     address, made = served["classifier"]
     query, prompts = ["about it the film", "p dull"], ["about it", "p"]
     answer = httpx2.post(f"{address}/get_reward", json={"query": query, "prompts": prompts, "labels": [None, None]}).json()

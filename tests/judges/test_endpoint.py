@@ -178,7 +178,7 @@ def test_missing_server_is_an_error(server: Server) -> None:
     assert asked.tally.retries == 1
 
 
-def test_refused_key_stops_at_once_and_is_not_printed(server: Server) -> None:
+def test_refused_key_stops_immediately_and_is_not_printed(server: Server) -> None:
     server.reply = lambda body, number: (401, {"error": "Incorrect API key provided: k-secret-9"}, {})
     with client(server, key="k-secret-9") as asked, pytest.raises(ModelError) as caught:
         asked.compare(PAIRS[:1])

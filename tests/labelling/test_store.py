@@ -175,7 +175,7 @@ def test_wrong_answer_is_refused_and_nothing_is_written(make_folder, answer, cha
     store.close()
 
 
-def test_ties_are_refused_where_the_questions_forbid_them(make_folder, answer) -> None:
+def test_ties_are_refused_if_the_questions_forbid_them(make_folder, answer) -> None:
     store = Store(make_folder(questions="ties: false\n"))
     with pytest.raises(AnswerError, match="share a rank"):
         store.record("anna", answer(store, "anna", next(iter(store.tasks)), [0, 0, 1]))

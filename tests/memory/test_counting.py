@@ -118,7 +118,7 @@ def test_counts_are_kept_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert made == [one, one]
 
 
-def test_family_that_cannot_be_counted_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_family_that_cannot_be_counted_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
     unknown = PassKind(json.dumps({"model_type": "nobody-made-this"}), 90, "cpu", 4, 4, True)
     assert pass_memory(unknown) is None and pass_memory(unknown) is None
     assert caplog.text.count("the activations of nobody-made-this are estimated by constants") == 1

@@ -126,7 +126,7 @@ def test_adapter_gives_equal_outputs_trained_loaded_stacked_and_exported(
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 @pytest.mark.parametrize("settings", [{}, {"target_modules": ["wte", "c_attn"]}, {"target_modules": ["lm_head", "c_proj"]}])
-def test_layers_of_gpt2_keep_their_form(
+def test_adapters_on_the_transposed_layers_of_gpt2_are_saved_and_merged(
     bases: dict[str, Path], tiny_tokenizer: Any, tmp_path: Path, settings: dict[str, Any], quantization: str
 ) -> None:
     from transformers import AutoModelForCausalLM

@@ -36,7 +36,7 @@ def test_cpu_without_tiles_computes_in_fp32_and_measures_nothing(monkeypatch, tm
 
 
 @pytest.mark.parametrize(("bf16", "expected"), [(0.5, "bf16"), (0.79, "bf16"), (0.85, "fp32"), (1.3, "fp32")])
-def test_bf16_is_chosen_where_it_is_clearly_faster(measure, tmp_path: Path, bf16: float, expected: str) -> None:
+def test_bf16_is_chosen_if_it_is_clearly_faster(measure, tmp_path: Path, bf16: float, expected: str) -> None:
     widths = measure(1.0, bf16)
     decided = auto_precision(lambda: 4096, tmp_path)
     assert decided.precision == expected and widths == [1024]  # wider models gain more
@@ -64,7 +64,7 @@ def test_resumed_step_keeps_its_dtype_on_any_machine(measure, monkeypatch, tmp_p
     assert json.loads(kept.read_text())["precision"] == "fp32"
 
 
-def test_measurement_times_both_dtypes_and_leaves_the_random_generator_alone(monkeypatch) -> None:
+def test_measurement_times_both_dtypes_and_does_not_change_the_random_generator(monkeypatch) -> None:
     monkeypatch.setattr(precision, "SECONDS", 0.0)
     monkeypatch.setattr(precision, "TOKENS", 64)
     torch.manual_seed(5)

@@ -188,7 +188,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(ppo_config, ppo_conte
     assert f"{newest.name} is skipped: policy.safetensors was changed" in said and "resuming after iteration" in said
 
 
-def test_the_best_iteration_is_published_beside_the_last(ppo_config, ppo_context, prompts) -> None:
+def test_the_best_iteration_is_published_in_addition_to_the_last(ppo_config, ppo_context, prompts) -> None:
     result = run(ppo_config(data=prompts, total_episodes=60, keep_best=2, keep_last=1, checkpoint_seconds=1e9), ppo_context)
     lines = [json.loads(line) for line in (ppo_context.folder / "metrics.jsonl").read_text().splitlines()]
     scores = [line["rewards/total_mean"] for line in lines]

@@ -74,7 +74,7 @@ def test_weight_average_is_published(ppo_config, step_context, resolve_folder, t
     torch.testing.assert_close(average[name], start[name], rtol=0, atol=1e-5)  # eight steps of a millionth each
 
 
-def test_average_by_iteration_is_published_beside_the_last_weights(
+def test_average_by_iteration_is_published_in_addition_to_the_last_weights(
     ppo_config, step_context, resolve_folder, tiny_llama_folder, prompts
 ) -> None:
     models = {"policy": resolve_folder(tiny_llama_folder)}

@@ -124,7 +124,7 @@ def test_padding_with_the_end_token_changes_nothing(ppo_config, ppo_context, mak
         torch.testing.assert_close(gradient, results[1][2][name])
 
 
-def test_value_warmup_leaves_the_policy_alone(ppo_config, ppo_context, make_rollout) -> None:
+def test_value_warmup_does_not_change_the_policy(ppo_config, ppo_context, make_rollout) -> None:
     for value in ("policy", "shared"):
         config = ppo_config(value=value)
         roles = load_roles(config, ppo_context)

@@ -94,7 +94,7 @@ def test_from_random_weights_to_a_published_model(corpus: Path, step_context: An
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}])
-def test_continuing_a_model_begins_where_it_was(corpus: Path, step_context: Any, lora: dict[str, int] | None) -> None:
+def test_continued_training_begins_with_the_perplexity_of_the_model(corpus: Path, step_context: Any, lora: dict[str, int] | None) -> None:
     base = run(config(corpus), step_context(name="test/base", seed=5))
     record = base.model
     resolved = ResolvedModel(

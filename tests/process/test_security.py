@@ -70,7 +70,7 @@ def test_pickle_is_refused_without_reading_it(tiny_llama_folder: Path) -> None:
     assert not Path("owned").exists()
 
 
-def test_pickle_beside_safetensors_is_not_read(tiny_llama_folder: Path, resolve_folder: Any) -> None:
+def test_pickle_next_to_safetensors_is_not_read(tiny_llama_folder: Path, resolve_folder: Any) -> None:
     import torch
 
     from stages.models.heads import RewardModel

@@ -17,7 +17,7 @@ from stages.process.stopping import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stop_request_raises_at_once_outside_of_deferred_blocks(number: signal.Signals) -> None:
+def test_stop_request_raises_immediately_outside_of_deferred_blocks(number: signal.Signals) -> None:
     stop = StopRequest()
     before = signal.getsignal(number)
     with pytest.raises(Stopped) as caught, stop.installed():
@@ -59,7 +59,7 @@ def test_earlier_stop_request_ends_the_interruptible_part_at_its_beginning() -> 
             raise AssertionError("not reached")
 
 
-def test_second_stop_request_after_a_while_ends_the_process_at_once() -> None:
+def test_second_stop_request_after_a_while_ends_the_process_immediately() -> None:
     script = """
         import os, signal, time
         from stages.process import stopping

@@ -65,7 +65,7 @@ def test_data_efficiency_needs_three_sizes(new_run, tmp_path) -> None:
     assert figure.rows == [["sft", "from base", "100", "1.99"], ["sft", "from base", "1,000", "1.9"], ["sft", "from base", "10,000", "1"]]
 
 
-def test_over_optimisation_has_best_of_n_beside_ppo(run_folder: Path) -> None:
+def test_over_optimisation_shows_best_of_n_and_ppo(run_folder: Path) -> None:
     run = read_run(run_folder)
     step = run.step("aligned")
     assert step is not None

@@ -132,7 +132,7 @@ def test_training_needs_answers_of_one_token(pairs, tiny_llama_folder, resolve_f
         run(config, step_context("test/asked", models={"model": resolve_folder(tiny_llama_folder)}))
 
 
-def test_accuracy_beside_the_scalar_head(tiny_llama_folder, resolve_folder, step_context, tmp_path, monkeypatch) -> None:
+def test_accuracy_is_compared_with_that_of_the_scalar_head(tiny_llama_folder, resolve_folder, step_context, tmp_path, monkeypatch) -> None:
     (tmp_path / "lengths_beside.py").write_text("def longer(p, c): return [len(text) for text in c]\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     rows = [{"prompt": f"film {n}", "chosen": "a joy to see", "rejected": "dull"} for n in range(6)]

@@ -337,7 +337,7 @@ def test_autocast_counts_as_the_precision_of_a_step() -> None:
         assert graphs.compute_dtype(logits) == torch.bfloat16
 
 
-def test_nothing_is_recorded_without_a_gpu_or_where_int8_waits(model) -> None:
+def test_nothing_is_recorded_without_a_gpu_or_with_int8(model) -> None:
     assert not graphs.can_record(model)
 
     class Linear8bitLt(nn.Linear):

@@ -81,7 +81,7 @@ def test_length_controlled_interval_covers(skill: float, prompts: int) -> None:
     assert 0.93 <= covered / 600 <= 0.97
 
 
-def test_length_controlled_is_finite_where_one_side_always_wins() -> None:
+def test_length_controlled_is_finite_if_one_side_always_wins() -> None:
     rate = length_controlled_win_rate([1.0] * 50, [float(index) for index in range(50)])
     assert 0.95 < rate.win_rate < 1 and 0.9 < rate.ci_low < rate.ci_high <= 1
 

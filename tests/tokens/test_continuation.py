@@ -66,7 +66,7 @@ def test_real_stories_are_encoded_as_one_text(shared_data) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_merge_over_the_boundary_leaves_the_prompt_alone(tokenizer_of, kind) -> None:
+def test_a_token_merge_over_the_boundary_does_not_change_the_prompt(tokenizer_of, kind) -> None:
     """'there was' is split inside a word. The first part has the same tokens as without the continuation."""
     tokenizer = tokenizer_of(kind)
     first, second = segment_ids(tokenizer, ["the weather is wa", "rm today"])
