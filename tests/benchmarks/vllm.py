@@ -49,6 +49,8 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--core", type=int)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--episodes", type=int, default=5120, help="learning: episodes of a run")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="learning: of the policy")
+    parser.add_argument("--arms", nargs="+", choices=learning.ARMS, default=list(learning.ARMS), help="learning: the samplers")
     parser.add_argument("--rounds", type=int, default=2, help="speed, iterations: measured rounds; the engines take turns in each")
     parser.add_argument("--batches", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 256, 512])
@@ -67,10 +69,12 @@ def main() -> None:
         if options.what in (name, "all"):
             with tempfile.TemporaryDirectory() as folder:
                 measure(options, kept, Path(folder))
-        if kept.rows:
-            text = table(kept, options.out)
+        if kept.rows and options.what in (name, "all", "tables"):
+            text = table(kept)
             (options.out / f"vllm-{name}.md").write_text(text, encoding="utf-8")
             print(text, flush=True)
+            if name == "learning":
+                learning.draw(kept, options.out / "vllm-learning.png")
 
 
 if __name__ == "__main__":

@@ -24,31 +24,32 @@ from tests.benchmarks.engines.server import RunningServer, served
 REPOSITORY = Path(__file__).resolve().parents[3]
 ARMS: Mapping[str, tuple[str, ...]] = {"local": (), "vllm": (), "vllm, overlap: 1": ("aligned.overlap=1",)}
 RANK = 8
-LORA = (
-    f"aligned.lora={{r: {RANK}}}",
-    "aligned.training={learning_rate: 3.0e-3, value_learning_rate: 1.0e-3}",
-    "aligned.publish_value=false",
-)
+LORA = (f"aligned.lora={{r: {RANK}}}", "aligned.publish_value=false")
 VERDICT = ('verdict.candidates={"sft": "sft", "aligned": "aligned"}', "verdict.token_details=null", "verdict.perplexity=null")
 PANELS = {"gold": "gold score", "proxy": "proxy score (reward model)", "kl": "KL to the reference, nats"}
 
 
-def recipe_of(arm: str, engine: object, seed: int, episodes: int, home: Path) -> Recipe:
-    """The quickstart for one run, without the DPO step. ``engine``: generation.engine of the PPO step."""
-    fields = [f"aligned.generation.engine={json.dumps(engine)}", f"aligned.seed={seed}", f"aligned.total_episodes={episodes}"]
-    overrides = [*LORA, *ARMS[arm], *fields, *VERDICT]
+def recipe_of(key: Mapping[str, Any], engine: object, home: Path) -> Recipe:
+    """The quickstart for one run (``key``: the key of its row), without the DPO step. ``engine``: generation.engine of the PPO step."""
+    fields = {
+        "generation.engine": json.dumps(engine),
+        "seed": key["seed"],
+        "total_episodes": key["episodes"],
+        "training": f"{{learning_rate: {key['learning_rate']}, value_learning_rate: 1.0e-3}}",
+    }
+    overrides = [*LORA, *ARMS[key["arm"]], *(f"aligned.{name}={value}" for name, value in fields.items()), *VERDICT]
     recipe = load_recipe(REPOSITORY / "recipes" / "quickstart.yaml", overrides, Registry(home / "registry"))
     recipe.steps[:] = [step for step in recipe.steps if step.name != "dpo"]
     return recipe
 
 
 def measure(options: argparse.Namespace, kept: Kept, folder: Path) -> None:
-    """Run all arms that are not finished; the seeds are the outer loop, so that an interrupted benchmark has whole triples."""
-    home, episodes = options.home.absolute(), options.episodes
-    keys = [{"arm": arm, "seed": seed, "episodes": episodes} for seed in range(1, options.seeds + 1) for arm in ARMS]
+    """Run all arms that are not finished; the seeds are the outer loop, so that an interrupted benchmark has all arms of some seeds."""
+    home, rest = options.home.absolute(), {"episodes": options.episodes, "learning_rate": options.learning_rate}
+    keys = [{"arm": arm, "seed": seed, **rest} for seed in range(1, options.seeds + 1) for arm in options.arms]
     if all(kept.has(key) for key in keys):
         return
-    start = recipe_of("local", "local", 1, episodes, home)
+    start = recipe_of(keys[0], "local", home)
     start.steps[:] = [step for step in start.steps if step.name not in ("aligned", "verdict")]
     chain.run(start, home, Runtime(quiet=True))
     base = Registry(home / "registry").get("quickstart/sft")
@@ -61,7 +62,7 @@ def run_arm(key: Mapping[str, Any], server: RunningServer, home: Path) -> Row:
     """Run one arm with one seed; the values of its row."""
     engine = "local" if key["arm"] == "local" else server.engine
     began = server.processor_seconds()
-    summary = chain.run(recipe_of(key["arm"], engine, key["seed"], key["episodes"], home), home, Runtime(quiet=True))
+    summary = chain.run(recipe_of(key, engine, home), home, Runtime(quiet=True))
     aligned = next(step for step in summary["steps"] if step["name"] == "aligned")
     metrics = newest_metrics(home)
     rate = next(row for row in summary["win_rates"] if {row["a"], row["b"]} == {"aligned", "sft"} and row["judge"] == "gold")
@@ -94,66 +95,84 @@ def newest_metrics(home: Path) -> list[dict[str, float]]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean over seeds, with Student's 95 % interval if there are at least two."""
+    """Mean over seeds, with Student's 95 % interval if there are at least two; empty without values."""
+    if not values:
+        return ""
     mean, low, high = mean_interval(values)
     return f"{mean:.3f}" if len(values) < 2 else f"{mean:.3f} ({low:.3f} to {high:.3f})"
 
 
-def table(kept: Kept, out: Path) -> str:
-    """The table in Markdown, of the most episodes that were run; draws the curves into ``out`` as well."""
+def groups(kept: Kept) -> dict[float, dict[str, list[Row]]]:
+    """The rows of the runs with the most episodes, by learning rate (largest first) and arm."""
     episodes = max(row["episodes"] for row in kept.rows)
-    by_arm = {arm: [row for row in kept.rows if row["arm"] == arm and row["episodes"] == episodes] for arm in ARMS}
-    by_arm = {arm: rows for arm, rows in by_arm.items() if rows}
-    local = {row["seed"]: row for row in by_arm.get("local", [])}
-    seeds = sorted({row["seed"] for rows in by_arm.values() for row in rows})
-    tenth = max(1, len(kept.rows[0]["curves"]["gold"]) // 10)
+    rows = [row for row in kept.rows if row["episodes"] == episodes]
+    rates = sorted({row["learning_rate"] for row in rows}, reverse=True)
+    of = {(rate, arm): [row for row in rows if (row["learning_rate"], row["arm"]) == (rate, arm)] for rate in rates for arm in ARMS}
+    return {rate: {arm: of[rate, arm] for arm in ARMS if of[rate, arm]} for rate in rates}
+
+
+def table(kept: Kept) -> str:
+    """The table in Markdown."""
     lines = [
-        f"PPO with LoRA on the quickstart, {episodes:,} episodes, seeds {', '.join(map(str, seeds))}; means with 95 % intervals.",
-        "",
-        "| sampler | win rate over SFT, by seed | mean | difference to local, same seeds | held-out gold score "
-        "| gold score in training, first and last tenth | KL | processor seconds of a run |",
-        "|---|---|---|---|---|---|---|---|",
+        "| sampler, learning rate | win rate over SFT, by seed | mean (95 %) | difference to local, same seeds | held-out gold score "
+        "| gold score in training, first and last tenth | all iterations: difference to local | KL | processor seconds of a run |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for arm, rows in by_arm.items():
-        paired = [row["win_rate"] - local[row["seed"]]["win_rate"] for row in rows if row["seed"] in local]
-        first, last = (
-            statistics.fmean(statistics.fmean(row["curves"]["gold"][part]) for row in rows) for part in (slice(tenth), slice(-tenth, None))
-        )
-        cells = [
-            arm,
-            ", ".join(f"{row['win_rate']:.2f}" for row in rows),
-            spread([row["win_rate"] for row in rows]),
-            spread(paired) if arm != "local" and paired else "",
-            spread([row["gold"] for row in rows]),
-            f"{first:.2f}, {last:.2f}",
-            f"{statistics.fmean(row['kl'] for row in rows):.1f}",
-            f"{statistics.fmean(row['processor_seconds'] for row in rows):.0f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    draw(by_arm, out / "vllm-learning.png")
+    for rate, by_arm in groups(kept).items():
+        local = {row["seed"]: row for row in by_arm.get("local", [])}
+        for arm, rows in by_arm.items():
+            pairs = [(row, local[row["seed"]]) for row in rows if row["seed"] in local] if arm != "local" else []
+            lines.append("| " + " | ".join([f"{arm}, {rate:g}", *cells_of(rows, pairs)]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def draw(by_arm: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """Draw the mean over seeds of each curve, with the range of the seeds."""
+def cells_of(rows: Sequence[Row], pairs: Sequence[tuple[Row, Row]]) -> list[str]:
+    """The cells of an arm. ``pairs``: each row with the local sampler's row of the same seed."""
+    tenth = max(1, len(rows[0]["curves"]["gold"]) // 10)
+    training = [statistics.fmean(statistics.fmean(row["curves"]["gold"][part]) for row in rows) for part in tenths(tenth)]
+    return [
+        ", ".join(f"{row['win_rate']:.2f}" for row in rows),
+        spread([row["win_rate"] for row in rows]),
+        spread([row["win_rate"] - other["win_rate"] for row, other in pairs]),
+        spread([row["gold"] for row in rows]),
+        ", ".join(f"{value:.2f}" for value in training),
+        spread([statistics.fmean(row["curves"]["gold"]) - statistics.fmean(other["curves"]["gold"]) for row, other in pairs]),
+        f"{statistics.fmean(row['kl'] for row in rows):.1f}",
+        f"{statistics.fmean(row['processor_seconds'] for row in rows):.0f}",
+    ]
+
+
+def tenths(length: int) -> tuple[slice, slice]:
+    """The first and the last ``length`` values of a curve."""
+    return slice(length), slice(-length, None)
+
+
+def draw(kept: Kept, path: Path) -> None:
+    """Draw the mean over seeds of each curve, with the range of the seeds, in one row of panels per learning rate.
+
+    Each value is a mean over five iterations.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(3.4 * len(PANELS), 2.6), constrained_layout=True)
-    for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
-        for arm, rows in by_arm.items():
-            columns = list(zip(*(smoothed(row["curves"][name]) for row in rows), strict=True))
-            axis.fill_between(
-                range(len(columns)), [min(column) for column in columns], [max(column) for column in columns], alpha=0.18, linewidth=0
-            )
-            axis.plot([statistics.fmean(column) for column in columns], linewidth=1.2, label=arm)
-        axis.set_title(title, fontsize=8)
-        axis.set_xlabel("iteration", fontsize=7)
-        axis.tick_params(labelsize=6)
-        axis.grid(alpha=0.25, linewidth=0.5)
-    axes[0].legend(fontsize=7)
+    by_rate = groups(kept)
+    size = (3.4 * len(PANELS), 2.5 * len(by_rate))
+    figure, axes = pyplot.subplots(len(by_rate), len(PANELS), figsize=size, constrained_layout=True, squeeze=False)
+    for line, (rate, by_arm) in zip(axes, by_rate.items(), strict=True):
+        for axis, (name, title) in zip(line, PANELS.items(), strict=True):
+            for arm, rows in by_arm.items():
+                columns = list(zip(*(smoothed(row["curves"][name]) for row in rows), strict=True))
+                low, high = [min(column) for column in columns], [max(column) for column in columns]
+                color = f"C{list(ARMS).index(arm)}"
+                axis.fill_between(range(len(columns)), low, high, alpha=0.18, linewidth=0, color=color)
+                axis.plot([statistics.fmean(column) for column in columns], linewidth=1.2, label=arm, color=color)
+            axis.set_title(f"{title}, learning rate {rate:g}", fontsize=8)
+            axis.set_xlabel("iteration", fontsize=7)
+            axis.tick_params(labelsize=6)
+            axis.grid(alpha=0.25, linewidth=0.5)
+    axes[0][0].legend(fontsize=7)
     figure.savefig(path, dpi=90, metadata={"Software": None})
     pyplot.close(figure)
 

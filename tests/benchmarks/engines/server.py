@@ -36,7 +36,10 @@ class RunningServer:
 
 @contextmanager
 def served(model: str, log: Path, lora_rank: int = 0) -> Iterator[RunningServer]:
-    """Start a server for ``model`` (a folder) in fp32, and end it at the end of the context. ``lora_rank`` 0: without adapters."""
+    """Start a server for ``model`` (a folder) in fp32, and end it at the end of the context. ``lora_rank`` 0: without adapters.
+
+    After an error, the end of the server's log is printed.
+    """
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CACHE_GIB)
     server = StartedServer(VllmStart(), Served(model, "float32", lora_rank=lora_rank), log)
     began = time.perf_counter()
@@ -45,5 +48,8 @@ def served(model: str, log: Path, lora_rank: int = 0) -> Iterator[RunningServer]
     os.environ[KEY_VARIABLE] = server.key
     try:
         yield RunningServer({"vllm": {"url": server.url, "api_key_variable": KEY_VARIABLE, "timeout_seconds": 1800.0}}, server)
+    except BaseException:
+        print("\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-40:]), flush=True)
+        raise
     finally:
         server.end()

@@ -121,10 +121,10 @@ def sampled(sampler: Sampler, prompts: list[list[int]], settings: GenerationSett
     }
 
 
-def speed_table(kept: Kept, out: Path) -> str:
+def speed_table(kept: Kept) -> str:
     """Medians over the rounds, in Markdown; the ratio is that of the medians, with the smallest and largest ratio of a round."""
     lines = [
-        "| batch | new tokens | local, tokens/s | vLLM, tokens/s | vLLM / local (rounds) | of wall time |",
+        "| batch | new tokens | local, tokens/s | vLLM, tokens/s | vLLM / local (range of the rounds) | the same by wall time |",
         "|---|---|---|---|---|---|",
     ]
     for batch, length in sorted({(row["batch"], row["length"]) for row in kept.rows}):
@@ -214,27 +214,26 @@ def iteration(source: ResolvedModel, server: RunningServer, engine: str, episode
         "tokens": round(entry["responses/length_mean"] * episodes),
         "wall_seconds": round(episodes / entry["time/episodes_per_second"], 2),
         "processor_seconds": round(processor / iterations, 2),
-        "generation_seconds": seconds["generation_s"],
-        "update_seconds": seconds["update_s"],
         "seconds": seconds,
     }
 
 
-def iterations_table(kept: Kept, out: Path) -> str:
+def iterations_table(kept: Kept) -> str:
     """Medians over the rounds, in Markdown."""
     lines = [
-        "| episodes | sampler | tokens | processor seconds per iteration (rounds) | wall seconds | waiting for samples | update |",
-        "|---|---|---|---|---|---|---|",
+        "| episodes | sampler | tokens | processor seconds per iteration (range of the rounds) | wall seconds | of these sampling "
+        "| scoring passes | update |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    cases = sorted(
-        {(row["episodes"], row["engine"]) for row in kept.rows}, key=lambda case: (case[0], (*ENGINES, "overlap").index(case[1]))
-    )
-    for episodes, engine in cases:
+    order = [*ENGINES, "overlap"]
+    for episodes, engine in sorted(
+        {(row["episodes"], row["engine"]) for row in kept.rows}, key=lambda case: (case[0], order.index(case[1]))
+    ):
         rows = [row for row in kept.rows if (row["episodes"], row["engine"]) == (episodes, engine)]
-        middle = {name: statistics.median(row[name] for row in rows) for name in rows[0] if name == "tokens" or name.endswith("_seconds")}
-        processor = [row["processor_seconds"] for row in rows]
-        cells = [f"{episodes:,}", engine, f"{middle['tokens']:,.0f}"]
-        cells.append(f"{middle['processor_seconds']:.1f} ({min(processor):.1f} to {max(processor):.1f})")
-        cells += [f"{middle[f'{name}_seconds']:.1f}" for name in ("wall", "generation", "update")]
+        processor, wall = [row["processor_seconds"] for row in rows], [row["wall_seconds"] for row in rows]
+        cells = [f"{episodes:,}", engine, f"{statistics.median(row['tokens'] for row in rows):,.0f}"]
+        cells.append(f"{statistics.median(processor):.1f} ({min(processor):.1f} to {max(processor):.1f})")
+        cells.append(f"{statistics.median(wall):.1f}")
+        cells += [f"{statistics.median(row['seconds'][f'{name}_s'] for row in rows):.1f}" for name in ("generation", "measuring", "update")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

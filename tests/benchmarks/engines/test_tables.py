@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from tests.benchmarks.engines import learning, speed
 from tests.benchmarks.engines.kept import Kept
 
+REPOSITORY = Path(__file__).resolve().parents[3]
 URL = "http://127.0.0.1:9"
 
 
@@ -20,15 +22,18 @@ def kept(path: Path, rows: list[dict[str, Any]]) -> Kept:
 
 
 def test_arms_of_the_learning_benchmark_differ_only_in_the_sampler(tmp_path: Path) -> None:
-    recipes = {
-        arm: learning.recipe_of(arm, "local" if arm == "local" else {"vllm": {"url": URL}}, 2, 128, tmp_path) for arm in learning.ARMS
-    }
+    rest = {"seed": 2, "episodes": 128, "learning_rate": 1e-3}
+    engines = {"local": "local", "vllm": {"vllm": {"url": URL}}, "vllm, overlap: 1": {"vllm": {"url": URL}}}
+    recipes = {arm: learning.recipe_of({"arm": arm, **rest}, engine, tmp_path) for arm, engine in engines.items()}
     configs = {arm: next(step for step in recipe.steps if step.name == "aligned").config for arm, recipe in recipes.items()}
     assert [step.name for step in recipes["vllm"].steps] == ["base", "sft", "taste", "preference", "aligned", "verdict"]
-    assert {arm: (config.seed, config.lora.r, config.total_episodes, config.overlap) for arm, config in configs.items()} == {
-        "local": (2, 8, 128, 0),
-        "vllm": (2, 8, 128, 0),
-        "vllm, overlap: 1": (2, 8, 128, 1),
+    assert {
+        arm: (config.seed, config.lora.r, config.total_episodes, config.overlap, config.training.learning_rate)
+        for arm, config in configs.items()
+    } == {
+        "local": (2, 8, 128, 0, 1e-3),
+        "vllm": (2, 8, 128, 0, 1e-3),
+        "vllm, overlap: 1": (2, 8, 128, 1, 1e-3),
     }
     assert [config.generation.vllm is None for config in configs.values()] == [True, False, False]
     same = [config.model_dump(exclude={"overlap": True, "generation": {"engine"}}) for config in configs.values()]
@@ -57,21 +62,31 @@ def test_speed_table_has_tokens_per_second_and_ratios_of_the_rounds(tmp_path: Pa
         {"engine": engine, "batch": 16, "length": 64, "round": turn, "tokens": 100, "processor_seconds": processor, "wall_seconds": wall}
         for (engine, turn), (processor, wall) in times.items()
     ]
-    table = speed.speed_table(kept(tmp_path / "rows.json", rows), tmp_path)
+    table = speed.speed_table(kept(tmp_path / "rows.json", rows))
     # medians: local (50 + 100) / 2 = 75, vLLM (25 + 20) / 2 = 22.5; ratios by round 0.5 and 0.2
     assert table.splitlines()[2] == "| 16 | 64 | 75 | 22 | 0.30 (0.20 to 0.50) | 2.00 |"
 
 
 def test_learning_table_pairs_the_seeds_with_the_local_sampler(tmp_path: Path) -> None:
     """Differences 0, 0.02 and 0.04: mean 0.02, deviation 0.02, Student's half-width 4.3027 * 0.02 / sqrt(3) = 0.0497."""
-    pytest.importorskip("matplotlib")
     curves = {"gold": [0.5, 0.7], "proxy": [0.0, 0.1], "kl": [0.0, 1.0]}
-    rest = {"episodes": 64, "gold": 0.8, "kl": 2.0, "processor_seconds": 10.0, "curves": curves}
+    rest = {"episodes": 64, "learning_rate": 1e-3, "gold": 0.8, "kl": 2.0, "processor_seconds": 10.0, "curves": curves}
     rates = {"local": (0.60, 0.60, 0.60), "vllm": (0.60, 0.62, 0.64)}
     rows = [{"arm": arm, "seed": seed, "win_rate": rate, **rest} for arm, own in rates.items() for seed, rate in enumerate(own, 1)]
+    for row in rows[3:]:
+        row["curves"] = {**curves, "gold": [0.4, 0.7]}  # 0.05 below the local sampler's, over all iterations
     older = {**rows[0], "episodes": 32, "win_rate": 0.1}
-    table = learning.table(kept(tmp_path / "rows.json", [*rows, older]), tmp_path)
+    table = learning.table(kept(tmp_path / "rows.json", [*rows, older]))
     cells = [cell.strip() for cell in table.splitlines()[-1].split("|")]
-    assert cells[1:5] == ["vllm", "0.60, 0.62, 0.64", "0.620 (0.570 to 0.670)", "0.020 (-0.030 to 0.070)"]
-    assert cells[6:9] == ["0.50, 0.70", "2.0", "10"]
-    assert (tmp_path / "vllm-learning.png").stat().st_size > 0
+    assert cells[1:5] == ["vllm, 0.001", "0.60, 0.62, 0.64", "0.620 (0.570 to 0.670)", "0.020 (-0.030 to 0.070)"]
+    assert cells[6:10] == ["0.40, 0.70", "-0.050 (-0.050 to -0.050)", "2.0", "10"]
+
+
+@pytest.mark.parametrize(
+    ("name", "table"), [("learning", learning.table), ("speed", speed.speed_table), ("iterations", speed.iterations_table)]
+)
+def test_the_page_has_the_tables_of_the_kept_numbers(name: str, table: Callable[[Kept], str]) -> None:
+    results, page = REPOSITORY / "tests" / "benchmarks" / "results", REPOSITORY / "docs" / "vllm.md"
+    made = table(Kept(results / f"vllm-{name}.json"))
+    assert (results / f"vllm-{name}.md").read_text() == made
+    assert made[made.index("|") :] in page.read_text()
