@@ -49,12 +49,9 @@ class LengthControlledRate(TypedDict):
     length_effect: float
 
 
-class WinRate(TypedDict):
-    """How often a judge prefers candidate ``a`` to candidate ``b``. The numbers are those of ``stages.stats.comparing.WinRate``."""
+class WinRateNumbers(TypedDict):
+    """The fields of ``stages.stats.comparing.WinRate`` as JSON."""
 
-    a: str
-    b: str
-    judge: str
     win_rate: float
     ci_low: float
     ci_high: float
@@ -66,6 +63,14 @@ class WinRate(TypedDict):
     bootstrap_high: float
     variance: float
     prompts_needed: float | None  # None if no number of prompts is enough
+
+
+class WinRate(WinRateNumbers):
+    """How often a judge prefers candidate ``a`` to candidate ``b``."""
+
+    a: str
+    b: str
+    judge: str
     length_controlled: LengthControlledRate
     score_difference: NotRequired[Interval]
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from stages.config import ModelInput
 from stages.errors import RegistryError
+from stages.hub.contents import model_content
+from stages.hub.repositories import COMMIT
 from stages.models.stacks import find_base, is_adapter
 from stages.recipe.schema import Reference
 from stages.registry.contents import digest_folder, digest_of
@@ -36,6 +38,15 @@ def resolve(model: Reference, registry: Registry, made: Mapping[str, ModelRecord
         return ResolvedModel(model.input.ref, "folder", model.target, digest, model.input, base=base)
     digest = f"hub:{model.target}@{model.input.revision or 'main'}{below}"
     return ResolvedModel(model.input.ref, "hub", model.target, digest, model.input, base=base)
+
+
+def content_of(model: ResolvedModel) -> str:
+    """What the fingerprint of a step says about a model: its digest; for a Hub model the content of its files instead of the commit."""
+    commit = model.input.revision
+    if model.kind != "hub" or commit is None or not COMMIT.fullmatch(commit):
+        return model.digest
+    below = f" on {content_of(model.base)}" if model.base is not None else ""
+    return f"hub:{model.path} {model_content(model.path, commit)}{below}"
 
 
 def _folder_digest(folder: Path, model: ModelInput) -> str:

@@ -32,7 +32,7 @@ from rich.table import Table
 from stages.chain.fingerprints import fingerprint_of, parts_of, settings_of, why
 from stages.chain.fitness import ModelChecks
 from stages.chain.pins import Commits, apart_from_folders, hub_inputs, is_known, pinned, resolve_commits
-from stages.chain.resolving import resolve
+from stages.chain.resolving import content_of, resolve
 from stages.chain.results import StoredResult, last_result, load_result, restore_files, save_result
 from stages.chain.texts import check_texts, tokenizer_digests
 from stages.config import StepConfig
@@ -168,7 +168,7 @@ def plan_step(recipe: Recipe, step: RecipeStep, home: Path, registry: Registry, 
         known = {field_path: model.input.ref for field_path, model in step.models.items()}
         return StepPlan(step.name, step.stage, "run", "its inputs on the Hub could not be looked up", None, known, read_on_hub)
     models = {field_path: resolve(model, registry, made) for field_path, model in step.models.items()}
-    parts = parts_of(step, {field_path: model.digest for field_path, model in models.items()})
+    parts = parts_of(step, {field_path: content_of(model) for field_path, model in models.items()})
     fingerprint = fingerprint_of(parts)
     inputs = {field_path: model.record.ref if model.record is not None else model.ref for field_path, model in models.items()}
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from stages.config import HUB, DataInput, DataSource
 from stages.corpora.formats import EXPECTED, file_text, read_file, row_at, rows_of_parts, with_locations
-from stages.corpora.hub_tables import commit_of, read_hub
+from stages.corpora.hub_tables import DECIDE, content_of, read_hub
 from stages.corpora.labels import ANSWERS, TASKS, labelled_rows, labelling_folder_of
 from stages.corpora.layout import PACKED, SUFFIXES, UNSPLIT, Layout, is_data, layout_of, parts_of
 from stages.corpora.rows import Row, column_of
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from stages.corpora.rows import RowFilter
 
 logger = logging.getLogger(__name__)
-DECIDE = ("README.md", "dataset_dict.json", "state.json")
 
 
 def read_rows(sources: Sequence[DataSource], *, split: str = "train") -> list[Row]:
@@ -236,7 +235,7 @@ def _names(sources: Sequence[DataSource]) -> str:
 
 
 def fingerprint(sources: Sequence[DataSource]) -> str:
-    """Hash of the content of ``sources``: file bytes (independent of the path), the world's files and code, Hub ids and commits."""
+    """Hash of the content of ``sources``: file bytes (independent of the path), the world's files and code, Hub ids and their contents."""
     hashes = hashlib.sha256()
     for source in sources:
         hashes.update(_source_fingerprint(source).encode() + b"\n")
@@ -250,7 +249,7 @@ def _source_fingerprint(source: DataSource) -> str:
     if source.on_hub:
         _refuse_file(source)
 
-        return f"hub {source.hub_id}@{commit_of(source)} {source.name} {source.split} {source.data_dir} {source.data_files}"
+        return f"hub {source.hub_id} {content_of(source)} {source.name} {source.split} {source.data_dir} {source.data_files}"
     path = Path(source.path)
     if (labels := labelling_folder_of(path)) is not None:
         return " ".join(file_sha256(labels / name) for name in (TASKS, ANSWERS) if (labels / name).exists())
@@ -262,4 +261,4 @@ def _source_fingerprint(source: DataSource) -> str:
 def _files_that_decide(path: Path) -> list[Path]:
     """The files that determine a folder's rows: data files, and files that assign data files to splits."""
     files = [file for file in path.rglob("*") if file.is_file()]
-    return sorted(file for file in files if file.name in DECIDE or is_data(file.relative_to(path).as_posix()))
+    return sorted(file for file in files if file.name in ("README.md", *DECIDE) or is_data(file.relative_to(path).as_posix()))

@@ -5,19 +5,23 @@ Only the files of the requested split are downloaded, into the Hub's own cache. 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 from stages.config import DataSource
 from stages.corpora.formats import read_file, rows_of_parts, with_locations
-from stages.corpora.layout import Layout, Part, find_split, front_matter, layout_of, parts_of, suffix_of
+from stages.corpora.layout import Layout, Part, find_split, front_matter, is_data, layout_of, parts_of, suffix_of
 from stages.corpora.rows import Row, column_of
 from stages.errors import DataError, HubUnreachable
+from stages.hub.contents import content_digest
 from stages.hub.repositories import COMMIT, Repository, fetch, look_up
 
 logger = logging.getLogger(__name__)
 
+DECIDE = ("dataset_dict.json", "state.json")
+"""Files besides the data files that assign data files to splits. A README does, too, by its configs."""
 TYPED = {".csv": "csv", ".tsv": "csv", ".txt": "text"}
 """Formats that the ``datasets`` library parses into values. In a text file each line is a row."""
 ORDER = (".parquet", ".arrow", ".jsonl", ".json", ".csv")  # preference between formats with equal file counts, as in datasets
@@ -27,6 +31,21 @@ def commit_of(source: DataSource) -> str:
     """The commit at which a data set is read. Asks the Hub unless the recipe pins a commit."""
     pinned = source.revision is not None and COMMIT.fullmatch(source.revision)
     return str(source.revision) if pinned else repository_of(source).commit
+
+
+def content_of(source: DataSource) -> str:
+    """What a data set contains at its commit: a digest of its data files and of the configs in its README.
+
+    The commit itself if the Hub does not say what the files contain.
+    """
+    commit = commit_of(source)
+    digest = content_digest("dataset", source.hub_id, commit, lambda name: is_data(name) or name in DECIDE)
+    if digest is None:
+        return commit
+    repository = repository_of(source)
+    readme = fetch(repository, "README.md").read_text(encoding="utf-8", errors="replace") if "README.md" in repository.files else ""
+    configs = front_matter(readme).get("configs")
+    return digest if configs is None else f"{digest} {json.dumps(configs, sort_keys=True, default=str)}"
 
 
 def repository_of(source: DataSource) -> Repository:

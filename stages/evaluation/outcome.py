@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, cast
 
 from rich.table import Table
 
@@ -19,6 +19,7 @@ from stages.stats.intervals import bootstrap_interval
 
 if TYPE_CHECKING:
     from stages.registry.references import ResolvedModel
+    from stages.run_summary import LengthControlledRate, WinRateNumbers
 
 
 @dataclass(frozen=True)
@@ -119,27 +120,14 @@ def _rate(judge: Judged, a: str, b: str, prompts: Sequence[int], answers: Mappin
     texts = answers[a].texts, answers[b].texts
     longer = [float(len(texts[0][row_index] or "") - len(texts[1][row_index] or "")) for row_index in rows]
     controlled = length_controlled_win_rate(preferred, longer, groups)
+    numbers = cast("WinRateNumbers", asdict(rate))
     row: WinRate = {
         "a": a,
         "b": b,
         "judge": judge.name,
-        "win_rate": rate.win_rate,
-        "ci_low": rate.ci_low,
-        "ci_high": rate.ci_high,
-        "wins": rate.wins,
-        "ties": rate.ties,
-        "n": rate.n,
-        "samples": rate.samples,
-        "bootstrap_low": rate.bootstrap_low,
-        "bootstrap_high": rate.bootstrap_high,
-        "variance": rate.variance,
+        **numbers,
         "prompts_needed": None if math.isinf(rate.prompts_needed) else rate.prompts_needed,
-        "length_controlled": {
-            "win_rate": controlled.win_rate,
-            "ci_low": controlled.ci_low,
-            "ci_high": controlled.ci_high,
-            "length_effect": controlled.length_effect,
-        },
+        "length_controlled": cast("LengthControlledRate", asdict(controlled)),
     }
     if judge.scores is not None:
         scored = [(judge.scores[a][row_index], judge.scores[b][row_index], prompts[row_index]) for row_index in rows]

@@ -48,11 +48,15 @@ def _check_weights(repository: Repository, names: list[str]) -> None:
     raise HubError(f"the model {repository.id!r} has no *.safetensors (weights found: {formats}); choose a repository that has them")
 
 
+def is_read(name: str) -> bool:
+    """Whether loading a model may read the file ``name`` of its repository."""
+    return name.endswith(READ) and ("/" not in name or name.startswith("additional_chat_templates/"))
+
+
 def download(repository: Repository) -> Path:
     """The folder with a model's files for from_pretrained. Files missing in the cache are downloaded."""
-    for name in repository.files:
-        if name.endswith(READ) and ("/" not in name or name.startswith("additional_chat_templates/")):
-            fetch(repository, name)
+    for name in filter(is_read, repository.files):
+        fetch(repository, name)
     return fetch(repository, CONFIG if CONFIG in repository.files else ADAPTER_CONFIG).parent
 
 

@@ -78,12 +78,42 @@ def look_up(kind: Kind, identifier: str, revision: str | None = None) -> Reposit
     return Repository(kind, identifier, commit, files)
 
 
+MOST_FILES = 5_000
+"""The most files of a repository whose contents are asked for: the Hub takes long to list the contents of more."""
+
+
+def content_ids(kind: Kind, identifier: str, commit: str) -> dict[str, str | None]:
+    """An id of the content of each file at a commit, by path; None for a file without one. Offline: of the downloaded files.
+
+    Raises as ``look_up`` does, and HubError for a repository with more than MOST_FILES files.
+    """
+    from huggingface_hub import HfApi, is_offline_mode
+
+    if is_offline_mode():
+        snapshot = folder_of(kind, identifier) / "snapshots" / commit
+        return {path.relative_to(snapshot).as_posix(): _blob_of(path) for path in snapshot.rglob("*") if path.is_file()}
+    if len(look_up(kind, identifier, commit).files) > MOST_FILES:
+        raise HubError(f"{NOUNS[kind]} {identifier!r} has more than {MOST_FILES:,} files")
+
+    def ask() -> dict[str, str | None]:
+        info = HfApi().repo_info(identifier, repo_type=kind, revision=commit, timeout=TIMEOUT, files_metadata=True)
+        files = getattr(info, "siblings", None) or ()
+        return {file.rfilename: file.lfs.sha256 if file.lfs is not None else file.blob_id for file in files}
+
+    return _asked(kind, identifier, commit, ask)
+
+
+def _blob_of(path: Path) -> str | None:
+    """The id of a cached file's content: the name of the file that its link leads to; None if it is no link."""
+    return path.readlink().name if path.is_symlink() else None
+
+
 def fetch(repository: Repository, name: str) -> Path:
     """The local path of the file ``name``, which is downloaded if necessary. Raises as ``look_up`` does."""
     from huggingface_hub import hf_hub_download
 
     kind, identifier, commit = repository.kind, repository.id, repository.commit
-    path = _folder(kind, identifier) / "snapshots" / commit / name
+    path = folder_of(kind, identifier) / "snapshots" / commit / name
     if path.is_file():
         return path
     if repository.is_cached:
@@ -181,7 +211,8 @@ def _has_token() -> bool:
 # The local cache, in huggingface_hub's documented layout: refs/<revision> contains a commit, snapshots/<commit>/ the files
 
 
-def _folder(kind: Kind, identifier: str) -> Path:
+def folder_of(kind: Kind, identifier: str) -> Path:
+    """The folder of a repository in the local cache."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE) / "--".join([f"{kind}s", *identifier.split("/")])
@@ -189,7 +220,7 @@ def _folder(kind: Kind, identifier: str) -> Path:
 
 def _remember(kind: Kind, identifier: str, revision: str, commit: str) -> None:
     """Record in the cache which commit ``revision`` names. A download by commit does not record it, but offline use needs it."""
-    path = _folder(kind, identifier) / "refs" / revision
+    path = folder_of(kind, identifier) / "refs" / revision
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{uuid.uuid4().hex}")
@@ -200,7 +231,7 @@ def _remember(kind: Kind, identifier: str, revision: str, commit: str) -> None:
 
 
 def _cached(kind: Kind, identifier: str, revision: str | None) -> Repository:
-    folder = _folder(kind, identifier)
+    folder = folder_of(kind, identifier)
     commit = _cached_commit(folder, revision)
     snapshot = folder / "snapshots" / commit if commit is not None else None
     if commit is None or snapshot is None or not snapshot.is_dir():

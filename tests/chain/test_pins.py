@@ -209,10 +209,19 @@ def test_commits_are_recorded_and_changes_are_detected(fresh: Hub, hub_client: C
     steps = planned(hub_client, workdir)
     assert {step["action"] for step in steps.values()} == {"reuse"}
     assert fresh.downloads() == []
+    # A commit that only changes texts for people re-runs nothing, although it is another commit.
+    files = fresh.repositories["model", "org/model"].commits[model]
+    notes = {"README.md": b"---\nlicense: mit\n---\nnew words", "LICENSE.txt": b"new", "images/plot.png": b"new"}
+    assert fresh.publish("model", "org/model", {**files, **notes}) != model
+    assert fresh.publish("dataset", "org/rows", {**rows_of(ROWS[:8]), **notes}) != rows
+    steps = planned(hub_client, workdir)
+    assert {step["action"] for step in steps.values()} == {"reuse"} and steps["sft"]["hub"]["model"] != f"org/model@{model}"
+    assert [name for name in fresh.downloads() if name.endswith(".safetensors")] == []
     fresh.publish("dataset", "org/rows", rows_of(ROWS[:4] + ROWS[12:16]))
     steps = planned(hub_client, workdir)
     assert (steps["sft"]["action"], steps["sft"]["reason"]) == ("run", "data changed: data.train, data.validation")
-    fresh.publish("model", "org/model", {**fresh.repositories["model", "org/model"].commits[model], "NOTES": b"retrained"})
+    changed = {name: content + b"\n" if name == "config.json" else content for name, content in files.items()}
+    fresh.publish("model", "org/model", changed)
     assert planned(hub_client, workdir)["sft"]["reason"] == "input changed: model; data changed: data.train, data.validation"
     # Pinned to the commits of the first run, all steps are reused, although the revision is another text.
     pinned = [

@@ -276,6 +276,8 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             gated = "manual" if identifier in self.state.gated else False
             siblings = [{"rfilename": name} for name in sorted(files)]
+            if "blobs" in parse_qs(query):
+                siblings = [{**item, "blobId": _sha(files[item["rfilename"]])[:40], "size": 1} for item in siblings]
             self._json(
                 {
                     "_id": "0" * 24,

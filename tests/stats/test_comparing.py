@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from random import Random
 
 import pytest
 
-from stages.stats.comparing import distinct_ngrams, length_controlled_win_rate, preferences, prompt_means, repeated_ngrams, win_rate
+from stages.run_summary import LengthControlledRate, WinRateNumbers
+from stages.stats.comparing import (
+    LengthControlled,
+    WinRate,
+    distinct_ngrams,
+    length_controlled_win_rate,
+    preferences,
+    prompt_means,
+    repeated_ngrams,
+    win_rate,
+)
 
 
 def test_a_tie_is_half_a_win() -> None:
@@ -98,3 +109,8 @@ def test_repeated_ngrams() -> None:
     assert repeated_ngrams([["a", "b", "a", "b"], ["a", "b"]], 2) == pytest.approx(1 / 4)
     assert repeated_ngrams([[7] * 10], 4) == pytest.approx(6 / 7)
     assert repeated_ngrams([[1, 2]], 4) == 0.0
+
+
+@pytest.mark.parametrize(("measured", "written"), [(WinRate, WinRateNumbers), (LengthControlled, LengthControlledRate)])
+def test_fields_of_the_summary_are_those_that_are_measured(measured: type, written: type) -> None:
+    assert list(written.__annotations__) == [item.name for item in fields(measured)]
