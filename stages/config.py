@@ -224,8 +224,9 @@ class OptimizerSettings(Strict):
     batch_size: int = Field(32, ge=1, description="Sequences per optimizer step, summed over processes.")
     microbatch_size: Microbatch = Field(
         "auto",
-        description="Maximum sequences per forward pass and process; larger batches use gradient accumulation. auto: 32 on a CPU and with "
-        "several processes; on one GPU as many tokens as fit into its free memory.",
+        description="Maximum sequences per forward pass and process; larger batches use gradient accumulation. Passes contain sequences of "
+        "similar length; on a CPU also at most 800 tokens. auto: 32 on a CPU and with several processes; on one GPU as many tokens as "
+        "fit into its free memory.",
     )
     optimizer: Optimizer = Field("adamw", description=OPTIMIZER_HELP)
     weight_decay: float = Field(0.0, ge=0)

@@ -18,7 +18,8 @@ def lengths_of(config: DPOStepConfig, counter: Counter) -> Lengths:
 
 def estimate(config: DPOStepConfig, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory:
     """Both completions of a pair in one pass; plus a frozen reference unless an adapter is trained."""
-    view, rows = models["model"], 2 * rows_per_pass(config, processes)
+    view = models["model"]
     columns = min(config.max_length or view.shape.positions, lengths.comparison)
+    rows = 2 * rows_per_pass(config, processes, columns, machine, texts=2)
     made = language_model(config, view, rows, columns, machine)
     return made if lora_rank(config) else made + view.frozen(dtype_bytes(config.precision, machine))

@@ -23,6 +23,7 @@ from stages.models.quiet import quiet_transformers
 from stages.models.sharding import shard
 from stages.step import StepContext
 from stages.training.arguments import training_arguments
+from stages.training.batching import Rows
 from stages.training.microbatches import chosen_rows, row_lengths
 from stages.training.reproducible import IGNORED, reproducible
 
@@ -44,9 +45,20 @@ def load_reference(config: DPOStepConfig, context: StepContext, tokenizer: PreTr
 
 
 class TokenizedDPOTrainer(reproducible(DPOTrainer)):  # type: ignore[misc]
-    """A DPOTrainer for tokenized rows, whose loss is divided by the number of pairs in the full step."""
+    """A DPOTrainer for tokenized rows, whose loss is divided by the number of pairs in the full step.
+
+    Its metrics are means over pairs, or over the tokens of the completions.
+    """
 
     loss_is_scaled_for_ga = True
+    weighed_by = {
+        **dict.fromkeys((f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")), "pairs"),
+        **dict.fromkeys(("logps/chosen", "logps/rejected"), "pairs"),
+        "entropy": "tokens",
+        "logits/chosen": "chosen",
+        "logits/rejected": "rejected",
+        "mean_token_accuracy": "chosen",
+    }
 
     def _prepare_dataset(self, dataset: Dataset, *_: object) -> Dataset:
         return dataset
@@ -65,6 +77,8 @@ class TokenizedDPOTrainer(reproducible(DPOTrainer)):  # type: ignore[misc]
             loss: torch.Tensor = super().compute_loss(model, inputs, return_outputs)
         if num_items_in_batch is None:
             return loss
+        chosen, rejected = (int(half.sum()) for half in inputs["completion_mask"][:, 1:].chunk(2))
+        self.count_pass(pairs=own, tokens=chosen + rejected, chosen=chosen, rejected=rejected)
         return loss * own / num_items_in_batch * self.args.world_size  # DDP takes the mean over processes
 
     def _reference_logprobs(self, inputs: Batch) -> dict[str, torch.Tensor]:
@@ -82,6 +96,10 @@ class TokenizedDPOTrainer(reproducible(DPOTrainer)):  # type: ignore[misc]
         num_pairs = sum(pairs_in(batch) for batch in batch_samples)
         total: torch.Tensor = self.accelerator.gather(torch.tensor([num_pairs], device=device)).sum()
         return total
+
+    def lengths_of(self, rows: Rows[dict[str, list[int]]]) -> list[int]:
+        """Of each pair: the tokens of its longer text."""
+        return [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
 
     def sizes_of(self, batch: Batch) -> list[int]:
         """Of each pair: twice its longer text."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from stages.config import LoraSettings, TrainingStepConfig
-from stages.kernels.token_budget import PROMPT_TOKENS, rows_per_batch
+from stages.kernels.token_budget import CPU_TOKENS, PROMPT_TOKENS, rows_per_batch
 from stages.memory.counting import pass_memory
 from stages.memory.estimate import (
     FP32,
@@ -120,12 +120,19 @@ def cast_bytes(weights: float, compute: int) -> float:
     return weights * compute if compute < FP32 else 0.0
 
 
-def rows_per_pass(config: TrainingStepConfig, processes: int) -> int:
+def rows_per_pass(config: TrainingStepConfig, processes: int, columns: int, machine: Machine, *, texts: int = 1) -> float:
+    """The most examples of a Trainer's pass. An example has ``texts`` sequences of up to ``columns`` tokens.
+
+    On a CPU it is a fraction, so that the product with ``columns`` is the token budget, which shorter sequences can fill.
+    """
     share = max(1, config.training.batch_size // processes)
+    if processes == 1:
+        rows = min(config.training.rows_per_pass, share)
+        return rows if machine.kind != "cpu" else min(rows, max(1.0, CPU_TOKENS / (texts * columns)))
     return max(size for size in range(1, min(config.training.rows_per_pass, share) + 1) if share % size == 0)
 
 
-def language_model(config: TrainingStepConfig, view: View, rows: int, columns: int, machine: Machine) -> Memory:
+def language_model(config: TrainingStepConfig, view: View, rows: float, columns: int, machine: Machine) -> Memory:
     """Next-token training with logits at every position."""
     logits = unchunked_logits(view.shape, rows * columns)
     return trained_model(config, view, machine) + phases(

@@ -20,7 +20,7 @@ def estimate(config: RewardModelConfig, models: Mapping[str, View], lengths: Len
     """The peak memory of the step, per process."""
     view, compute = models["model"], dtype_bytes(config.precision, machine)
     columns = min(config.max_length or view.shape.positions, lengths.comparison)
-    rows = rows_per_pass(config, processes) * lengths.completions
+    rows = rows_per_pass(config, processes, columns, machine, texts=lengths.completions) * lengths.completions
     tokens = rows * columns
     if config.generative is not None:
         if config.generative.train:

@@ -20,6 +20,7 @@ from stages.reward_model.rows import collate
 from stages.rl.ranking import best_of_ranked_losses, ranking_losses, ranking_pairs
 from stages.step import StepContext
 from stages.training.arguments import training_arguments, weights_dtype
+from stages.training.batching import Rows
 from stages.training.checkpoints import Checkpoints, load_tensors, save_tensors, trainable
 from stages.training.microbatches import chosen_rows, row_lengths
 from stages.training.reproducible import reproducible
@@ -119,6 +120,10 @@ class RankingTrainer(reproducible(Trainer)):  # type: ignore[misc]
             better, _ = ranking_pairs(batch["ranks"], batch["prompt_index"], batch["text_index"])
             count += len(torch.unique(batch["prompt_index"][better]))
         return self.accelerator.gather(torch.tensor([count], device=device)).sum().clamp(min=1)
+
+    def lengths_of(self, rows: Rows[EncodedComparison]) -> list[int]:
+        """Of each prompt: the tokens of its longest text."""
+        return [max(map(len, comparison.rows)) for comparison in rows]
 
     def sizes_of(self, batch: Batch) -> list[int]:
         """Of each prompt: its number of completions, times the longest text."""

@@ -19,12 +19,12 @@ def estimate(config: SentimentConfig, models: Mapping[str, View], lengths: Lengt
     """The peak memory of the step, per process."""
     view = models["model"]
     columns = min(config.max_length, lengths.text)
-    training = training_phase(config, view, rows_per_pass(config, processes), columns, machine, logits=0.0, masked=True)
+    training = training_phase(config, view, rows_per_pass(config, processes, columns, machine), columns, machine, logits=0.0, masked=True)
     step = trained_model(config, view, machine, output=False) + phases(training)
     if config.masked is None:
         return step
     masked = config.model_copy(update={"training": config.masked.training, "lora": None})
-    rows = rows_per_pass(masked, processes)
+    rows = rows_per_pass(masked, processes, columns, machine)
     guessing = training_phase(masked, view, rows, columns, machine, logits=unchunked_logits(view.shape, rows * columns), masked=True)
     first = trained_model(masked, view, machine) + phases(guessing)
     return max(step, first, key=lambda memory: memory.total)

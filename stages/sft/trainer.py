@@ -28,23 +28,17 @@ if TYPE_CHECKING:
 
 
 class DemonstrationTrainer(reproducible(SFTTrainer)):  # type: ignore[misc]
-    """Averages entropy and accuracy over tokens. TRL averages over forward passes, which depends on how a step is split."""
+    """Entropy and accuracy are means over counted tokens."""
+
+    weighed_by = {"entropy": "tokens", "mean_token_accuracy": "tokens"}
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], *arguments: object, **named: object
     ) -> torch.Tensor | tuple[torch.Tensor, object]:
         counted = self.accelerator.gather((inputs["labels"][..., 1:] != IGNORED).sum().reshape(1)).sum()
         made: torch.Tensor | tuple[torch.Tensor, object] = super().compute_loss(model, inputs, *arguments, **named)
-        self._metrics["train"]["counted"].append(float(counted))
+        self.count_pass(tokens=float(counted))
         return made
-
-    def log(self, logs: dict[str, float], *arguments: object, **named: object) -> None:
-        kept = self._metrics["train"]
-        counts = kept.pop("counted", [])
-        for name in ("entropy", "mean_token_accuracy"):
-            if sum(counts) and len(kept[name]) == len(counts):
-                kept[name] = [sum(value * count for value, count in zip(kept[name], counts, strict=True)) / sum(counts)]
-        super().log(logs, *arguments, **named)
 
 
 def make_trainer(

@@ -25,6 +25,16 @@ TRAINER_OPTIMIZERS = {
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
 NUM_LOG_LINES = 100  # log lines per training run
+LOGS_ONLY: JsonObject = {
+    "logging_strategy": "steps",
+    "logging_steps": 1 / NUM_LOG_LINES,
+    "logging_nan_inf_filter": False,
+    "eval_strategy": "no",
+    "save_strategy": "no",  # a callback asks for a checkpoint when one is due (training/running.py)
+    "disable_tqdm": True,
+    "report_to": "none",
+    "push_to_hub": False,
+}
 
 
 def split_batch(settings: OptimizerSettings, num_processes: int) -> tuple[int, int]:
@@ -40,13 +50,12 @@ def split_batch(settings: OptimizerSettings, num_processes: int) -> tuple[int, i
     return -(-share // num_microbatches), num_microbatches
 
 
-def fills_memory(settings: OptimizerSettings, context: StepContext) -> bool:
-    """Whether the passes of a training fill a GPU's memory by tokens: with ``microbatch_size: auto`` and one process.
+def splits_steps(context: StepContext) -> bool:
+    """Whether ``training/microbatches.py`` splits each optimizer step into passes by tokens.
 
-    Several processes exchange metrics in every pass, so that all must have as many.
+    Several processes exchange metrics in every pass, so all need the same number of passes. DeepSpeed's engine counts passes itself.
     """
-    runtime = context.runtime
-    return settings.microbatch_size == "auto" and runtime.device.type != "cpu" and runtime.num_processes == 1
+    return context.runtime.num_processes == 1 and not context.runtime.uses_deepspeed
 
 
 def schedule_arguments(settings: OptimizerSettings) -> JsonObject:
@@ -86,7 +95,7 @@ def training_arguments(
             "start without FSDP"
         )
     microbatch, accumulation = split_batch(settings, context.runtime.num_processes)
-    by_tokens = fills_memory(settings, context)
+    by_tokens = splits_steps(context)
     arguments = {
         "output_dir": str(context.checkpoint_folder),
         "per_device_train_batch_size": settings.batch_size if by_tokens else microbatch,
@@ -110,14 +119,7 @@ def training_arguments(
         "data_seed": context.seed,
         "use_cpu": device.type == "cpu",
         "dataloader_pin_memory": device.type == "cuda",
-        "logging_strategy": "steps",
-        "logging_steps": 1 / NUM_LOG_LINES,
-        "logging_nan_inf_filter": False,
-        "eval_strategy": "no",
-        "save_strategy": "no",  # a callback asks for a checkpoint when one is due (training/running.py)
-        "disable_tqdm": True,
-        "report_to": "none",
-        "push_to_hub": False,
+        **LOGS_ONLY,
     }
     with warnings.catch_warnings():
         # transformers renames gradient_checkpointing; TRL's arguments still have the old name.
@@ -125,6 +127,7 @@ def training_arguments(
         made = cast("StepArguments", (kind or TrainingArguments)(**cast("dict[str, Any]", {**arguments, **options})))
     made.batch_size = settings.batch_size  # of all processes; the Trainer's own product of its arguments is rounded
     made.by_tokens = by_tokens  # training/microbatches.py splits each step into passes
+    made.microbatch_size, made.rows_per_pass = settings.microbatch_size, settings.rows_per_pass
     if made.n_gpu > 1:
         made._n_gpu = 1  # one process trains on one GPU (runtime.device); accelerate launch starts one process per GPU
     return made

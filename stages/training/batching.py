@@ -1,8 +1,9 @@
 """Assign rows to processes and forward passes so that optimizer steps do not depend on the number of processes or the microbatch size.
 
 An optimizer step takes ``batch_size`` rows in an order shuffled by seed and epoch; the last step of an epoch takes the remaining rows. Each
-process gets every n-th row of a step. All processes run the same number of forward passes, because a sharded model needs all processes for
-each pass. A pass without a row gets a blank row with no effect on the loss.
+process gets every n-th row of a step. If lengths are known, the rows are sorted by length first, so that passes need little padding.
+All processes run the same number of forward passes, because a sharded model needs all processes for each pass. A pass without a row gets a
+blank row with no effect on the loss.
 """
 
 from __future__ import annotations
@@ -44,13 +45,14 @@ class BatchPlan:
     seed: int = 0
     process_index: int = 0
     num_processes: int = 1
-    lengths: Sequence[int] | None = None  # if given, rows of similar length share a step
+    lengths: Sequence[int] | None = None  # of the rows, in tokens; if given, rows of similar length share a pass
+    groups_steps: bool = False  # whether rows of similar length also share a step
 
     def steps(self, epoch: int) -> list[list[int]]:
         """The rows of each optimizer step of an epoch, over all processes."""
         order = list(range(self.num_rows))
         Random(f"epoch {self.seed} {epoch}").shuffle(order)
-        if self.lengths is not None:
+        if self.lengths is not None and self.groups_steps:
             lengths, span = self.lengths, self.batch_size * SORTED_STEPS
             pieces = [sorted(order[at : at + span], key=lambda row: -lengths[row]) for at in range(0, len(order), span)]
             order = [row for piece in pieces for row in piece]
@@ -58,7 +60,9 @@ class BatchPlan:
 
     def microbatches(self, rows: Sequence[int]) -> list[list[int]]:
         """This process's rows of one step, split into forward passes of similar size. Every process has the same number of passes."""
-        own = list(rows[self.process_index :: self.num_processes])
+        lengths = self.lengths
+        ordered = rows if lengths is None else sorted(rows, key=lambda row: -lengths[row])
+        own = list(ordered[self.process_index :: self.num_processes])
         num_microbatches = self.num_microbatches(len(rows))
         edges = [len(own) * index // num_microbatches for index in range(num_microbatches + 1)]
         return [own[start:end] for start, end in zip(edges, edges[1:], strict=False)]

@@ -1,4 +1,7 @@
-"""Split a Trainer's step into passes by token budget, so that they fill the GPU's memory. Passes get smaller if memory runs out."""
+"""Split a Trainer's step into passes over rows of similar length, within a token budget. Passes get smaller if memory runs out.
+
+Random rows in a pass are padded to the longest one, which doubles the tokens of typical instructions. Sorted rows need little padding.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from stages.training.step_trainer import Batch, StepTrainer
 
 
 class PassesByTokens(StepTrainer):
-    """With ``args.by_tokens`` the loader gives a complete step as one batch, and ``training_step`` splits it into passes.
+    """With ``args.by_tokens`` (one process) the loader gives a complete step as one batch, and ``training_step`` splits it into passes.
 
     The loss of a pass must be its share of the step's loss, so that the sum over passes is the step's loss. ``sizes_of`` and ``part_of``
     define how a batch is split. A trainer whose batches are not rows of tokens overrides both.
@@ -26,7 +29,7 @@ class PassesByTokens(StepTrainer):
         if not getattr(self.args, "by_tokens", False):
             return super().training_step(model, inputs, num_items_in_batch)
         if self.budget is None:
-            self.budget = PassBudget("training", self.args.device, "auto", rows=self.args.per_device_eval_batch_size, trains=True)
+            self.budget = PassBudget("training", self.args.device, self.args.microbatch_size, rows=self.args.rows_per_pass, trains=True)
         metrics = _MetricCounts(self)
         while True:
             try:
@@ -46,10 +49,12 @@ class PassesByTokens(StepTrainer):
         assert self.budget is not None
         sizes = self.sizes_of(inputs)
         order = sorted(range(len(sizes)), key=lambda row: -sizes[row])  # largest first, so that a pass that does not fit fails immediately
+        groups = self.budget.groups(order, sizes)
         losses = []
-        for rows in self.budget.groups(order, sizes):
+        for rows in groups:
+            part = inputs if len(groups) == 1 else self.part_of(inputs, sorted(rows))
             with self.budget.one_pass(len(rows), tokens_of(rows, sizes)):
-                losses.append(super().training_step(model, self.part_of(inputs, sorted(rows)), num_items_in_batch))
+                losses.append(super().training_step(model, part, num_items_in_batch))
         return torch.stack(losses).sum()
 
     def sizes_of(self, batch: Batch) -> list[int]:

@@ -18,6 +18,7 @@ from stages.errors import TrainingError
 from stages.models.sharding import clip_gradients, grouped, reduce_gradients
 from stages.training.batching import BatchPlan, Rows, make_loader
 from stages.training.microbatches import PassesByTokens
+from stages.training.pass_metrics import WeightedMetrics
 from stages.training.state import save_state
 from stages.training.step_trainer import Batch, StepTrainer
 
@@ -38,7 +39,8 @@ def reproducible(kind: type[Trainer]) -> type[StepTrainer]:
     The loss of the Trainer must be divided by the number of items of the complete step on all processes (``num_items_in_batch``), as
     transformers does for language models; ``counted_loss`` does so for classifiers.
     """
-    return type(f"Reproducible{kind.__name__}", (BatchesByRow, PassesByTokens, ShardedGradients, LosslessCheckpoints, kind), {})
+    parts = (BatchesByRow, PassesByTokens, WeightedMetrics, ShardedGradients, LosslessCheckpoints)
+    return type(f"Reproducible{kind.__name__}", (*parts, kind), {})
 
 
 def counted_loss(
@@ -71,10 +73,15 @@ class BatchesByRow(StepTrainer):
             seed=self.args.data_seed,
             process_index=self.args.process_index,
             num_processes=self.args.world_size,
-            lengths=[len(row["input_ids"]) for row in dataset] if by_length else None,
+            lengths=self.lengths_of(dataset) if by_length or not self.args.by_tokens else None,
+            groups_steps=by_length,
         )
         self.steps_per_epoch = -(-plan.num_rows // plan.batch_size)
         return make_loader(dataset, collate, self.blank, plan)
+
+    def lengths_of(self, rows: Rows[dict[str, list[int]]]) -> list[int]:
+        """Number of tokens of each training row."""
+        return [len(row["input_ids"]) for row in rows]
 
     def blank(self, batch: Batch) -> Batch:
         """Change ``batch`` in place so that it adds nothing to the loss, and return it."""

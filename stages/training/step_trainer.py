@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stages.config import Microbatch
 from stages.training.checkpoints import Checkpoints, load_generators
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
         data_seed: int
         batch_size: int
         by_tokens: bool
+        microbatch_size: Microbatch
+        rows_per_pass: int
 else:
     Trainer = object
 

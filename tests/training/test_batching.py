@@ -30,10 +30,13 @@ def test_process_without_rows_still_runs_its_forward_pass() -> None:
     processes=st.integers(1, 5),
     epoch=st.integers(0, 3),
     grouped=st.booleans(),
+    grouped_steps=st.booleans(),
 )
-def test_processes_share_the_rows_of_every_step(rows: int, batch: int, micro: int, processes: int, epoch: int, grouped: bool) -> None:
+def test_processes_share_the_rows_of_every_step(
+    rows: int, batch: int, micro: int, processes: int, epoch: int, grouped: bool, grouped_steps: bool
+) -> None:
     lengths = [row % 7 for row in range(rows)] if grouped else None
-    plans = [BatchPlan(rows, batch, micro, 3, index, processes, lengths) for index in range(processes)]
+    plans = [BatchPlan(rows, batch, micro, 3, index, processes, lengths, grouped_steps) for index in range(processes)]
     steps = plans[0].steps(epoch)
     assert sorted(row for step in steps for row in step) == list(range(rows))
     assert all(plan.steps(epoch) == steps for plan in plans)
@@ -52,9 +55,18 @@ def test_epochs_and_seeds_shuffle_differently() -> None:
 
 def test_rows_of_similar_length_share_a_step() -> None:
     lengths = [row % 10 for row in range(100)]
-    steps = BatchPlan(100, 10, 10, lengths=lengths).steps(0)
+    steps = BatchPlan(100, 10, 10, lengths=lengths, groups_steps=True).steps(0)
     assert [lengths[row] for row in steps[0]] == [9] * 10  # the longest first, so that a lack of memory shows immediately
     assert all(max(lengths[row] for row in step) == min(lengths[row] for row in step) for step in steps)
+
+
+def test_rows_of_similar_length_share_a_pass_in_every_process() -> None:
+    lengths = [5, 90, 7, 80, 60, 6, 70, 8]
+    plans = [BatchPlan(8, 8, 2, process_index=index, num_processes=2, lengths=lengths) for index in range(2)]
+    step = plans[0].steps(0)[0]
+    assert step == BatchPlan(8, 8, 2).steps(0)[0]  # the rows of a step do not depend on lengths
+    microbatches = [[[lengths[row] for row in own] for own in plan.microbatches(step)] for plan in plans]
+    assert microbatches == [[[90, 70], [8, 6]], [[80, 60], [7, 5]]]
 
 
 @pytest.mark.parametrize("process", [0, 1])

@@ -18,7 +18,7 @@ class Plain:
     def __init__(self, most: int, *, by_tokens: bool = True, failure: BaseException | None = None) -> None:
         self.failure = failure or torch.OutOfMemoryError("CUDA out of memory")
         self.args = SimpleNamespace(
-            by_tokens=by_tokens, device=torch.device("cpu"), per_device_eval_batch_size=8, optim="adamw_torch_fused"
+            by_tokens=by_tokens, device=torch.device("cpu"), microbatch_size="auto", rows_per_pass=8, optim="adamw_torch_fused"
         )
         self.optimizer = SimpleNamespace(state={})
         self.most, self.sizes = most, []

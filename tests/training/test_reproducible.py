@@ -13,12 +13,12 @@ from trl import DPOTrainer, SFTTrainer
 from stages.training.microbatches import PassesByTokens
 from stages.training.reproducible import BatchesByRow, LosslessCheckpoints, ShardedGradients, reproducible
 
-ADDED = {"blank", "restore_generators", "_sharded_grad_norm", "_all_passes", "sizes_of", "part_of", "_pending_moments"}  # new methods
+NEW = ("blank", "restore_generators", "_sharded_grad_norm", "_all_passes", "sizes_of", "part_of", "lengths_of", "_pending_moments")
 OVERRIDDEN = [
     (mixin, name)
     for mixin in (BatchesByRow, PassesByTokens, ShardedGradients, LosslessCheckpoints)
     for name, value in vars(mixin).items()
-    if inspect.isfunction(value) and name not in ADDED
+    if inspect.isfunction(value) and name not in NEW
 ]
 
 

@@ -11,7 +11,6 @@ import torch
 
 from stages.config import OptimizerSettings
 from stages.errors import RecipeError, TrainingError
-from stages.models.budget import PassBudget
 from stages.training.arguments import schedule_arguments, split_batch, training_arguments
 from stages.training.reproducible import reproducible
 from stages.training.running import train
@@ -88,8 +87,12 @@ def make_trainer(
 
     from stages.models.loading import load_language_model
 
-    # With this epsilon, Adam does not make full steps for rounding errors.
-    settings = OptimizerSettings(batch_size=4, microbatch_size=microbatch_size, learning_rate=learning_rate, adam_epsilon=1e-2)
+    settings = OptimizerSettings(
+        batch_size=max(4, microbatch_size),
+        microbatch_size=microbatch_size,
+        learning_rate=learning_rate,
+        adam_epsilon=1e-2,  # with this epsilon, Adam does not make full steps for rounding errors
+    )
     arguments = training_arguments(settings, context, precision="fp32", remove_unused_columns=False, **options)
     data = list(torch.randint(0, 300, (rows, 8), generator=torch.Generator().manual_seed(0)))
     return reproducible(Trainer)(
@@ -109,17 +112,37 @@ def test_log_has_a_hundred_lines_and_metrics_cover_the_complete_run(step_context
 
 def test_microbatch_size_does_not_change_an_optimizer_step(step_context: Any, tiny_llama_folder: Path) -> None:
     weights = []
-    for microbatch, by_tokens in ((4, False), (1, False), (4, True)):
-        context = step_context(name=f"test/micro{microbatch}{by_tokens}")
+    for microbatch, processes in ((4, 1), (1, 1), (2, 2)):
+        context = step_context(name=f"test/micro{microbatch}")
         trainer = make_trainer(context, tiny_llama_folder, microbatch_size=microbatch, rows=38)  # the last step has two rows
-        if by_tokens:  # as on one GPU with microbatch_size: auto
-            trainer.args.by_tokens = True
-            trainer.budget = PassBudget("training", "cpu", 3, rows=3, trains=True)
+        if processes > 1:  # as with several processes: each pass is a batch of the loader
+            trainer.args.by_tokens = False
+            trainer.args.per_device_train_batch_size = trainer.args.gradient_accumulation_steps = 2
+            trainer.lengths_of = lambda rows: [8] * len(rows)
         train(trainer, context, "micro")
         weights.append(trainer.model.state_dict())
     for others in weights[1:]:
         for name, expected in weights[0].items():
             torch.testing.assert_close(others[name], expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def padded(rows: list[Any]) -> dict[str, torch.Tensor]:
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def test_passes_over_rows_of_similar_length_have_the_gradient_of_one_padded_pass(step_context: Any, tiny_llama_folder: Path) -> None:
+    rows = [torch.arange(2 if number % 2 else 12) + number for number in range(8)]
+    gradients, sizes = [], []
+    for microbatch in (8, 4):
+        trainer = make_trainer(step_context(), tiny_llama_folder, microbatch_size=microbatch, rows=8)
+        trainer.model.register_forward_pre_hook(lambda *given: sizes.append(tuple(given[2]["input_ids"].shape)), with_kwargs=True)
+        trainer.training_step(trainer.model, padded(rows), sum(len(row) - 1 for row in rows))
+        gradients.append([parameter.grad for parameter in trainer.model.parameters()])
+    # 96 tokens in one pass. In two passes 56: the four rows of 12 tokens, and the four of 2
+    assert sizes == [(8, 12), (4, 12), (4, 2)]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
 
 
 def test_plain_transformers_trainer_is_refused(step_context: Any, tiny_llama_folder: Path) -> None:

@@ -1,0 +1,33 @@
+"""Means over tokens or examples of metrics that TRL's trainers compute per forward pass.
+
+TRL takes the mean over passes, which depends on how a step is split. Here each pass counts by its number of tokens or examples.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from stages.training.step_trainer import StepTrainer
+
+COUNT = "count/"  # prefix of the counts among a trainer's metrics
+
+
+class WeightedMetrics(StepTrainer):
+    """For a trainer of TRL that notes the counts of each pass with ``count_pass``. Does nothing without ``weighed_by``."""
+
+    weighed_by: ClassVar[dict[str, str]] = {}
+    """The count by which each metric is weighed: {"entropy": "tokens"}."""
+
+    def count_pass(self, **counts: float) -> None:
+        """Note what a training pass contains. Call it once per pass."""
+        for name, count in counts.items():
+            self._metrics["train"][COUNT + name].append(float(count))
+
+    def log(self, logs: dict[str, float], *arguments: object, **named: object) -> None:
+        kept = self._metrics["train"] if self.weighed_by else {}
+        counts = {name.removeprefix(COUNT): kept.pop(name) for name in list(kept) if name.startswith(COUNT)}
+        for name, by in self.weighed_by.items():
+            values, weights = kept.get(name, []), counts.get(by, [])
+            if sum(weights) and len(values) == len(weights):
+                kept[name] = [sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)]
+        super().log(logs, *arguments, **named)  # type: ignore[arg-type]
