@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported; no test of this process contacts the real Hub
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # each core has a process of its own; OpenMP reads it when torch is imported
 
 import copy
 import re
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 
 from stages.config import ModelInput
+from stages.process.cores import usable_cores
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
@@ -30,6 +33,12 @@ SENTENCES = [
     "write a happy line about the music",
     "a fine film with a bright and honest story",
 ]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """The number of processes for ``-n auto``: one per usable core, but at most four, because each needs 2 GiB or more."""
+    return min(usable_cores().usable, 4)
 
 
 @pytest.fixture(scope="session")
