@@ -10,8 +10,8 @@ The table has means over seeds: the win rate over SFT and the score by the gold 
 model, which PPO trains on; the KL; and the processor time of PPO and its evaluation. The last column is the gold score of the rollouts
 after the processor time of the fastest estimator.
 
-Time: not measured on an idle machine (15 PPO runs with an evaluation each). Result: rows.jsonl in the folder of --home; docs/results.md,
-section "The quickstart". After an interruption, the same command continues.
+Time: about 25 minutes of one core (15 PPO runs with an evaluation each, and the steps before PPO once). Result: rows.jsonl in the folder of
+--home (a copy: results/critic_free.json); docs/results.md, section "The quickstart". After an interruption, the same command continues.
 """
 
 from __future__ import annotations
