@@ -1,4 +1,4 @@
-"""Write the tables of docs/nodes.md: how many bytes travel in one iteration of PPO over vLLM.
+"""Write the tables of docs/nodes.md: how many bytes are sent over the network in one iteration of PPO with vLLM.
 
 python docs/traffic.py [--check]
 """
@@ -14,8 +14,8 @@ from generated import write_or_check
 
 PAGE = Path(__file__).resolve().parent / "nodes.md"
 FENCE = re.compile(r"(<!-- traffic -->\n\n)(.*?)(\n<!-- end -->)", re.DOTALL)
-ADAPTER_BYTES = 4  # adapters travel in fp32
-WEIGHT_BYTES = 2  # full weights travel in the step's precision; here bf16
+ADAPTER_BYTES = 4  # adapters are sent in fp32
+WEIGHT_BYTES = 2  # full weights are sent in the step's precision; here bf16
 ANSWER_BYTES = 75  # of a sampled token in an answer: its id, text, offset, and its log-probability twice, as JSON
 RANKS = (8, 64)
 

@@ -1,7 +1,7 @@
 """Combine the adapters of a model into one plain low-rank adapter, for a server that applies one adapter at a time.
 
 The update of a module by several adapters is the sum of scaling * B A, which equals a single product of concatenated matrices:
-[s1 B1, s2 B2] [A1; A2]. Its rank is the sum of the ranks, so it is lossless.
+[s1 B1, s2 B2] [A1; A2]. So the combined adapter is lossless, and its rank is the sum of the ranks.
 """
 
 from __future__ import annotations

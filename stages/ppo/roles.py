@@ -1,7 +1,7 @@
 """The networks of PPO: policy, reference and value network, and what they compute for a batch of responses.
 
-Full fine-tuning keeps four models. With LoRA, roles whose adapters have the same base share its weights (models/shared.py): the reference
-is the policy without its new adapter, the value network is the reward model (or the policy) with its own new adapter.
+Full fine-tuning keeps four models. With LoRA, roles whose adapters have the same base share its weights (models/shared.py). The reference
+is the policy without its new adapter. The value network is the reward model (or the policy) with a second new adapter.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One iteration's data: the sampled completions, and everything that the update needs.
 
-B episodes, R response tokens (right padded). Tensors are on the CPU, and every process has those of all episodes: they are small compared
-with the models, and whitening, the KL controller, minibatches and metrics are then global.
+B episodes, R response tokens (right padded). Tensors are on the CPU, and every process has those of all episodes. They are small compared
+with the models, and so whitening, the KL controller, minibatches and metrics use all episodes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The update: several epochs over a rollout in minibatches, each with one optimizer step of policy and value network.
 
-A minibatch's loss is the mean over all its response tokens, on all processes, independent of the microbatches: every microbatch adds its
-sum divided by the number of tokens of the full minibatch. Losses are per token; N counted tokens of a microbatch.
+A minibatch's loss is the mean over all its response tokens, on all processes. It does not depend on the microbatches:
+every microbatch adds its sum divided by the number of tokens of the full minibatch. Losses are per token; N counted tokens of a microbatch.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python -m stages.process.launching [options of accelerate launch] -m stages run RECIPE [step.field=value ...]
 
-On a CPU, accelerate alone starts one process for any requested number (it would need MPI), always exits with status 1 on failure, and on a
-signal ends without its children. ``stages run`` under a plain ``accelerate launch`` detects missing processes and starts this launcher
-instead.
+Without these fixes, accelerate on a CPU starts one process for any requested number (it would need MPI). It exits with status 1 on every
+failure. After a signal it ends, but its children continue. ``stages run`` under a plain ``accelerate launch`` detects missing processes and
+starts this launcher instead.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Keep secrets out of files and output. A recipe with a secret is refused, because recipes are stored in manifests, summaries and trackers.
 Secrets in printed text, including errors and tracebacks, are redacted.
 
-A secret is the value of an environment variable whose name ends in key, token, secret, password or credentials; and any text in the form of
-a well-known token, or a URL with a password.
+A secret is the value of an environment variable whose name ends in key, token, secret, password or credentials. So is any text in the form
+of a well-known token, and a URL with a password.
 """
 
 from __future__ import annotations

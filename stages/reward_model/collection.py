@@ -1,8 +1,8 @@
 """Collect new comparisons: several completions of each prompt from policies, ranked by a judge, are added to the training data.
 
-Steps 2 and 3 of Ouyang et al. 2022, figure 2, can be repeated: a new reward model is trained on completions of the last policy, which was
-trained with the previous reward model. The policies are inputs of the step, so the lineage is complete. The judge is a model, a function,
-or people. For people the tasks are published, and the step continues when enough of them are ranked (stages/labelling).
+Steps 2 and 3 of Ouyang et al. 2022, figure 2, can be repeated. A new reward model is trained on completions of the last policy, and that
+policy was trained with the previous reward model. The policies are inputs of the step, so the lineage is complete. The judge is a model, a
+function, or people. For people the tasks are published, and the step continues when enough of them are ranked (stages/labelling).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A sequence classifier as a reward source: the score is the output for one of its labels. N texts, batches of B, T tokens, C labels.
 
-Probabilities are computed as in transformers' text-classification pipeline: a softmax if the labels exclude each other, a sigmoid per label
-if a text may have several labels or if there is only one label. A regression has no probability.
+Probabilities are computed as in transformers' text-classification pipeline: a softmax if the labels exclude each other, else
+(several labels per text, or only one label) a sigmoid per label. A regression has no probability.
 """
 
 from __future__ import annotations

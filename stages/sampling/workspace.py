@@ -1,7 +1,7 @@
 """The workspace for decoding in slots: the slots, their KV cache, and the recorded CUDA graphs. It can be kept between two calls.
 
-A kept workspace is reused if its recordings are still valid: the same model with its weights at the same addresses (their values may have
-changed), the same adapters, the same precision. At most one workspace is kept.
+A kept workspace is reused if its recordings are still valid. They need the same model with its weights at the same addresses (the
+values may have changed), the same adapters and the same precision. At most one workspace is kept.
 """
 
 from __future__ import annotations

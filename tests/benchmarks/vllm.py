@@ -1,4 +1,4 @@
-"""vLLM beside the local sampler on a CPU: what PPO with LoRA learns, tokens per second, and seconds per PPO iteration.
+"""vLLM compared with the local sampler on a CPU: what PPO with LoRA learns, tokens per second, and seconds per PPO iteration.
 
     STAGES_VLLM_PYTHON=... python tests/benchmarks/vllm.py all --core 1              # about 75 minutes of one core
     STAGES_VLLM_PYTHON=... python tests/benchmarks/vllm.py learning [--seeds 3] [--episodes 5120] [--home outputs/vllm]
@@ -8,8 +8,8 @@
 
 Each command keeps every finished measurement in tests/benchmarks/results/vllm-<command>.json (``--out`` names another folder). After an
 interruption, the same command continues with the missing ones. ``--core N`` lets this process and the server use only core N, with one
-thread. Speeds are per second of processor time of this process and the server together, so other jobs on the machine change them little;
-wall times are in the JSON.
+thread. Speeds are per second of processor time of this process and the server together, so other jobs on the machine change them little.
+Wall times are in the JSON. docs/vllm.md explains the results.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])  # not this folder: other packages would take this file for vLLM
+sys.path[0] = str(Path(__file__).resolve().parents[2])  # not this folder, where other packages would import this file as vllm
 from tests.benchmarks.engines import learning, speed  # noqa: E402
 from tests.benchmarks.engines.kept import Kept  # noqa: E402
 
@@ -35,9 +35,9 @@ COMMANDS = {
 
 
 def confine(core: int) -> None:
-    """Let this process, and all processes that it starts, use only this core, with one thread."""
+    """Let this process and all processes that it starts use only this core, with one thread."""
     os.sched_setaffinity(0, {core})
-    os.environ["OMP_NUM_THREADS"] = "1"  # vLLM itself starts as many threads as it may use cores
+    os.environ["OMP_NUM_THREADS"] = "1"  # vLLM starts one thread per usable core in any case
     torch.set_num_threads(1)
 
 

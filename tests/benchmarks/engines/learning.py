@@ -1,7 +1,7 @@
 """PPO with LoRA on the quickstart, sampled locally, by vLLM, and by vLLM with ``overlap: 1``: score curves and held-out win rates.
 
 Every run starts from the same SFT model and reward model of the quickstart, with the recipe's settings except LoRA and its learning rate.
-The gold judge is never trained on. An evaluation with the local sampler compares each aligned model with the SFT model.
+No run trains on the gold judge. An evaluation with the local sampler compares each aligned model with the SFT model.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def table(kept: Kept) -> str:
     """The table in Markdown."""
     lines = [
         "| sampler, learning rate | win rate over SFT, by seed | mean (95 %) | difference to local, same seeds | held-out gold score "
-        "| gold score in training, first and last tenth | all iterations: difference to local | KL | processor seconds of a run |",
+        "| gold score in training, first and last tenth | over all iterations: difference to local | KL | processor seconds of a run |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for rate, by_arm in groups(kept).items():

@@ -35,7 +35,7 @@ from tests.benchmarks.engines.server import RunningServer, served
 TESTS = Path(__file__).resolve().parents[2]
 ENGINES = ("local", "vllm")
 VOCABULARY, MOST, RANK = 4096, 512, 8
-FIRST_WORD = 300  # token ids from here on are words of their own
+FIRST_WORD = 300  # token ids from here on are one word each
 
 
 def save_model(folder: Path) -> ResolvedModel:
@@ -110,7 +110,7 @@ def measure_batch(
 
 
 def sampled(sampler: Sampler, prompts: list[list[int]], settings: GenerationSettings, length: int, turn: int, server: RunningServer) -> Row:
-    """Sample ``length`` tokens for each prompt; how long it took."""
+    """Sample ``length`` tokens for each prompt. Returns the number of tokens and the seconds."""
     chosen = settings.model_copy(update={"max_new_tokens": length, "batch_size": len(prompts)})
     wall, processor = time.perf_counter(), server.processor_seconds()
     made = sampler.sample(prompts, chosen, [1000 * turn + row for row in range(len(prompts))])
@@ -124,7 +124,7 @@ def sampled(sampler: Sampler, prompts: list[list[int]], settings: GenerationSett
 def speed_table(kept: Kept) -> str:
     """Medians over the rounds, in Markdown; the ratio is that of the medians, with the smallest and largest ratio of a round."""
     lines = [
-        "| batch | new tokens | local, tokens/s | vLLM, tokens/s | vLLM / local (range of the rounds) | the same by wall time |",
+        "| batch | new tokens | local, tokens/s | vLLM, tokens/s | vLLM / local (range of the rounds) | vLLM / local by wall time |",
         "|---|---|---|---|---|---|",
     ]
     for batch, length in sorted({(row["batch"], row["length"]) for row in kept.rows}):
@@ -221,7 +221,7 @@ def iteration(source: ResolvedModel, server: RunningServer, engine: str, episode
 def iterations_table(kept: Kept) -> str:
     """Medians over the rounds, in Markdown."""
     lines = [
-        "| episodes | sampler | tokens | processor seconds per iteration (range of the rounds) | wall seconds | of these sampling "
+        "| episodes | sampler | tokens | processor seconds per iteration (range of the rounds) | wall seconds | sampling "
         "| scoring passes | update |",
         "|---|---|---|---|---|---|---|---|",
     ]
