@@ -6,7 +6,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported; no test of this process contacts the real Hub
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # each core has a process of its own; OpenMP reads it when torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is one process per core; OpenMP reads the variable when torch is imported
 
 import copy
 import re

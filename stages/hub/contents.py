@@ -1,7 +1,7 @@
 """Digests of what Hub repositories contain, for the fingerprints of steps: only the files that a step reads count.
 
 So a commit that only changes a README does not re-run a step. The Hub gives an id of each file's content; no file is downloaded for a
-digest. The ids of a commit are kept beside the downloaded files, where they are also found offline.
+digest. The ids of a commit are kept with the downloaded files, so they can also be read offline.
 """
 
 from __future__ import annotations

@@ -139,8 +139,8 @@ async function next() {
   showCounts(content.counts);
   const { screening } = content;
   if (!content.task) {
-    if (screening && screening.passed === false) showMessage("Thank you.", "The trial tasks are done. Whoever sent you the link will tell you how it goes on.");
-    else if (content.counts.mine === 0) showMessage("No task is open.", "Other annotators have all tasks. Some may become free; try again later.");
+    if (screening && screening.passed === false) showMessage("Thank you.", "The trial tasks are done. The person who sent you the link will tell you the next step.");
+    else if (content.counts.mine === 0) showMessage("No task is open.", "Other annotators are working on all remaining tasks. Try again later, because some may become free.");
     else showMessage("All done. Thank you!", "There is no further task for you. All your answers are stored.");
     return;
   }
@@ -341,7 +341,7 @@ function askReason({ title, hint, save, suggestions, value = "", removable = fal
 
 async function skip() {
   if (!task) return;
-  const reason = await askReason({ title: "Skip this task", hint: "It goes to somebody else.", save: "Skip",
+  const reason = await askReason({ title: "Skip this task", hint: "Another annotator gets it.", save: "Skip",
     suggestions: ["I do not know enough about this", "The instruction makes no sense", "I would rather not judge this"] });
   if (!reason) return;
   state.id = null;
@@ -350,7 +350,7 @@ async function skip() {
 
 async function flag() {
   if (!task) return;
-  const reason = await askReason({ title: "Flag this task", hint: "Whoever leads looks at it, and your ranking of it is not used for training.", save: "Flag",
+  const reason = await askReason({ title: "Flag this task", hint: "The person who leads the labelling looks at it. Your ranking of it is not used for training.", save: "Flag",
     suggestions: ["Personal data", "Broken text", "Needs an expert"], value: state.flagged ?? "", removable: state.flagged !== null });
   if (reason === undefined) return;
   state.flagged = reason;

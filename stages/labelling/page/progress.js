@@ -40,12 +40,12 @@ function show(content) {
   meter.setAttribute("aria-valuemax", content.target);
   meter.setAttribute("aria-valuenow", Math.min(content.ranked_tasks, content.target));
   byId("tiles").replaceChildren(
-    tile("Answers in the last hour", `${rate.last_hour}`, `${content.answers} in all; ${number(rate.per_hour_of_work, 0)} per hour of work`, timeLeft(content)),
+    tile("Answers in the last hour", `${rate.last_hour}`, `${content.answers} in total; ${number(rate.per_hour_of_work, 0)} per hour of work`, timeLeft(content)),
     tile("Time per task (median)", seconds(content.seconds.median), `90 % below ${seconds(content.seconds.p90)}`),
     tile("Agreement on pairs", percent(agreement.pairwise.share), interval(agreement.pairwise), `the paper's: ${percent(paper.training)}, held-out annotators ${percent(paper["held-out"])}`),
     tile("Krippendorff's alpha", number(agreement.alpha), "ordinal, on ranks", `${agreement.overlap_tasks} tasks ranked by several`),
-    tile("Shown earlier wins", percent(position.earlier_wins.share), interval(position.earlier_wins), "50 % without a position bias"),
-    ...(model ? [tile("Last reward model agrees", percent(model.share), interval(model), model.model)] : []),
+    tile("Wins of the answer shown earlier", percent(position.earlier_wins.share), interval(position.earlier_wins), "50 % without a position bias"),
+    ...(model ? [tile("Agreement with the last reward model", percent(model.share), interval(model), model.model)] : []),
   );
   byId("annotators").replaceChildren(table(
     ["annotator", "answers", "skipped", "flagged", "corrected", "median", "ties", "with the others", ...(model ? ["with the reward model"] : []), "screening"],
