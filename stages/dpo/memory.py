@@ -21,5 +21,5 @@ def estimate(config: DPOStepConfig, models: Mapping[str, View], lengths: Lengths
     view = models["model"]
     columns = min(config.max_length or view.shape.positions, lengths.comparison)
     rows = 2 * rows_per_pass(config, processes, columns, machine, texts=2)
-    made = language_model(config, view, rows, columns, machine)
+    made = language_model(config, view, rows, columns, machine, tiled=True)
     return made if lora_rank(config) else made + view.frozen(dtype_bytes(config.precision, machine))

@@ -16,6 +16,10 @@ from stages.memory.shapes import Shape
 FP32, HALF = 4, 2
 NF4_BYTES = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}
 """Bytes per weight: four bits, and a scale per 64 weights (in 8 bits with double quantization)."""
+TILE_TOKENS, TILE_COLUMNS = 4096, 32_768
+"""Of the loss of TRL 1.16 (trl/kernels/chunked_logprob.py)."""
+TILE_COPIES = 7.25
+"""Copies of a tile in fp32 that its backward pass on a CPU makes at the same time; a quarter is a mask of one byte per logit."""
 HEAP = {"ppo": 2.2, "ppo with adapters": 3.8, "trainer": 1.4, "trainer with adapters": 2.05}
 """On a CPU, activations take this multiple of their size: glibc keeps freed blocks of up to 32 MiB and fragments them, more so if their
 sizes differ. Measured by tests/benchmarks/memory_plan.py. With immediate release of every block, a step needs the computed size but takes
@@ -128,6 +132,22 @@ def chunked_logits(shape: Shape, positions: float, machine: Machine, *, trains_o
 def unchunked_logits(shape: Shape, positions: float) -> float:
     """Losses with unchunked logits: the logits, a shifted copy, their log-softmax and both gradients, in fp32."""
     return 5 * positions * shape.vocabulary * FP32
+
+
+def tiled_logits(shape: Shape, positions: float, machine: Machine, *, trains_output: bool, compute: int = FP32) -> float:
+    """The loss of TRL's SFT and DPO trainers: a tile of logits, the gradients of hidden states and output layer, and copies of the tile.
+
+    A tile has up to TILE_TOKENS rows, and memory for TILE_COLUMNS logits in each. On a CPU only the logits of a smaller vocabulary take
+    memory, because the rest is never written; but each step of the backward pass makes a copy in fp32. A GPU has a kernel without copies.
+    """
+    tokens, columns = min(positions, TILE_TOKENS), min(shape.vocabulary, TILE_COLUMNS)
+    hidden = positions * shape.hidden * (compute + FP32)
+    output = shape.vocabulary * shape.hidden * FP32 if trains_output else 0
+    casts = columns * shape.hidden * compute if compute < FP32 else 0
+    if machine.kind != "cpu":
+        return tokens * TILE_COLUMNS * compute + hidden + output + casts
+    copies = TILE_COPIES + (1 if compute < FP32 else 0)
+    return tokens * columns * (compute + copies * FP32) + hidden + output + casts
 
 
 class MayHaveLora(Protocol):

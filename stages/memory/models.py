@@ -19,6 +19,7 @@ from stages.memory.estimate import (
     kv_cache,
     lora_rank,
     phases,
+    tiled_logits,
     trained,
     unchunked_logits,
 )
@@ -132,9 +133,12 @@ def rows_per_pass(config: TrainingStepConfig, processes: int, columns: int, mach
     return max(size for size in range(1, min(config.training.rows_per_pass, share) + 1) if share % size == 0)
 
 
-def language_model(config: TrainingStepConfig, view: View, rows: float, columns: int, machine: Machine) -> Memory:
-    """Next-token training with logits at every position."""
+def language_model(config: TrainingStepConfig, view: View, rows: float, columns: int, machine: Machine, *, tiled: bool = False) -> Memory:
+    """Next-token training with logits at every position. ``tiled``: by the loss of TRL, which makes the logits in tiles."""
     logits = unchunked_logits(view.shape, rows * columns)
+    if tiled:
+        compute = dtype_bytes(config.precision, machine)
+        logits = tiled_logits(view.shape, rows * columns, machine, trains_output=not lora_rank(config), compute=compute)
     return trained_model(config, view, machine) + phases(
         training_phase(config, view, rows, columns, machine, logits=logits, masked=has_padding(config))
     )

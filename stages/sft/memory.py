@@ -19,4 +19,4 @@ def estimate(config: SFTStepConfig, models: Mapping[str, View], lengths: Lengths
     """The peak memory of the step, per process."""
     longest = config.max_length or models["model"].shape.positions
     columns = longest if config.packing else min(longest, lengths.demonstration)
-    return language_model(config, models["model"], rows_per_pass(config, processes, columns, machine), columns, machine)
+    return language_model(config, models["model"], rows_per_pass(config, processes, columns, machine), columns, machine, tiled=True)

@@ -14,6 +14,7 @@ from stages.memory.estimate import (
     kv_cache,
     moments,
     phases,
+    tiled_logits,
     trained,
     unchunked_logits,
 )
@@ -89,6 +90,29 @@ def test_logits_in_chunks_and_all_together() -> None:
     assert chunked_logits(shape, 10, CPU, trains_output=False) == 4 * 10 * 100 * 4 + 2 * 10 * 64 * 4
     many = chunked_logits(shape, 10**6, CPU, trains_output=True)
     assert many == 4 * (2 << 20) + 2 * 10**6 * 64 * 4 + 100 * 64 * 4  # a chunk is never more than 2 MiB
+
+
+@pytest.mark.parametrize("trains_output", [True, False])
+def test_tiled_logits_take_what_the_loss_of_trl_takes(trains_output: bool) -> None:
+    import torch
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    from stages.memory.fake_passes import LiveBytes
+
+    shape, tokens = llama(vocab_size=3000), 500
+    hidden = torch.randn(tokens, shape.hidden, requires_grad=True)
+    weight = torch.randn(shape.vocabulary, shape.hidden, requires_grad=trains_output)
+    targets = torch.randint(0, shape.vocabulary, (tokens,))
+    with LiveBytes() as live:
+        logprobs, *_ = ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 3000, None, 1.0, ("entropy", "is_top1"))
+        logprobs.sum().backward()
+    expected = tiled_logits(shape, tokens, CPU, trains_output=trains_output)
+    copied = tokens * shape.hidden * 4  # the states of the model, which are a slice, are copied before the function
+    assert live.peak + copied == pytest.approx(expected, rel=0.02)
+    gpu = Machine("cuda", 8 << 30, 2, "a GPU")
+    # 500 rows of 32,768 logits in bf16, hidden states and their gradients, a cast of the output layer
+    by_hand = 500 * 32768 * 2 + 500 * 64 * (2 + 4) + 3000 * 64 * 2
+    assert tiled_logits(shape, tokens, gpu, trains_output=False, compute=2) == by_hand
 
 
 def test_phases_follow_each_other() -> None:
