@@ -21,7 +21,7 @@ from stages.hub.repositories import COMMIT, Repository, fetch, look_up
 logger = logging.getLogger(__name__)
 
 DECIDE = ("dataset_dict.json", "state.json")
-"""Files besides the data files that assign data files to splits. A README does, too, by its configs."""
+"""Files besides the data files that assign data files to splits. The configs of a README do so, too."""
 TYPED = {".csv": "csv", ".tsv": "csv", ".txt": "text"}
 """Formats that the ``datasets`` library parses into values. In a text file each line is a row."""
 ORDER = (".parquet", ".arrow", ".jsonl", ".json", ".csv")  # preference between formats with equal file counts, as in datasets

@@ -98,7 +98,7 @@ class TokenizedDPOTrainer(reproducible(DPOTrainer)):  # type: ignore[misc]
         return total
 
     def lengths_of(self, rows: Rows[dict[str, list[int]]]) -> list[int]:
-        """Of each pair: the tokens of its longer text."""
+        """For each pair, the number of tokens of its longer text."""
         return [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
 
     def sizes_of(self, batch: Batch) -> list[int]:

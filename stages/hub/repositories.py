@@ -79,7 +79,7 @@ def look_up(kind: Kind, identifier: str, revision: str | None = None) -> Reposit
 
 
 MOST_FILES = 5_000
-"""The most files of a repository whose contents are asked for: the Hub takes long to list the contents of more."""
+"""Contents are not asked for if a repository has more files than this, because the Hub takes long to list them."""
 
 
 def content_ids(kind: Kind, identifier: str, commit: str) -> dict[str, str | None]:
@@ -104,7 +104,7 @@ def content_ids(kind: Kind, identifier: str, commit: str) -> dict[str, str | Non
 
 
 def _blob_of(path: Path) -> str | None:
-    """The id of a cached file's content: the name of the file that its link leads to; None if it is no link."""
+    """The id of a cached file's content: the name of the file that its link leads to; None if it is not a link."""
     return path.readlink().name if path.is_symlink() else None
 
 

@@ -122,7 +122,7 @@ class RankingTrainer(reproducible(Trainer)):  # type: ignore[misc]
         return self.accelerator.gather(torch.tensor([count], device=device)).sum().clamp(min=1)
 
     def lengths_of(self, rows: Rows[EncodedComparison]) -> list[int]:
-        """Of each prompt: the tokens of its longest text."""
+        """For each prompt, the number of tokens of its longest text."""
         return [max(map(len, comparison.rows)) for comparison in rows]
 
     def sizes_of(self, batch: Batch) -> list[int]:

@@ -13,13 +13,13 @@ COUNT = "count/"  # prefix of the counts among a trainer's metrics
 
 
 class WeightedMetrics(StepTrainer):
-    """For a trainer of TRL that notes the counts of each pass with ``count_pass``. Does nothing without ``weighed_by``."""
+    """Mixin for a trainer of TRL. It calls ``count_pass`` in each pass. Without ``weighed_by`` the mixin changes nothing."""
 
     weighed_by: ClassVar[dict[str, str]] = {}
     """The count by which each metric is weighed: {"entropy": "tokens"}."""
 
     def count_pass(self, **counts: float) -> None:
-        """Note what a training pass contains. Call it once per pass."""
+        """Record the numbers of tokens or examples in a training pass. Call it once per pass."""
         for name, count in counts.items():
             self._metrics["train"][COUNT + name].append(float(count))
 

@@ -33,7 +33,7 @@ from stages.recipe.schema import load_recipe
 from stages.registry.ledger import Registry
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-LAST = 8  # iterations: the gold score at equal time is the mean of so many, because one iteration has only 64 episodes
+LAST = 8  # iterations: the gold score at equal time is the mean over these, because one iteration has only 64 episodes
 WITHOUT_VALUE = ("publish_value=false", "training.value_learning_rate=null", "samples_per_prompt=4")
 METHODS = {
     "gae": (),

@@ -21,7 +21,7 @@ def resident_mib(field: str) -> float:
 def main() -> None:
     workload, seed = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2])
     import torch
-    from trl_ppo import Files, run  # beside this script
+    from trl_ppo import Files, run  # in the folder of this script
 
     torch.set_num_threads(workload["threads"])
     idle = resident_mib("VmRSS")

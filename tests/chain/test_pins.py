@@ -209,7 +209,7 @@ def test_commits_are_recorded_and_changes_are_detected(fresh: Hub, hub_client: C
     steps = planned(hub_client, workdir)
     assert {step["action"] for step in steps.values()} == {"reuse"}
     assert fresh.downloads() == []
-    # A commit that only changes texts for people re-runs nothing, although it is another commit.
+    # A new commit that only changes texts for people does not re-run a step.
     files = fresh.repositories["model", "org/model"].commits[model]
     notes = {"README.md": b"---\nlicense: mit\n---\nnew words", "LICENSE.txt": b"new", "images/plot.png": b"new"}
     assert fresh.publish("model", "org/model", {**files, **notes}) != model

@@ -11,7 +11,7 @@ from stages.training.pass_metrics import WeightedMetrics
 
 
 class Logged:
-    """The end of a trainer of TRL that counts here: it logs the mean over passes."""
+    """Replaces a trainer of TRL: it logs the mean over passes."""
 
     def __init__(self) -> None:
         self._metrics: Any = {"train": defaultdict(list)}
