@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 from stages.config import GenerationSettings, Vllm
+from stages.engines import shared_memory
 from stages.engines.vllm_client import Lost, VllmClient, logprobs_mode
 from stages.engines.vllm_sampler import VllmSampler, Weights, write_full_weights
 from stages.engines.vllm_servers import Servers
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from stages.model_types import TransformersModel
     from stages.sampling.sampler import Sampler
 
-SHARED_MEMORY = Path("/dev/shm")
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Sizes of attention heads that vLLM's build for CPUs can compute (0.32)."""
 Trains = Literal["nothing", "adapter", "full"]
@@ -137,9 +137,11 @@ def open_sampler(
     check_reachable(settings)
     policy = policy or Policy(model, temperature=1.0, autocast=None)
     policy.activate()
-    shared = _shared_folder(vllm, folder, model) / f"tristage-{runtime.decide(lambda: secrets.token_hex(6))}"
+    shared = _shared_folder(vllm, folder, model) / f"{shared_memory.PREFIX}{runtime.decide(lambda: secrets.token_hex(6))}"
     say = lambda line: runtime.console.print(line, style="yellow", markup=False)  # noqa: E731
     with ExitStack() as stack:
+        if runtime.is_main and shared.parent == shared_memory.FOLDER:
+            stack.enter_context(shared_memory.claimed(shared))
         stack.callback(shutil.rmtree, shared, ignore_errors=True)
         weights, served = _plan_weights(settings, model, tokenizer, source, dtype, trains, merges_adapters, shared, runtime)
         served = replace(served, logprobs_mode=logprobs_mode(policy.temperature))
@@ -284,6 +286,6 @@ def _shared_folder(vllm: Vllm, folder: Path, model: TransformersModel) -> Path:
         return Path(vllm.adapter_folder).expanduser().absolute()
     are_here = all(urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1") for url in vllm.url or ())
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    if are_here and SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 3 * size:
-        return SHARED_MEMORY
+    if are_here and shared_memory.FOLDER.is_dir() and shutil.disk_usage(shared_memory.FOLDER).free > 3 * size:
+        return shared_memory.FOLDER
     return folder.absolute()
