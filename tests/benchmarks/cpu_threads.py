@@ -204,7 +204,7 @@ def main() -> None:
     title = f"{cpu_name()}, {cores}; a Llama {options.width} wide, {options.rounds} rounds"
     print(title, flush=True)
     runs: list[dict[str, Any]] = []
-    conditions = {"idle": 0, "one busy process": 1, "one busy process per core": cores.usable}
+    conditions = {"no added process": 0, "one busy process": 1, "one busy process per core": cores.usable}
     workers = {waiting: Worker(waiting, all_ways[0].threads, options.width) for waiting in WAITING}
     try:
         for worker, way in ((workers[way.waiting], way) for way in all_ways):  # not counted
@@ -215,6 +215,7 @@ def main() -> None:
             for condition, way in order:
                 made = run(workers[way.waiting], way, options.seconds, conditions[condition])
                 runs.append({"round": number, "condition": condition, "way": way.name, **made})
+                print(f"round {number + 1}, {condition}, {way.name}: {made['steps_per_second']:.1f} steps/s", file=sys.stderr, flush=True)
     finally:
         for worker in workers.values():
             worker.process.kill()

@@ -202,7 +202,10 @@ def test_completions_written_by_an_evaluation_can_be_read(prompts, step_context,
         ({}, "exactly one of model and completions"),
         ({"model": "a", "completions": "b.jsonl"}, "exactly one of model and completions"),
         ({"completions": "b.jsonl", "best_of": {"reward": {"function": "a:b"}}}, "need a model"),
-        ({"model": "a", "few_shot": {"data": "d", "instruction": ["x", "y"]}}, "instruction is a list: give it at least one text, and set choose"),
+        (
+            {"model": "a", "few_shot": {"data": "d", "instruction": ["x", "y"]}},
+            "instruction is a list: give it at least one text, and set choose",
+        ),
     ],
 )
 def test_contradicting_settings_are_refused(config, candidate: dict[str, Any], message: str) -> None:
