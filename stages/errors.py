@@ -91,8 +91,10 @@ ALLOCATION_FAILURES = (
     "not enough memory",
     "alloc_failed",
     "bad_alloc",
+    "cublas_status_not_initialized",
 )
-"""Parts of messages of memory errors with a general class: CUDA, Triton, torch's allocators, the system, cuBLAS and similar, C++."""
+"""Parts of messages of memory errors with a general class: CUDA, Triton, torch's allocators, the system, cuBLAS and similar, C++.
+cuBLAS is not initialized if its own memory does not fit."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -42,6 +42,7 @@ def refused_by_numpy() -> BaseException:
         RuntimeError("CUDA error: out of memory"),
         RuntimeError("Triton Error [CUDA]: CUDA_ERROR_OUT_OF_MEMORY"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"),
         RuntimeError("std::bad_alloc"),

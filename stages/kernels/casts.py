@@ -21,11 +21,14 @@ def kept_casts(device_type: str) -> Iterator[None]:
 
     Weights must not change within the context: use it for the passes of one optimizer step. Autocast itself stays disabled, so every pass
     must still set its precision. The copies use memory between passes; within a pass they exist in any case.
+
+    Backward passes run in the calling thread. On a GPU they usually run in another thread, which does not know the outer context:
+    when gradient checkpointing recomputes a layer there, the end of its autocast context would drop the copies of all weights.
     """
     global _kept
     outer, _kept = _kept, {}
     try:
-        with torch.autocast(device_type, enabled=False):
+        with torch.autocast(device_type, enabled=False), torch.autograd.set_multithreading_enabled(False):
             yield
     finally:
         _kept = outer

@@ -246,7 +246,8 @@ def _divided(flat: Tensor, num_parts: int) -> Tensor:
 def _products(a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
     """scaling * a @ b for [K, n, k] and [K, k, m]."""
     if a.shape[0] > 1:
-        return torch.bmm(a, b) if scaling == 1.0 else torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
+        # With beta 0 the old content is not read.
+        return torch.bmm(a, b) if scaling == 1.0 else a.new_empty(*a.shape[:2], b.shape[2]).baddbmm_(a, b, beta=0, alpha=scaling)
     return scaled_product(a[0], b[0], scaling)[None]
 
 

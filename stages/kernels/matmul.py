@@ -76,8 +76,8 @@ def scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
         return made if scaling == 1.0 else made.mul_(scaling)
     if scaling == 1.0:
         return a @ b
-    # With beta 0 the first tensor is not read, so this is one product with a scale.
-    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
+    # With beta 0 the old content is not read, so this is one product with a scale.
+    return a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=scaling)
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:

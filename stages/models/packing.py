@@ -42,6 +42,7 @@ queries, keys and values, which works everywhere."""
 PROBE_LENGTHS = (5, 9, 3)  # tokens of the test sequences
 TOLERANCE = 1e-4  # relative, in fp32: far above rounding errors, far below the effect of attention across sequences
 LOW_PRECISION_TOLERANCE = 5e-2  # the same in half precision
+GRADIENT_TOLERANCE = 0.1  # relative, for the gradients of attention in any precision
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Packing:
     lengths: tuple[int, ...]
     kernel: str = "padded"
     windows: list[int | None] = field(default_factory=list, compare=False)  # sliding window of each attention layer, if ``traced``
+    inputs: list[tuple[Tensor, Tensor, Tensor, float | None, int | None]] = field(default_factory=list, compare=False)
+    """If ``traced``: queries, keys and values [S, heads, D], scaling and window of the first attention layer."""
     traced: bool = False
 
     @property
@@ -147,8 +150,15 @@ def attend_packed(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [S, heads, D]
+    if packing.traced and not packing.inputs:
+        packing.inputs.append((q, k, v, scaling, sliding_window))
+    return _attended(packing, q, k, v, dropout, scaling, sliding_window)[None], None
+
+
+def _attended(packing: Packing, q: Tensor, k: Tensor, v: Tensor, dropout: float, scaling: float | None, window: int | None) -> Tensor:
+    """Attention [S, H, D] by the kernel of ``packing``."""
     attend = {"flash_attn": _by_flash_attn, "torch": _by_torch, "padded": _by_padding}[packing.kernel]
-    return attend(packing, q, k, v, dropout, scaling, sliding_window)[None], None
+    return attend(packing, q, k, v, dropout, scaling, window)
 
 
 AttentionInterface.register(PACKED, attend_packed)  # without registering a mask of this name, so that transformers creates none
@@ -165,8 +175,8 @@ def _by_flash_attn(packing: Packing, q: Tensor, k: Tensor, v: Tensor, dropout: f
 def _by_torch(packing: Packing, q: Tensor, k: Tensor, v: Tensor, dropout: float, scaling: float | None, window: int | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    if dropout:
-        raise ValueError("PyTorch's variable-length attention does not support dropout")
+    if dropout:  # this kernel has none
+        return _by_padding(packing, q, k, v, dropout, scaling, window)
     if k.shape[1] != q.shape[1]:  # not every version supports grouped heads
         k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for states in (k, v))
     window_size = (-1, 0) if window is None or window >= packing.longest else (window - 1, 0)
@@ -270,6 +280,8 @@ def usable_kernels(device_type: str) -> tuple[str, ...]:
         kernels.insert(0, "flash_attn")
     except ImportError:
         pass
+    except Exception as error:  # a package that was built for another version of PyTorch or CUDA
+        logger.warning("the package flash_attn is not used: its import fails (%s: %s)", type(error).__name__, str(error)[:120])
     return tuple(kernels)
 
 
@@ -287,6 +299,7 @@ def _problem(decoder: TransformersModel, kernel: str) -> str | None:
             inputs = {"input_ids": torch.cat(rows)[None], "position_ids": packing.positions}
             packed = decoder(**inputs, use_cache=False).last_hidden_state[0].float()
         expected = torch.cat([decoder(input_ids=row[None], use_cache=False).last_hidden_state[0].float() for row in rows])
+        gradient_error = _gradient_error(kernel, packing)
     except (*PASS_FAILURES, ImportError) as error:
         if is_out_of_memory(error):
             raise
@@ -297,9 +310,31 @@ def _problem(decoder: TransformersModel, kernel: str) -> str | None:
         return "not every layer passes its sliding window"
     difference = float((packed - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float32).tiny))
     is_fp32 = next(decoder.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
-    if difference <= (TOLERANCE if is_fp32 else LOW_PRECISION_TOLERANCE):
-        return None
-    return f"its hidden states would differ by {difference:.0%}"
+    if not difference <= (TOLERANCE if is_fp32 else LOW_PRECISION_TOLERANCE):
+        return f"its hidden states would differ by {difference:.0%}"
+    if not gradient_error <= GRADIENT_TOLERANCE:
+        return f"the gradients of its attention would differ by {gradient_error:.0%}"
+    return None
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _gradient_error(kernel: str, traced: Packing) -> float:
+    """The largest relative difference of a gradient by ``kernel`` from that of padded attention in fp32, for the first layer of a traced
+    pass."""
+    if kernel == "padded" or not traced.inputs:
+        return 0.0
+    *inputs, scaling, window = traced.inputs[0]
+    gradients = []
+    for name, dtype in ((kernel, inputs[0].dtype), ("padded", torch.float32)):
+        packing = make_packing(traced.lengths, inputs[0].device, kernel=name)
+        q, k, v = leaves = [states.clone().to(dtype).requires_grad_() for states in inputs]
+        output = _attended(packing, q, k, v, 0.0, scaling, window)
+        upstream = torch.linspace(-1.0, 1.0, output.numel(), device=output.device).view(output.shape).to(dtype)
+        gradients.append(torch.autograd.grad(output, leaves, upstream))
+    pairs = [(own.float(), expected) for own, expected in zip(*gradients, strict=True)]
+    tiny = torch.finfo(torch.float32).tiny
+    return max(float((own - expected).norm() / expected.norm().clamp(min=tiny)) for own, expected in pairs)
 
 
 def _slides(config: PretrainedConfig) -> int:

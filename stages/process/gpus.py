@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, TypedDict
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+DEVICE_FILES = Path("/dev")  # has nvidia0 if there is a GPU
 _largest = 0  # bytes; maximum over all phases, because each phase resets the counter
 _open: list[Peak] = []  # the measurements in progress
 
@@ -38,7 +40,8 @@ def visible_gpus() -> list[Gpu]:
     """Name, memory in bytes and driver version of every GPU that this process may use, in the order of their indices in torch.
 
     They are the GPUs of this machine that CUDA_VISIBLE_DEVICES selects; empty if there is none. Uses nvidia-smi, so that torch is not
-    imported. Uses torch for a part of a GPU (MIG), and, if it is already imported, where nvidia-smi is missing.
+    imported. Uses torch for a part of a GPU (MIG). Where nvidia-smi is missing, uses torch if it is
+    already imported or the machine has a GPU.
     """
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None and "MIG-" in chosen:
@@ -46,7 +49,8 @@ def visible_gpus() -> list[Gpu]:
     try:
         gpus = _gpus_of_machine()
     except (OSError, subprocess.SubprocessError, ValueError):
-        return _gpus_of_torch(sys.modules.get("torch"))
+        has_driver = any(DEVICE_FILES.glob("nvidia[0-9]*"))  # a container can have the GPU, but not nvidia-smi
+        return _gpus_of_torch(importlib.import_module("torch") if has_driver else sys.modules.get("torch"))
     shown = gpus if chosen is None else [gpus[index] for index in _selected(chosen, [gpu["uuid"] for gpu in gpus])]
     return [{"name": gpu["name"], "memory_bytes": gpu["memory_bytes"], "driver": gpu["driver"]} for gpu in shown]
 

@@ -311,6 +311,22 @@ def decoding_attention(model: TransformersModel, cache: DynamicCache) -> Iterato
         model.config._attn_implementation = usual
 
 
+@contextmanager
+def without_cudnn_attention(device_type: str) -> Iterator[None]:
+    """Context manager without cuDNN's attention on a GPU. It plans for every new shape, and prompts have new shapes all the time.
+
+    Steps of the program disable it for their process. This is for callers of ``generate`` in other programs.
+    """
+    was_enabled = device_type == "cuda" and torch.backends.cuda.cudnn_sdp_enabled()
+    if was_enabled:
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        if was_enabled:
+            torch.backends.cuda.enable_cudnn_sdp(True)
+
+
 def forward_options(support: DecodingSupport, cache: DynamicCache | None) -> dict[str, object]:
     """Keyword arguments of a forward pass: to use ``cache`` (None: no cache), and to compute only the last token's logits."""
     options: dict[str, object] = {"use_cache": cache is not None} if support.takes_use_cache else {}

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from stages.config import GenerationSettings
 from stages.errors import ModelError
+from stages.sampling.cache import without_cudnn_attention
 from stages.sampling.continuous import SlotDecoder
 from stages.sampling.decoding import Decoded, decode
 from stages.sampling.padding import left_pad, right_pad
@@ -186,11 +187,12 @@ def generate(
     training = model.training
     model.eval()
     try:
-        support = usable_support(model)
-        if decodes_in_slots(model, support, settings, prompts):
-            _decode_in_slots(model, support, prompts, order, settings, noise, made, pad_token_id)
-        else:
-            _decode_in_batches(model, support, prompts, order, settings, noise, made, pad_token_id)
+        with without_cudnn_attention(next(model.parameters()).device.type):
+            support = usable_support(model)
+            if decodes_in_slots(model, support, settings, prompts):
+                _decode_in_slots(model, support, prompts, order, settings, noise, made, pad_token_id)
+            else:
+                _decode_in_batches(model, support, prompts, order, settings, noise, made, pad_token_id)
     finally:
         model.train(training)
     return made.generated(prompts, pad_token_id)

@@ -8,11 +8,14 @@ are ignored.
 
 from __future__ import annotations
 
+import gc
 import logging
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -30,6 +33,7 @@ _refusals: Counter[str] = Counter()  # counts of rejected recordings by the logg
 SAID_AT = (1, 10, 100, 1000)  # the log reports a reason at these counts of rejected recordings
 FEWEST_STEPS = 16  # a recording costs about as much as a few steps, so fewer steps than this do not justify one
 STEPS_ON_LARGER = 64  # steps on the graph of a larger size before a graph of the right size is recorded
+LONGEST_REASON = 200  # characters of a reason in the log
 
 
 class Size(NamedTuple):
@@ -138,9 +142,9 @@ class GraphPool:
             return None
         try:
             recording = checked_recording(self._recorder, lambda: compute(size), slots)
-        except RuntimeError as error:
+        except Exception as error:  # of any class: the step is then computed, which raises the error again if recording is not its cause
             self._recorder = None
-            refuse(str(error).strip().splitlines()[0])
+            refuse(f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:LONGEST_REASON])
             return None
         if recording is None:
             self._refused.add(key)
@@ -199,7 +203,7 @@ class CudaRecorder:
         self.memory_limit = int(KEPT_SHARE * torch.cuda.get_device_properties(device).total_memory)
 
     def record(self, step: Callable[[], Tensor]) -> Recording:
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        current, side = torch.cuda.current_stream(), recording_stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):  # libraries initialise on the first run, which must not be recorded
             step()
@@ -210,11 +214,39 @@ class CudaRecorder:
         reserved = torch.cuda.memory_reserved()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with garbage_kept(), torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
                 logits = step()
+        except BaseException:
+            self._end_allocation()
+            raise
         finally:
             torch.cuda.set_stream(current)  # a failed recording would leave its own stream as the current one
         return Recording(graph.replay, logits, max(0, torch.cuda.memory_reserved() - reserved))
+
+    def _end_allocation(self) -> None:
+        """End the allocation from the pool after a failed recording. Otherwise PyTorch would never again free its unused memory."""
+        end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+        if end is not None:
+            with suppress(RuntimeError):  # it has ended already
+                end(torch.cuda.current_device(), self._pool)
+
+
+@cache
+def recording_stream() -> torch.cuda.Stream:
+    """The stream on which steps are prepared and recorded. One for the process, because cuBLAS keeps memory per stream."""
+    return torch.cuda.Stream()
+
+
+@contextmanager
+def garbage_kept() -> Iterator[None]:
+    """Context manager without Python's garbage collection, which could free memory of the GPU while a step is recorded."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def can_record(model: TransformersModel) -> bool:

@@ -38,3 +38,10 @@ def test_gradients_of_several_passes_go_through_one_cast() -> None:
         assert layer.weight.grad is not None and layer.weight.grad.dtype == torch.float32
         gradients.append(layer.weight.grad.clone())
     assert torch.equal(*gradients)
+
+
+def test_backward_passes_stay_in_the_thread_whose_casts_are_kept() -> None:
+    assert torch._C._is_multithreading_enabled()
+    with kept_casts("cpu"):
+        assert not torch._C._is_multithreading_enabled()  # tests/pretend_gpu counts the casts of a device with another thread
+    assert torch._C._is_multithreading_enabled()

@@ -158,6 +158,30 @@ def test_the_fastest_kernel_that_is_installed_comes_first(monkeypatch) -> None:
     usable_kernels.cache_clear()
 
 
+@pytest.mark.parametrize("fails", ["wrong", "raises", None])
+def test_a_kernel_without_correct_gradients_is_not_used(fails: str | None, monkeypatch, caplog) -> None:
+    class Cut(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, states: Tensor) -> Tensor:
+            return states.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            if fails == "raises":
+                raise RuntimeError("no kernel for this head dimension")
+            return gradient * 0.5
+
+    def varlen_attn(q, k, v, starts, starts_k, longest, longest_k, *, scale, window_size):
+        return naive(q, k if fails is None else Cut.apply(k), v, starts, scale, window_size[0])
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    monkeypatch.setattr(packing, "usable_kernels", lambda device: ("torch", "padded"))
+    decoder = transformers.AutoModel.from_config(FAMILIES["llama, two heads share keys"](), attn_implementation="sdpa")
+    with torch.inference_mode():  # the first use is often a pass that only measures
+        assert packing_kernel(decoder, nullcontext) == ("torch" if fails is None else "padded")
+    assert all(parameter.grad is None for parameter in decoder.parameters())
+
+
 # Models that are not packed
 
 REFUSED = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -105,6 +106,21 @@ def test_without_nvidia_smi_torch_describes_the_gpus(monkeypatch, tmp_path: Path
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="NVIDIA A10", total_memory=24 * GIB))
     assert gpus.visible_gpus() == [{"name": "NVIDIA A10", "memory_bytes": 24 * GIB, "driver": None}]
+
+
+def test_without_nvidia_smi_torch_is_imported_only_on_a_machine_with_a_gpu(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="NVIDIA A10", total_memory=24 * GIB))
+    monkeypatch.setattr(gpus, "DEVICE_FILES", tmp_path)
+    monkeypatch.setattr(gpus.importlib, "import_module", lambda name: {"torch": torch}[name])
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "torch")
+        assert gpus.visible_gpus() == []
+        (tmp_path / "nvidia0").touch()
+        assert [gpu["name"] for gpu in gpus.visible_gpus()] == ["NVIDIA A10"]
 
 
 def test_gpu_run_disables_cudnn_attention_and_logs_its_device(smi: Path, monkeypatch, capsys) -> None:

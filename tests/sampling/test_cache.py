@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from stages.sampling.cache import ColumnLayer, RoomyLayer, attend_by_columns
+from stages.sampling.cache import ColumnLayer, RoomyLayer, attend_by_columns, without_cudnn_attention
 
 
 def states(rows: int, tokens: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,3 +81,19 @@ def test_several_tokens_use_sdpa() -> None:
     allowed[0, ..., :3] = False
     expected, _ = sdpa_attention_forward(module, query[:, :, :1], key, value, allowed)
     torch.testing.assert_close(attend_by_columns(module, query[:, :, :1], key, value, allowed)[0], expected)
+
+
+def test_cudnn_attention_is_off_while_decoding_on_a_gpu_and_as_before_afterwards() -> None:
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    before = enabled()
+    try:
+        for usual in (True, False):
+            torch.backends.cuda.enable_cudnn_sdp(usual)
+            with without_cudnn_attention("cpu"):
+                assert enabled() == usual
+            with pytest.raises(KeyError), without_cudnn_attention("cuda"):
+                assert not enabled()
+                raise KeyError
+            assert enabled() == usual
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

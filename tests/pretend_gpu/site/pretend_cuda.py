@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import collections
 import contextlib
 import ctypes
@@ -50,6 +51,7 @@ def adapt(device: ctypes.CDLL) -> None:
 
     _callback = note
     device.pretend_callback(note)
+    atexit.register(device.pretend_callback, None)
     _properties()
     _memory()
     _streams()
@@ -143,7 +145,7 @@ def _memory() -> None:
 
 
 class Stream:
-    """A stream. Everything runs at once, so streams never wait."""
+    """A stream. Everything runs immediately, so streams never wait."""
 
     current: Stream
 

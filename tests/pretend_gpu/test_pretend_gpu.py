@@ -1,0 +1,50 @@
+"""Passes and recorded decoding steps on a pretended GPU (``run.py``), in one separate process. Skipped where it cannot be compiled."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.pretend_gpu.run import environment
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.timeout(900)  # the first use compiles the device
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    if torch.version.cuda is not None or torch.cuda.is_available():
+        pytest.skip("this PyTorch is built for GPUs; tests/gpu uses one")
+    try:
+        variables = environment()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    done = subprocess.run([sys.executable, str(HERE / "scenario.py")], env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def test_the_pretended_device_fails_where_a_real_one_does(results) -> None:
+    said = results["failures"]
+    assert "same device" in said["two devices"] and said["memory"].startswith("OutOfMemoryError")
+    assert "not permitted when stream is capturing" in said["a wait in a recording"] and "was freed" in said["freed memory"]
+
+
+def test_a_weight_is_cast_once_although_a_gpus_backward_passes_have_their_own_thread(results) -> None:
+    assert results["casts"] == 3  # of three layers, in four passes with gradient checkpointing
+
+
+def test_recorded_steps_read_no_freed_memory_and_decode_the_same_tokens(results) -> None:
+    decoded = results["decoded"]
+    assert decoded["refused"] == 0 and decoded["steps"]["replayed"] > decoded["steps"].get("computed", 0)
+    assert decoded["recorded"] == decoded["computed"] and decoded["recorded"][0] != decoded["recorded"][1]
+
+
+def test_a_packed_pass_uses_the_kernel_for_any_lengths_and_never_waits(results) -> None:
+    assert results["pass"] == {"kernel": "torch", "waits": {}}
