@@ -231,6 +231,7 @@ class _Run:
         self.recipe, self.home, self.runtime = recipe, home, runtime
         self.registry = open_registry(home)
         self.began = time.monotonic()
+        self._announced: set[str] = set()
         self.made: dict[str, ModelRecord | None] = {}
         self.circumstances: dict[str, JsonObject] = {}  # by step; those of a reused step are of the run that made it
         if not recipe.is_pinned:
@@ -385,7 +386,10 @@ class _Run:
         )
 
     def _announce(self, step: RecipeStep, line: str) -> None:
-        self.runtime.console.print(f"{step.name}: {line}", markup=False)
+        """Print a line of a step, unless an earlier step of this run has printed the same line."""
+        if line not in self._announced:
+            self._announced.add(line)
+            self.runtime.console.print(f"{step.name}: {line}", markup=False)
 
     def _circumstances(self, step: RecipeStep, seconds: float) -> JsonObject:
         """How this process computed a step: facts about the machine, which are no part of the step's fingerprint."""

@@ -50,7 +50,7 @@ def use_folded_adapters(model: nn.Module) -> Counter[str]:
 
 
 def _say(what: str, model: nn.Module, switched: Counter[str]) -> None:
-    """Log a replacement. The console gets the first one of a step for each model class."""
+    """Log a replacement. The console gets the first one of a run for each kind and model class."""
     if not switched:
         return
     named = ", ".join(f"{count} {name}" for name, count in sorted(switched.items()))
