@@ -87,7 +87,7 @@ def test_mentioned_command_is_accepted(line: str) -> None:
 def _check(line: str) -> None:
     """Give a command to the parser of the program that it starts."""
     words = shlex.split(re.split(r"\s\.\.\.(?:\s|$)", line)[0], comments=True)  # an unquoted ... means further words
-    if not words or words[:1] == ["git"] or "pip" in words[0] or "pre-commit" in words[0]:
+    if not words or words[:1] == ["git"] or "pip" in words[0] or "pre-commit" in words[0] or words[0] == "export":
         return
     if words[0] == "stages":
         _parse(words[1:])

@@ -17,6 +17,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from stages.dpo.config import DPOStepConfig
 from stages.dpo.pairs import Pair
 from stages.errors import ModelError
+from stages.metric_names import reward_name
 from stages.models.adapters import as_it_starts, train_in_fp32, without_copies
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.models.quiet import quiet_transformers
@@ -52,7 +53,7 @@ class TokenizedDPOTrainer(reproducible(DPOTrainer)):  # type: ignore[misc]
 
     loss_is_scaled_for_ga = True
     weighed_by = {
-        **dict.fromkeys((f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")), "pairs"),
+        **dict.fromkeys(map(reward_name, ("chosen", "rejected", "accuracies", "margins")), "pairs"),
         **dict.fromkeys(("logps/chosen", "logps/rejected"), "pairs"),
         "entropy": "tokens",
         "logits/chosen": "chosen",

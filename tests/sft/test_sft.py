@@ -55,11 +55,11 @@ def test_counted_tokens_of_the_loss() -> None:
     assert EncodedRow([1, 2, 3], 0).counted(True) == [0, 1, 1]  # nothing predicts the first token
 
 
-def test_demonstrations_without_a_trained_reply_are_counted(tiny_tokenizer) -> None:
+def test_demonstrations_without_a_trained_reply_are_counted(tiny_tokenizer, monkeypatch) -> None:
     def said(weight: int) -> Row:
         return Row({"messages": [{"role": "user", "content": "a film"}, {"role": "assistant", "content": "a plot", "weight": weight}]})
 
-    tiny_tokenizer.chat_template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
     read = [demonstration(said(weight)) for weight in (1, 0, 1)]
     encoded = encode(read, tiny_tokenizer, "all_assistant_turns")
     assert (len(encoded.rows), encoded.separate, encoded.untrained) == (2, 0, 1)
