@@ -65,3 +65,29 @@ def config(ppo_config: Any, over: Any, prompts: str) -> Any:  # noqa: F811
         return ppo_config(**{"data": prompts, **small, "generation": generation, **fields})
 
     return make
+
+
+@pytest.fixture(scope="module")
+def wide_llama(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+    """A random Llama with heads of 32 dimensions, the smallest that vLLM's attention on CPUs supports."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        eos_token_id=tiny_tokenizer.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=tiny_tokenizer.pad_token_id,
+        initializer_range=0.2,
+    )
+    folder = tmp_path_factory.mktemp("wide-llama")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder

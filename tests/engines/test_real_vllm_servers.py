@@ -18,10 +18,15 @@ import pytest
 
 import stages
 from stages.config import VllmStart
-from stages.engines.vllm_start import Served, StartedServer
-from tests.engines.test_real_vllm import wide_llama  # noqa: F401  (a fixture)
+from stages.engines.vllm_start import Served, StartedServer, find_installed
+from stages.errors import LaunchError
 from tests.engines.test_several_processes import REPOSITORY, TWO, logs
 from tests.ppo.conftest import PROMPTS
+
+try:
+    find_installed(VllmStart())
+except LaunchError as error:
+    pytest.skip(str(error), allow_module_level=True)
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 RECIPE = """
@@ -47,7 +52,7 @@ steps:
 
 
 @pytest.fixture
-def servers(wide_llama: Path, tmp_path: Path) -> Iterator[list[StartedServer]]:  # noqa: F811
+def servers(wide_llama: Path, tmp_path: Path) -> Iterator[list[StartedServer]]:
     """Two servers with the same key."""
     served = Served(str(wide_llama), "float32", lora_rank=2)
     started = [StartedServer(VllmStart(), served, tmp_path / f"vllm-{index}.log", key="two-servers") for index in range(2)]
@@ -62,7 +67,7 @@ def servers(wide_llama: Path, tmp_path: Path) -> Iterator[list[StartedServer]]: 
 
 def test_two_processes_continue_when_one_of_two_servers_is_killed(
     servers: list[StartedServer],
-    wide_llama: Path,  # noqa: F811
+    wide_llama: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
