@@ -152,7 +152,8 @@ def _profiled(clock: Clock, iteration: int, on_gpu: bool) -> Iterator[dict[str, 
         on_device = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
         events = [event.time_range for event in profiler.events() if event.device_type == on_device]
         busy = covered((event.start, event.end) for event in events)
-        idle.update(events=len(events), share=max(0.0, 1 - busy / microseconds) if on_gpu else None)
+        measured = on_gpu and bool(events)  # without CUPTI the profiler sees no kernels
+        idle.update(events=len(events), share=max(0.0, 1 - busy / microseconds) if measured else None)
         return result
 
     Updater.update = update  # type: ignore[method-assign]

@@ -77,6 +77,7 @@ MATMUL_SHARES = {
 IDLE = {"410M, PPO, value network": (0.25, 0.10), "1B, PPO, full": (0.25, 0.10)}
 DECODED = "1B Llama"
 NO_GPU = "no GPU"
+NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class Table:
                     continue
                 result = self._setup(name)
                 value = result.get(key) if self.device == "cuda" else None
-                note = reason(result) or ("" if value is not None else NO_GPU)
+                note = reason(result) or ("" if value is not None else NO_GPU if self.device != "cuda" else NOT_MEASURED)
                 self._add(title, name, value, f"{sign} {must}", f"{sign} {aim}", note, speeds(result))
 
     def _decoding_rows(self) -> None:
