@@ -29,7 +29,7 @@ def library() -> Path:
     assert spec is not None and spec.origin is not None
     torch = Path(spec.origin).parent
     source = HERE / "device.cpp"
-    key = hashlib.sha256(source.read_bytes() + version("torch").encode()).hexdigest()[:16]
+    key = hashlib.sha256(source.read_bytes() + f"{version('torch')} {torch}".encode()).hexdigest()[:16]
     made = Path(tempfile.gettempdir()) / f"pretend-gpu-{key}.so"
     if not made.exists():
         part = made.with_suffix(f".{os.getpid()}")
