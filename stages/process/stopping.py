@@ -16,6 +16,7 @@ from stages.errors import Stopped
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PATIENCE_SECONDS = 3.0  # a second signal after this time ends the process immediately; before, it is a repeat of the first
 REMINDER_SECONDS = 2.0
+WEAK_REFERENCES = {weakref.__file__, weakref.WeakSet.__init__.__code__.co_filename}  # weakref.py and _weakrefset.py
 
 
 class StopRequest:
@@ -100,7 +101,7 @@ class StopRequest:
 def _in_finalizer(frame: FrameType | None) -> bool:
     """Whether ``frame`` runs inside a ``__del__`` or a weak reference callback."""
     while frame is not None:
-        if frame.f_code.co_name == "__del__" or frame.f_code.co_filename == weakref.__file__:
+        if frame.f_code.co_name == "__del__" or frame.f_code.co_filename in WEAK_REFERENCES:
             return True
         frame = frame.f_back
     return False

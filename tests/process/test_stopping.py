@@ -96,7 +96,7 @@ def test_process_ends_when_its_launcher_ends() -> None:
     raise AssertionError(f"process {pid} outlived its launcher")
 
 
-@pytest.mark.parametrize("kind", ["__del__", "weak reference"])
+@pytest.mark.parametrize("kind", ["__del__", "weak reference", "weak set"])
 def test_stop_request_inside_a_finalizer_is_repeated_later(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Python prints the traceback of an exception in a finalizer and continues."""
     printed: list[object] = []
@@ -121,10 +121,19 @@ def test_stop_request_inside_a_finalizer_is_repeated_later(monkeypatch: pytest.M
             ask()
             super().__delitem__(key)
 
+    class AskingSet(set):  # type: ignore[type-arg]
+        def discard(self, item: object) -> None:
+            ask()
+            super().discard(item)
+
     stop = StopRequest()
     with pytest.raises(Stopped), stop.installed():
         if kind == "__del__":
             Finalized()
+        elif kind == "weak set":
+            members: weakref.WeakSet[Key] = weakref.WeakSet()
+            members.data = AskingSet()
+            members.add(Key())
         else:
             table: weakref.WeakKeyDictionary[Key, int] = weakref.WeakKeyDictionary()
             table.data = Asking()
