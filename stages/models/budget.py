@@ -138,12 +138,15 @@ class PassBudget:
             waiting = self.groups([row for group in waiting for row in group], lengths, packed=packed)
 
 
-def _each_group_together(groups: Iterable[Sequence[int]], work: Callable[[Sequence[int]], None], device: torch.device) -> None:
-    """``each_group`` for a model with sharded weights. It repeats the last group while other processes have more groups."""
+def each_group_together(groups: Iterable[Sequence[int]], work: Callable[[list[int]], None], device: torch.device) -> None:
+    """``each_group`` for models with sharded weights. It repeats the last group while other processes have more groups.
+
+    Raises TrainingError if memory runs out.
+    """
     try:
         for rows in in_lockstep([list(group) for group in groups], device):
             work(rows)
-    except RuntimeError as error:
+    except Exception as error:
         refuse_alone(error)
         raise
 
@@ -161,7 +164,7 @@ def each_group(
     tensors of the inference mode are not allowed there.
     """
     if model is not None and sharded_blocks(model):
-        _each_group_together(groups, work, next(model.parameters()).device)
+        each_group_together(groups, work, next(model.parameters()).device)
         return
     waiting, most = [list(group) for group in groups], 0  # 0: no limit yet
     while waiting:

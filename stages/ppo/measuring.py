@@ -10,10 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stages.models.budget import PassBudget, refuse_alone
+from stages.models.budget import PassBudget, each_group_together
 from stages.models.packing import packed_attention
 from stages.models.responses import sequence_batch
-from stages.models.sharding import in_lockstep
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.roles import Roles
 
@@ -63,12 +62,7 @@ def measure(
     with without_gradient, roles.offload.awake(*roles.waiting()):
         kernel = roles.kernel("policy", "reference", "value")
         if roles.are_sharded:
-            try:
-                for rows in in_lockstep(budget.groups(order, lengths), roles.policy.device):
-                    one_pass(rows)
-            except Exception as error:
-                refuse_alone(error)
-                raise
+            each_group_together(budget.groups(order, lengths), one_pass, roles.policy.device)
         else:
             with roles.casts_kept():
                 budget.each(order, lengths, one_pass, packed=kernel is not None)
