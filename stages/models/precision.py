@@ -22,6 +22,7 @@ from stages.models.stacks import stack_of
 from stages.process.announcing import announcing
 from stages.process.hardware import cpu_name, has_amx
 from stages.process.precision import AutoPrecision
+from stages.process.storage import write_json
 from stages.registry.references import ResolvedModel
 
 if TYPE_CHECKING:
@@ -167,6 +168,6 @@ def _read(path: Path) -> dict[str, object]:
 def _write(path: Path, content: Mapping[str, object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content), encoding="utf-8")
+        write_json(path, content)
     except OSError as error:
         logger.info("the choice of a precision is not kept: %s", error)
