@@ -66,29 +66,31 @@ def tiny_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>")
 
 
-@pytest.fixture(scope="session")
-def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
-    """A random two-layer Llama (hidden size 32) saved with its tokenizer, for from_pretrained."""
+def save_llama(folder: Path, tokenizer: Any, **shape: float) -> Path:
+    """Save a random two-layer Llama of this shape with its tokenizer. Returns ``folder``."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
+        vocab_size=len(tokenizer),
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=128,
-        eos_token_id=tiny_tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
-        pad_token_id=tiny_tokenizer.pad_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **shape,
     )
-    folder = tmp_path_factory.mktemp("tiny-llama")
     LlamaForCausalLM(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+    """A random two-layer Llama (hidden size 32) saved with its tokenizer, for from_pretrained."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return save_llama(tmp_path_factory.mktemp("tiny-llama"), tiny_tokenizer, **shape)
 
 
 @pytest.fixture

@@ -113,7 +113,9 @@ def table(rows: list[dict[str, Any]], methods: list[str]) -> str:
     for method, of in by_method.items():
         rates = ", ".join(f"{row['win_rate']:.2f}" for row in of)
         columns = [mean_and_deviation([row[name] for row in of]) for name in names]
-        if method in seconds:
+        if method not in seconds:  # all runs were reused
+            columns += ["-", "-"]
+        else:
             columns += [f"{seconds[method]:.0f}", mean_and_deviation([gold_at(row, least / seconds[method]) for row in of])]
         lines.append(f"| {method} | {rates} | " + " | ".join(columns) + " |")
     return "\n".join(lines)
@@ -127,22 +129,17 @@ def main() -> None:
     parser.add_argument("--home", type=Path, default=Path("outputs/critic-free"))
     chosen = parser.parse_args()
     chosen.home.mkdir(parents=True, exist_ok=True)
-    rows, known = [], finished(chosen.home)
-    # The steps before PPO run here, so that the processor time of a row is that of its PPO step and its evaluation.
-    prepared = False
-    for seed in range(chosen.seeds):
-        for method in chosen.methods:
-            key = (method, seed, chosen.episodes)
-            if key not in known:
-                if not prepared:
-                    prepare(chosen.home)
-                    prepared = True
-                known[key] = measure(method, seed, chosen.episodes, chosen.home)
-                with (chosen.home / "rows.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(known[key]) + "\n")
-                print(json.dumps({name: value for name, value in known[key].items() if name != "gold_by_iteration"}), flush=True)  # noqa: T201
-            rows.append(known[key])
-    print(table(rows, chosen.methods))  # noqa: T201
+    known = finished(chosen.home)
+    keys = [(method, seed, chosen.episodes) for seed in range(chosen.seeds) for method in chosen.methods]
+    missing = [key for key in keys if key not in known]
+    if missing:
+        prepare(chosen.home)  # so that the processor time of a row is that of its PPO step and its evaluation
+    for key in missing:
+        known[key] = measure(*key, chosen.home)
+        with (chosen.home / "rows.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(known[key]) + "\n")
+        print(json.dumps({name: value for name, value in known[key].items() if name != "gold_by_iteration"}), flush=True)  # noqa: T201
+    print(table([known[key] for key in keys], chosen.methods))  # noqa: T201
 
 
 if __name__ == "__main__":

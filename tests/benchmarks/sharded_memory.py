@@ -30,9 +30,16 @@ from stages.models.heads import RewardModel
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARDED = ["-m", "stages.process.launching", "--config_file", str(REPOSITORY / "recipes" / "accelerate" / "fsdp2.yaml"), "--cpu"]
-ALL_GATHERED = """\
+REWARD_NOT_SHARDED = """\
 import runpy
 
+import stages.ppo.loop as loop
+
+loop.PPORun._shard = lambda run, judges: None
+runpy.run_module("stages", run_name="__main__")
+"""
+ALL_GATHERED = (
+    """\
 import stages.ppo.loop as loop
 from stages.models.sharding import unsharded
 
@@ -45,21 +52,13 @@ def gathered(roles, *arguments, **options):
 
 
 loop.collect = gathered
-loop.PPORun._shard = lambda run, judges: None
-runpy.run_module("stages", run_name="__main__")
 """
-REWARD_WHOLE = """\
-import runpy
-
-import stages.ppo.loop as loop
-
-loop.PPORun._shard = lambda run, judges: None
-runpy.run_module("stages", run_name="__main__")
-"""
+    + REWARD_NOT_SHARDED
+)
 ROWS = {
     "one process": ["-m", "stages"],
     "two processes, all gathered": [*SHARDED, "--num_processes", "2", "-m", "all_gathered"],
-    "two processes, policy gathered, reward model not sharded": [*SHARDED, "--num_processes", "2", "-m", "reward_whole"],
+    "two processes, policy gathered, reward model not sharded": [*SHARDED, "--num_processes", "2", "-m", "reward_not_sharded"],
     "two processes, policy gathered": [*SHARDED, "--num_processes", "2", "-m", "stages"],
 }
 
@@ -70,7 +69,7 @@ def write_recipe(folder: Path, width: int, layers: int) -> int:
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{number:03d} prompt"}) + "\n" for number in range(64)))
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     RewardModel.from_language_model(str(folder / "model"), dtype=torch.float32).save(folder / "judge", tokenizer)
-    (folder / "reward_whole.py").write_text(REWARD_WHOLE)
+    (folder / "reward_not_sharded.py").write_text(REWARD_NOT_SHARDED)
     (folder / "all_gathered.py").write_text(ALL_GATHERED)
     step = {
         "stage": "ppo",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from stages.config import GenerationSettings
+from tests.conftest import REPOSITORY, save_llama
 from tests.engines.stub_server import StubServer
 from tests.ppo.conftest import PROMPTS, _reward_functions, ppo_config, ppo_context  # noqa: F401
 
@@ -67,27 +69,16 @@ def config(ppo_config: Any, over: Any, prompts: str) -> Any:  # noqa: F811
     return make
 
 
+@pytest.fixture
+def pair_folder(tmp_path: Path) -> Path:
+    """A folder with prompts and a reward function for runs in other processes."""
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
+    shutil.copy(REPOSITORY / "tests" / "ppo" / "letters_reward.py", tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="module")
 def wide_llama(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
     """A random Llama with heads of 32 dimensions, the smallest that vLLM's attention on CPUs supports."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        eos_token_id=tiny_tokenizer.eos_token_id,
-        bos_token_id=None,
-        pad_token_id=tiny_tokenizer.pad_token_id,
-        initializer_range=0.2,
-    )
-    folder = tmp_path_factory.mktemp("wide-llama")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.2}
+    return save_llama(tmp_path_factory.mktemp("wide-llama"), tiny_tokenizer, **shape)

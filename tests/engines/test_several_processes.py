@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -15,7 +14,6 @@ import pytest
 
 import stages
 from stages.sampling.generation import episode_seed
-from tests.ppo.conftest import PROMPTS
 
 pytestmark = pytest.mark.timeout(900)  # a start takes 15 s on an idle machine, and minutes on a busy one
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -35,8 +33,8 @@ steps:
     lora: {{r: 2}}
     reward: [{{function: "letters_reward:letters"}}]
     data: prompts.jsonl
-    generation: {{engine: {{vllm: {{url: [{urls}], retries: 0, backoff_seconds: 0}}}}, max_new_tokens: 6}}
-    overlap: 1
+    generation: {{engine: {{vllm: {{url: [{urls}], retries: 0, backoff_seconds: 0{key}}}}}, max_new_tokens: {tokens}}}
+    overlap: {overlap}
     total_episodes: {total}
     rollout_batch_size: {episodes}
     minibatch_size: 4
@@ -46,15 +44,20 @@ steps:
 """
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
-    shutil.copy(REPOSITORY / "tests" / "ppo" / "letters_reward.py", tmp_path)
-    return tmp_path
-
-
-def write_recipe(folder: Path, model: Path, *servers: Any) -> None:
-    text = RECIPE.format(seed=SEED, model=model, urls=", ".join(one.url for one in servers), total=ITERATIONS * EPISODES, episodes=EPISODES)
+def write_recipe(
+    folder: Path, model: Path, *servers: Any, iterations: int = ITERATIONS, tokens: int = 6, overlap: int = 1, key: str = ""
+) -> None:
+    """``servers``: objects with a ``url``. ``key``: the environment variable with their key."""
+    text = RECIPE.format(
+        seed=SEED,
+        model=model,
+        urls=", ".join(one.url for one in servers),
+        total=iterations * EPISODES,
+        episodes=EPISODES,
+        tokens=tokens,
+        overlap=overlap,
+        key=f", api_key_variable: {key}" if key else "",
+    )
     (folder / "pair.yaml").write_text(text)
 
 
@@ -76,14 +79,14 @@ def episodes(server: Any) -> set[tuple[int, int]]:
     return {EPISODE_OF[body["seed"]] for path, body in server.requests if path == "/v1/completions" and body.get("seed") in EPISODE_OF}
 
 
-def test_two_processes_over_two_servers(stub: Any, folder: Path, tiny_llama_folder: Path) -> None:
+def test_two_processes_over_two_servers(stub: Any, pair_folder: Path, tiny_llama_folder: Path) -> None:
     """Both servers are lost, one after the other, and two others continue. The metrics equal those of one process with one server.
 
     In iteration 1, the second server closes its connections to the second process only; both processes leave it out. In iteration 3, the
     first server dies, and both processes stop.
     """
-    write_recipe(folder, tiny_llama_folder, stub())
-    stages.run(folder / "pair.yaml", home=folder / "alone", quiet=True)
+    write_recipe(pair_folder, tiny_llama_folder, stub())
+    stages.run(pair_folder / "pair.yaml", home=pair_folder / "alone", quiet=True)
 
     first, second = stub(), stub()
 
@@ -98,8 +101,8 @@ def test_two_processes_over_two_servers(stub: Any, folder: Path, tiny_llama_fold
             raise ConnectionError
 
     second.before, first.before = fail_at_second_process, die
-    write_recipe(folder, tiny_llama_folder, first, second)
-    done = start(folder)
+    write_recipe(pair_folder, tiny_llama_folder, first, second)
+    done = start(pair_folder)
     assert done.returncode == 2, done.stderr
     assert "iteration 3: no vLLM server is left" in done.stderr and "Traceback" not in done.stderr
     assert f"the vLLM server {second.url} is lost" in done.stdout
@@ -109,12 +112,12 @@ def test_two_processes_over_two_servers(stub: Any, folder: Path, tiny_llama_fold
     assert {row for iteration, row in episodes(first) if iteration == 2} == set(range(EPISODES))
 
     others = stub(), stub()
-    write_recipe(folder, tiny_llama_folder, *others)
-    done = start(folder)
+    write_recipe(pair_folder, tiny_llama_folder, *others)
+    done = start(pair_folder)
     assert done.returncode == 0, done.stderr
     assert "resuming after iteration 3" in done.stdout
     assert episodes(others[0]) | episodes(others[1]) <= {(ITERATIONS - 1, row) for row in range(EPISODES)}
-    metrics, expected = logs(folder / "home"), logs(folder / "alone")
+    metrics, expected = logs(pair_folder / "home"), logs(pair_folder / "alone")
     assert len(metrics) == len(expected) == ITERATIONS
     for number, (one, other) in enumerate(zip(metrics, expected, strict=True)):
         assert one == pytest.approx(other, rel=1e-3, abs=5e-4), f"iteration {number}"
