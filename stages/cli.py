@@ -70,7 +70,7 @@ def reports_errors(command: Callable[Parameters, Result]) -> Callable[Parameters
     ``--debug`` shows the traceback instead. Ctrl-C ends a command with status 130.
     """
 
-    name = command.__name__.removesuffix("_models")
+    name = command.__name__.removesuffix("_models").removesuffix("_command")
 
     @wraps(command)
     def wrapped(*arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
@@ -567,9 +567,18 @@ def import_command(
         raise typer.BadParameter(f"{role!r}: expected language_model, reward_model, value_model or classifier", param_hint="--role")
     imported = import_model(source, _registry(home), name, role=role, allow_pickle=pickle, base=base)  # type: ignore[arg-type]
     if as_json:
-        _print_json({"library": imported.library, "models": [_row(record) for record in imported.records], "notes": imported.notes})
+        _print_json(
+            {
+                "library": imported.library,
+                "head": imported.head,
+                "models": [_row(record) for record in imported.records],
+                "notes": imported.notes,
+            }
+        )
         return
     typer.echo(f"{source} was saved by {imported.library}")
+    if imported.head:
+        typer.echo(f"head: {imported.head}")
     for record in imported.records:
         typer.echo(f"published {record.ref} ({record.role})")
     for note in imported.notes:

@@ -316,6 +316,7 @@ DEFERRED = {
     "IPython": "only in a notebook",
     "bitsandbytes": "optional",
     "flash_attn": "optional",
+    "gguf": "optional",
     "peft": "loads bitsandbytes, which takes a second; models without adapters need neither",
     "psutil": "optional",
     "torch.nn.attention.varlen": "its arguments differ between versions of torch",

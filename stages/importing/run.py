@@ -5,41 +5,56 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import transformers
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
 
 from stages.errors import ModelError
-from stages.importing.layouts import HeadConfig, Layout, Role, recognise
-from stages.importing.weights import ADAPTER_FILES, read_file, read_head_file, read_weights
+from stages.importing.gguf import convert_gguf
+from stages.importing.layouts import Head, Layout, Role, heads_of_adapter, not_kept, recognise
+from stages.importing.notes import on_precision, on_tokenizer, unused, value_folder
+from stages.importing.source import WEIGHT_SUFFIXES, find_source, no_weights, read_json
+from stages.importing.weights import ADAPTER_FILES, read_file, read_head_file, read_weights, unread_files
 from stages.json_types import JsonObject
-from stages.models.heads import RewardModel, ScalarModel, ValueModel
+from stages.models.heads import RewardModel, ScalarModel, ValueModel, read_head
 from stages.models.loading import as_resolved, load_classifier, load_language_model, load_tokenizer, save_model
-from stages.models.quiet import quiet_transformers
+from stages.registry.ledger import check_name
 from stages.registry.references import ResolvedModel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedTokenizerBase
 
     from stages.registry.ledger import Registry
     from stages.registry.record import ModelRecord
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 HEADS: dict[str, type[ScalarModel]] = {"reward_model": RewardModel, "value_model": ValueModel}
 
 
 @dataclass(frozen=True)
 class Imported:
-    """The published versions, the library that wrote the source, and notes on what was assumed, changed or dropped."""
+    """The published versions, the library that wrote the source, its head (empty without one), and what was assumed, changed or dropped."""
 
     records: list[ModelRecord]
     library: str
+    head: str
     notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A converted model: its name and role in the registry, and the function that saves it in a folder."""
+
+    name: str
+    role: Role
+    save: Callable[[Path], None]
 
 
 def import_model(
@@ -48,58 +63,54 @@ def import_model(
     """Publish the model at ``source`` (a folder, or a .gguf file) as ``name``; a value head next to a policy as ``<name>-value``.
 
     ``role`` overrides the head's recognised role. ``base`` replaces the base path in an adapter's config. Adapters are merged, so the
-    published model has full weights. Raises ModelError for a source that cannot be read or converted.
+    published model has full weights. Raises ModelError for a source that cannot be read or converted; then nothing is published.
     """
-    path = Path(source)
+    check_name(name)
+    path = find_source(source)
     with tempfile.TemporaryDirectory(prefix="stages-import-") as scratch:
         folder = Path(scratch) / "model"
-        if path.suffix == ".gguf":
-            layout = _convert_gguf(path, folder)
-        elif path.is_dir():
-            layout = _convert_folder(path, folder, allow_pickle, base)
-        else:
-            raise ModelError(f"{source}: no such folder or .gguf file; download a Hub model first, and use its folder")
-        layout = _with_role(layout, role)
-        records = _publish(layout, replace(as_resolved(folder), ref=str(source)), registry, name)
-    return Imported(records, layout.library, layout.notes)
+        with _named(folder, path):
+            layout = convert_gguf(path, folder) if path.is_file() else _convert_folder(path, folder, allow_pickle, base)
+            layout = _with_role(layout, role)
+            model = replace(as_resolved(folder), ref=str(source))
+            tokenizer = load_tokenizer(model)
+            layout = replace(layout, notes=[*layout.notes, *unused(layout, folder), *on_tokenizer(folder, tokenizer)])
+            made = _models(layout, model, tokenizer, name)
+            records = _publish(layout, made, registry)
+    return Imported(records, layout.library, layout.head_name, layout.notes)
+
+
+@contextmanager
+def _named(scratch: Path, source: Path) -> Iterator[None]:
+    """Messages name ``source``, because ``scratch`` is removed at the end."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(str(error).replace(str(scratch), str(source))) from error
 
 
 def _with_role(layout: Layout, role: Role | None) -> Layout:
-    if role is None or role == layout.role:
+    """``layout`` with the role that the user asks for. Raises ModelError if its head cannot have it."""
+    if role is None or role == (layout.role or "language_model"):
         return layout
-    if layout.head is None and role in HEADS and layout.role not in HEADS:
+    if role in HEADS and layout.head is None and layout.role not in HEADS:
+        if layout.role == "classifier":
+            raise ModelError(
+                f"--role {role}: the head has several outputs ({layout.head_name}), and a {role} has one. Import it without --role, "
+                "and name the label in the recipe: reward: [{model: NAME, label: LABEL}]"
+            )
         raise ModelError(f"--role {role}: the model has no scalar head ({layout.library})")
-    return replace(layout, role=role, notes=[note for note in layout.notes if "--role" not in note])
+    if role == "classifier" and (layout.head is not None or layout.role not in HEADS):
+        raise ModelError(f"--role classifier: the model has no classification head ({layout.head_name or layout.library})")
+    notes = [note for note in layout.notes if "--role" not in note]
+    if role == "language_model" and layout.head_name and not layout.body:
+        notes.append(not_kept([layout.head_name]))
+    elif role == "language_model" and layout.head is not None:
+        notes.append(not_kept([layout.head.name]))
+    return replace(layout, role=role, notes=notes)
 
 
 # Conversion to a folder for from_pretrained
-
-
-def _convert_gguf(path: Path, folder: Path) -> Layout:
-    """Dequantize a GGUF file with transformers' reader."""
-    if not path.is_file():
-        raise ModelError(f"{path}: no such file")
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                str(path.parent), gguf_file=path.name, dtype=torch.float32, **_unpacked()
-            )
-            # The weights are dequantized, but still marked as quantized.
-            if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
-                quantizer.remove_quantization_config(model)
-    except ImportError as error:
-        raise ModelError(f"{path}: reading GGUF needs the package gguf; install it with: pip install 'tristage[gguf]'") from error
-    except (OSError, ValueError, KeyError, NotImplementedError, RuntimeError) as error:
-        raise ModelError(f"{path}: transformers cannot read this GGUF file ({type(error).__name__}: {error})") from error
-    save_model(model, tokenizer, folder)
-    notes = ["the weights were quantized in the file; they are published dequantized, in fp32"]
-    return Layout("GGUF (llama.cpp)", {}, role="language_model", has_policy=True, notes=notes)
-
-
-def _unpacked() -> JsonObject:
-    """The option that makes newer transformers releases dequantize a GGUF file."""
-    return {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
 
 
 def _convert_folder(source: Path, folder: Path, allow_pickle: bool, base: str | None) -> Layout:
@@ -107,64 +118,124 @@ def _convert_folder(source: Path, folder: Path, allow_pickle: bool, base: str | 
     for file in sorted(source.iterdir()):  # config and tokenizer; weights are converted separately, subfolders are skipped
         if file.is_file() and not file.name.endswith((*WEIGHT_SUFFIXES, ".index.json")):
             shutil.copyfile(file, folder / file.name)
-    is_adapter = (source / "adapter_config.json").exists()
-    if is_adapter:
-        _copy_adapter(source, folder, allow_pickle, base)
-    config_file = folder / "config.json"
-    config: HeadConfig = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
-    weights = read_weights(source, allow_pickle=allow_pickle)
-    layout = recognise(weights, read_head_file(source, allow_pickle=allow_pickle), config, is_adapter=is_adapter)
-    if not layout.body and not is_adapter:
-        raise ModelError(f"{source} contains no weights; expected model.safetensors or pytorch_model.bin, and config.json")
-    if layout.body and not is_adapter:
-        body = {name: value.contiguous().clone() for name, value in layout.body.items()}
-        save_file(body, folder / "model.safetensors", metadata={"format": "pt"})
-        if layout.library != "transformers":
-            config.pop("architectures", None)
-            config_file.write_text(json.dumps(config), encoding="utf-8")
-    if is_adapter:
-        layout = replace(layout, notes=[*layout.notes, "the adapter was merged into its base; the published model has all weights"])
-    return layout
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    weights, head_file = read_weights(source, allow_pickle=allow_pickle), read_head_file(source, allow_pickle=allow_pickle)
+    if (source / "adapter_config.json").exists():
+        return _convert_adapter(source, folder, allow_pickle, base, weights, head_file)
+    if base is not None:
+        raise ModelError(f"--base is for adapters, and {source} has no adapter_config.json; leave --base out")
+    if not weights:
+        raise no_weights(source)
+    layout = recognise(weights, head_file, config)
+    if not layout.body:
+        raise ModelError(f"{source} contains only a head ({layout.head_name or ', '.join(sorted(weights)[:4])}) and no transformer")
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{source} has no config.json; copy there the config.json of the model that was trained")
+    if layout.value_body:
+        shutil.copytree(folder, value_folder(folder))
+        _write(layout.value_body, config, value_folder(folder))
+    _write(layout.body, config, folder, keep_architecture=layout.library == "transformers")
+    notes = [f"not read, because there are safetensors, too: {', '.join(others)}"] if (others := unread_files(source)) else []
+    return replace(layout, notes=[*layout.notes, *notes, *on_precision(weights)])
 
 
-def _copy_adapter(source: Path, folder: Path, allow_pickle: bool, base: str | None) -> None:
-    """Convert the adapter's weights to safetensors. ``base`` replaces the recorded base path."""
+def _write(tensors: dict[str, Tensor], config: JsonObject, folder: Path, *, keep_architecture: bool = False) -> None:
+    save_file(_alone(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    kept = {name: value for name, value in config.items() if keep_architecture or name != "architectures"}
+    (folder / "config.json").write_text(json.dumps(kept), encoding="utf-8")
+
+
+def _alone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that share no memory, as safetensors needs them."""
+    return {name: value.contiguous().clone() for name, value in tensors.items()}
+
+
+def _convert_adapter(
+    source: Path, folder: Path, allow_pickle: bool, base: str | None, weights: dict[str, Tensor], head_file: dict[str, Tensor]
+) -> Layout:
+    """Convert the adapter's weights to safetensors, without its scalar head. ``base`` replaces the recorded base path."""
+    config = read_json(folder / "adapter_config.json")
     file = next((source / name for name in ADAPTER_FILES if (source / name).exists()), None)
     if file is None:
         raise ModelError(f"{source} has an adapter_config.json but no {ADAPTER_FILES[0]}; copy the adapter's weights there")
-    tensors = {name: value.contiguous().clone() for name, value in read_file(file, allow_pickle).items() if not name.startswith("v_head.")}
-    save_file(tensors, folder / ADAPTER_FILES[0], metadata={"format": "pt"})
+    tensors = read_file(file, allow_pickle)
+    for name in [name for name in tensors if name.startswith("v_head.")]:  # TRL's head, which is not a part of the adapter
+        weights[name] = tensors.pop(name)
+    layout = recognise(weights, head_file, {}, adapter=tensors)
+    if layout.head is not None:
+        drop = {name.removesuffix("weight") for name in heads_of_adapter(tensors)}
+        tensors = {name: value for name, value in tensors.items() if not name.startswith(tuple(drop))} if drop else tensors
+    save_file(_alone(tensors), folder / ADAPTER_FILES[0], metadata={"format": "pt"})
     if base is not None:
-        path = folder / "adapter_config.json"
-        config = {**json.loads(path.read_text(encoding="utf-8")), "base_model_name_or_path": base, "revision": None}
-        path.write_text(json.dumps(config), encoding="utf-8")
+        config |= {"base_model_name_or_path": base, "revision": None}
+        (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    _check_base(source, config, is_given=base is not None)
+    if layout.role is None and config.get("task_type") != "CAUSAL_LM":
+        layout = _with_head_of_base(layout, str(config["base_model_name_or_path"]), config.get("task_type") == "SEQ_CLS")
     for name in ("config.json", "model.safetensors"):
         (folder / name).unlink(missing_ok=True)
+    return replace(layout, notes=[*layout.notes, "the adapter was merged into its base; the published model has all weights"])
+
+
+def _with_head_of_base(layout: Layout, base: str, is_classifier: bool) -> Layout:
+    """``layout`` with the scalar head of the adapter's base, if it has one. Else a classifier's adapter keeps the head of its base."""
+    try:
+        weight, bias = read_head(as_resolved(base))
+    except ModelError:
+        return replace(layout, role="classifier", head_name="the classification head of the base") if is_classifier else layout
+    name = "score of the base"
+    return replace(layout, head=Head(weight, bias, name), role="reward_model", head_name=f"{name}, linear from {weight.shape[1]} to 1")
+
+
+def _check_base(source: Path, config: JsonObject, *, is_given: bool) -> None:
+    """Raise ModelError if the adapter's base is a path that does not exist on this machine."""
+    base = config.get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
+        raise ModelError(f"{source / 'adapter_config.json'} names no base model; name it with --base FOLDER_OR_HUB_ID")
+    is_path = base.startswith(("/", ".", "~")) or base.count("/") > 1 or "\\" in base
+    if is_path and not Path(base).is_dir():
+        where = "--base" if is_given else f"the base of the adapter {source}"
+        raise ModelError(f"{where} is {base!r}, a folder that does not exist here; name the base model with --base FOLDER_OR_HUB_ID")
 
 
 # Publishing
 
 
-def _publish(layout: Layout, model: ResolvedModel, registry: Registry, name: str) -> list[ModelRecord]:
-    tokenizer = load_tokenizer(model)
-    extra: JsonObject = {"imported": {"library": layout.library, "head": layout.head.name if layout.head else None, "notes": layout.notes}}
-    records = []
+def _models(layout: Layout, model: ResolvedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> list[_Made]:
+    """The models to publish. Everything that can be wrong with them is found here, before the first is published."""
+    made: list[_Made] = []
     if layout.has_policy or layout.role in ("language_model", None):
         policy = load_language_model(model, dtype=torch.float32, trainable=False, dropout=True, tokenizer=tokenizer)
-        records.append(registry.publish(name, lambda folder: save_model(policy, tokenizer, folder), role="language_model", extra=extra))
+        made.append(_Made(name, "language_model", lambda folder: save_model(policy, tokenizer, folder)))
     if layout.role == "classifier":
         classifier = load_classifier(model, dtype=torch.float32, trainable=False, dropout=True, tokenizer=tokenizer)
-        records.append(registry.publish(name, lambda folder: save_model(classifier, tokenizer, folder), role="classifier", extra=extra))
+        made.append(_Made(name, "classifier", lambda folder: save_model(classifier, tokenizer, folder)))
     if layout.role in HEADS:
-        made = _scalar_model(layout, model, HEADS[layout.role])
-        own_name = f"{name}-value" if layout.has_policy else name
-        records.append(registry.publish(own_name, lambda folder: made.save(folder, tokenizer), role=layout.role, extra=extra))
+        scalar = _scalar_model(layout, model, HEADS[layout.role])
+        suffix = "" if not layout.has_policy else "-value" if layout.role == "value_model" else "-reward"
+        made.append(_Made(name + suffix, layout.role, lambda folder: scalar.save(folder, tokenizer)))
+    return made
+
+
+def _publish(layout: Layout, made: list[_Made], registry: Registry) -> list[ModelRecord]:
+    """Publish all models, or none of them."""
+    extra: JsonObject = {"imported": {"library": layout.library, "head": layout.head_name or None, "notes": layout.notes}}
+    records: list[ModelRecord] = []
+    try:
+        for model in made:
+            records.append(registry.publish(model.name, model.save, role=model.role, extra=extra))
+    except BaseException:
+        for record in records:
+            registry.remove(record.ref, force=True)
+        raise
     return records
 
 
 def _scalar_model(layout: Layout, model: ResolvedModel, kind: type[ScalarModel]) -> ScalarModel:
     if layout.head is None:  # transformers' own form, which contains score.weight
         return kind.from_pretrained(model, dtype=torch.float32, dropout=True)
+    if layout.value_body:
+        model = replace(as_resolved(value_folder(Path(model.path))), ref=model.ref)
     made = ValueModel.from_policy(model, dtype=torch.float32, trainable=False, dropout=True)
     if layout.head.weight.shape != made.score_head.weight.shape:
         expected, actual = list(made.score_head.weight.shape), list(layout.head.weight.shape)

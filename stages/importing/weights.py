@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import pickle
+import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -11,12 +11,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stages.errors import ModelError
+from stages.errors import ModelError, is_out_of_memory
+from stages.importing.source import read_json
+from stages.models.saved_adapters import WRAPPERS
 
 SAFE = ("model.safetensors.index.json", "model.safetensors")
 PICKLED = ("pytorch_model.bin.index.json", "pytorch_model.bin")
 HEAD_FILES = ("value_head.safetensors", "value_head.bin")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+LFS = b"version https://git-lfs"
+NESTED = ("state_dict", "module", "model")
+"""Keys under which trainers save the tensors in a pickle file."""
 
 
 def read_weights(folder: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
@@ -30,6 +35,11 @@ def read_weights(folder: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
     return {}
 
 
+def unread_files(folder: Path) -> list[str]:
+    """Weight files that ``read_weights`` passes over, because the folder also has safetensors."""
+    return [name for name in PICKLED if (folder / name).exists()] if any((folder / name).exists() for name in SAFE) else []
+
+
 def read_head_file(folder: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
     """Tensors of a value head in a separate file (LLaMA-Factory, ms-swift); empty if there is none."""
     for name in HEAD_FILES:
@@ -39,31 +49,85 @@ def read_head_file(folder: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
 
 
 def read_file(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
-    """The tensors of one file. A pickle file is read with ``weights_only=True``, which runs no code from the file."""
+    """The tensors of one file. A pickle file is read with ``weights_only=True``, which runs no code from the file.
+
+    If a wrapper (DDP, FSDP, torch.compile) prefixed all names, the prefix is removed. Raises ModelError for an unreadable file.
+    """
+    if path.suffix != ".safetensors" and not allow_pickle:
+        raise ModelError(
+            f"{path.name} is a pickle file, which can run code when it is read; expected safetensors. If you trust its source, add "
+            "--pickle: the file is then read with weights_only=True and saved as safetensors"
+        )
+    _refuse_placeholder(path)
+    content = _load(path)
+    for key in NESTED:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} contains a {type(content).__name__}; expected a mapping of names to tensors")
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ModelError(
+            f"{path} contains no tensors, only {', '.join(map(str, list(content)[:4])) or 'nothing'}; expected the model's weights"
+        )
+    return _without_wrapper(tensors)
+
+
+def _refuse_placeholder(path: Path) -> None:
+    """Raise ModelError for an empty file, and for a pointer of Git LFS in the place of the weights."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(len(LFS))
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
+    if not begin:
+        raise ModelError(f"{path} is empty; copy or download it again")
+    if begin == LFS:
+        raise ModelError(f"{path} is a pointer of Git LFS and not the weights; run `git lfs pull` in its folder")
+
+
+def _load(path: Path) -> object:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        if not allow_pickle:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on the pickle's protocol
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise ModelError(f"{path} is damaged or truncated ({_line(error)}); copy or download it again") from error
+    except Exception as error:  # a damaged pickle raises errors of any kind
+        if is_out_of_memory(error):
+            raise
+        if match := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ModelError(
-                f"{path.name} is a pickle file, which can run code when it is read; expected safetensors. If you trust its source, add "
-                "--pickle: the file is then read with weights_only=True and saved as safetensors"
-            )
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        raise ModelError(f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:200]})") from error
-    content = content.get("state_dict", content.get("module", content)) if isinstance(content, dict) else content
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} contains a {type(content).__name__}; expected a mapping of names to tensors")
-    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+                f"{path} was refused: it contains {match[1]}, which is not a tensor, and reading it can run code. Save the state_dict() "
+                "of the model with the library that wrote it, or better safetensors"
+            ) from error
+        raise ModelError(
+            f"{path} is not a pickle file of tensors, or it is damaged ({type(error).__name__}: {_line(error)}); copy or download it again"
+        ) from error
+
+
+def _line(error: BaseException) -> str:
+    """The reason in a message, shortened. torch's advice to read the file without protection is left out."""
+    if match := re.search(r"WeightsUnpickler error:\s*(.+)", str(error)):
+        return match[1][:200]
+    return next(iter(str(error).strip().splitlines()), "no reason given")[:200]
+
+
+def _without_wrapper(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    for wrapper in WRAPPERS:
+        if tensors and all(name.startswith(wrapper) for name in tensors):
+            return _without_wrapper({name.removeprefix(wrapper): value for name, value in tensors.items()})
+    return tensors
 
 
 def _read_sharded(index: Path, allow_pickle: bool) -> dict[str, Tensor]:
-    try:
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"{index}: not an index of weights ({type(error).__name__}: {error})") from error
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ModelError(f"{index} is not an index of weights; expected weight_map: a mapping of tensor names to files")
     tensors: dict[str, Tensor] = {}
-    for name in files:
+    for name in sorted({str(name) for name in shards.values()}):
         if Path(name).name != name or not (index.parent / name).is_file():
             raise ModelError(f"{index} names the file {name!r}, which is not in the folder; copy it there")
         tensors |= read_file(index.parent / name, allow_pickle)

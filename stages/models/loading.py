@@ -66,8 +66,18 @@ def load_tokenizer(model: ResolvedModel | str | Path) -> PreTrainedTokenizerBase
         tokenizer = AutoTokenizer.from_pretrained(
             model.path, revision=model.input.revision, trust_remote_code=model.input.trust_remote_code
         )
+    _refuse_empty_vocabulary(tokenizer, model.ref)
     ensure_pad_token(tokenizer, model.ref)
     return tokenizer
+
+
+def _refuse_empty_vocabulary(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise ModelError for a tokenizer of special tokens only. For many families, transformers makes one if the files are missing."""
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) - set(tokenizer.get_added_vocab()):
+        raise ModelError(
+            f"{name!r} has no tokenizer: its files contain no vocabulary. Copy the tokenizer's files (tokenizer.json) there from the model "
+            "that was trained"
+        )
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, name: str = "the tokenizer") -> None:

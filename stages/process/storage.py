@@ -17,6 +17,7 @@ STORAGE = {
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "permission denied",
     errno.EPERM: "operation not permitted",
+    errno.ENOTDIR: "a part of the path is a file and not a folder",
     errno.EIO: "the device has an input/output error",
     errno.EMFILE: "too many files are open",
     errno.ENOLCK: "the file system offers no locks",

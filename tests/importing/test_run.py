@@ -83,7 +83,8 @@ def test_import_trl_value_head_publishes_policy_and_value(language_model: Any, f
 
     policy, value = imported.records
     assert (policy.ref, policy.role, value.ref, value.role) == ("old/ppo@1", "language_model", "old/ppo-value@1", "value_model")
-    assert "TRL 0.4" in imported.library
+    assert imported.library == "TRL (AutoModelForCausalLMWithValueHead)"
+    assert imported.head == "v_head.summary, linear from 16 to 1 with a bias"
     torch.testing.assert_close(values_of(value.path), expected(language_model, weight, 0.25))
     loaded = load_language_model(policy.path, dtype=torch.float32, trainable=False)
     with torch.no_grad():
@@ -105,7 +106,7 @@ def test_import_never_runs_code_of_a_pickle(language_model: Any, folder: Path, r
 
     language_model.config.save_pretrained(folder)
     torch.save({"lm_head.weight": Evil()}, folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="cannot be read"):
+    with pytest.raises(ModelError, match="was refused"):
         import_model(folder, registry, "old/model", allow_pickle=True)
     assert not (tmp_path / "ran").exists()
 
@@ -234,6 +235,54 @@ def test_import_classifier_with_one_label_is_a_reward_model(language_model: Any,
     assert record.role == "reward_model"
     with torch.no_grad():
         torch.testing.assert_close(score_of(record.path), model(input_ids=IDS, attention_mask=MASK).logits[:, 0])
+
+
+def test_import_adapter_of_a_reward_trainer_is_a_reward_model(folder: Path, registry: Registry, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForSequenceClassification
+
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=24, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_labels=1, pad_token_id=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    model = LlamaForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS", init_lora_weights=False)).eval()
+    adapted.save_pretrained(folder)
+
+    imported = import_model(folder, registry, "old/reward")
+
+    assert [record.role for record in imported.records] == ["reward_model"]
+    with torch.no_grad():
+        expected_score = adapted(input_ids=IDS, attention_mask=MASK).logits[:, 0]
+    torch.testing.assert_close(score_of(imported.records[0].path), expected_score, rtol=1e-4, atol=1e-5)
+
+
+def test_import_says_which_tensors_it_does_not_keep(language_model: Any, folder: Path, registry: Registry) -> None:
+    language_model.config.save_pretrained(folder)
+    head = {"v_head.summary.weight": torch.randn(1, 16)}
+    saved = {name: value.bfloat16() for name, value in tensors(language_model).items()}
+    save_file({**saved, **head, "model.layers.7.mlp.up_proj.weight": torch.ones(2)}, folder / "model.safetensors")
+    imported = import_model(folder, registry, "old/ppo")
+    assert "not kept: model.layers.7.mlp.up_proj.weight" in imported.notes
+    assert "the weights were in bfloat16; they are published in fp32 with the same values" in imported.notes
+
+
+def test_import_publishes_nothing_if_the_value_network_cannot_be_published(
+    language_model: Any, folder: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    language_model.config.save_pretrained(folder)
+    save_file({**tensors(language_model), "v_head.summary.weight": torch.randn(1, 16)}, folder / "model.safetensors")
+    monkeypatch.setattr(ValueModel, "save", lambda *arguments, **options: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        import_model(folder, registry, "old/ppo")
+    assert registry.records() == []
+
+
+def test_import_refuses_a_folder_without_a_vocabulary(folder: Path, registry: Registry, tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(vocab_size=24, n_embd=16, n_layer=1, n_head=2, n_positions=32)).save_pretrained(tmp_path / "bare")
+    with pytest.raises(ModelError, match="no vocabulary"):
+        import_model(tmp_path / "bare", registry, "old/model")
 
 
 def test_import_names_the_missing_files_of_a_folder(folder: Path, registry: Registry, tmp_path: Path) -> None:
