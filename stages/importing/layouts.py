@@ -53,7 +53,8 @@ class Layout:
 
     ``library``: its author; ``body``: the transformer's tensors with transformers' names; ``role``: that of the head (None without one);
     ``has_policy``: besides the head, the language model is also a result; ``notes``: what was assumed, changed or dropped;
-    ``value_body``: the tensors of a value network with its own transformer (empty: it uses ``body``); ``head_name``: the head in words.
+    ``value_body``: the tensors of a value network with its own transformer (empty: it uses ``body``); ``head_name``: the head in words;
+    ``base``: the base of an adapter, as its config names it.
     """
 
     library: str
@@ -64,6 +65,7 @@ class Layout:
     notes: list[str] = field(default_factory=list)
     value_body: dict[str, Tensor] = field(default_factory=dict)
     head_name: str = ""
+    base: str = ""
 
 
 def recognise(

@@ -174,7 +174,8 @@ def _convert_adapter(
         layout = _with_head_of_base(layout, str(config["base_model_name_or_path"]), config.get("task_type") == "SEQ_CLS")
     for name in ("config.json", "model.safetensors"):
         (folder / name).unlink(missing_ok=True)
-    return replace(layout, notes=[*layout.notes, "the adapter was merged into its base; the published model has all weights"])
+    named = str(config["base_model_name_or_path"])
+    return replace(layout, base=named, notes=[*layout.notes, "the adapter was merged into its base; the published model has all weights"])
 
 
 def _with_head_of_base(layout: Layout, base: str, is_classifier: bool) -> Layout:
@@ -219,7 +220,10 @@ def _models(layout: Layout, model: ResolvedModel, tokenizer: PreTrainedTokenizer
 
 def _publish(layout: Layout, made: list[_Made], registry: Registry) -> list[ModelRecord]:
     """Publish all models, or none of them."""
-    extra: JsonObject = {"imported": {"library": layout.library, "head": layout.head_name or None, "notes": layout.notes}}
+    origin: JsonObject = {"library": layout.library, "head": layout.head_name or None, "notes": layout.notes}
+    if layout.base:
+        origin["base"] = layout.base
+    extra: JsonObject = {"imported": origin}
     records: list[ModelRecord] = []
     try:
         for model in made:

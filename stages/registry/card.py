@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from stages.config import HUB
+from stages.errors import RegistryError
 from stages.json_types import JsonObject
+from stages.registry.record import CardRow, StoredEvaluation, imported_from
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -22,6 +26,7 @@ PIPELINES = {
     "generative_reward_model": "text-generation",
     "classifier": "text-classification",
 }
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?")
 REWARDS = ("reward_model", "generative_reward_model")
 WHAT = {
     "language_model": "A causal language model",
@@ -47,7 +52,7 @@ TEMPLATE = """---
 
 # {{ name }}
 
-{{ what }}, made by Tristage {{ version }} in the step `{{ step }}` (stage `{{ stage }}`).
+{{ what }}, {{ origin }}.
 
 | | |
 |---|---|
@@ -128,15 +133,24 @@ def write_card(record: ModelRecord, registry: Registry, folder: Path, *, merged:
     return path
 
 
-def model_card(record: ModelRecord, registry: Registry, *, merged: bool, repository: str | None = None) -> str:
-    """The card as text: the Hub's metadata, then Markdown."""
+def model_card(
+    record: ModelRecord,
+    registry: Registry,
+    *,
+    merged: bool,
+    repository: str | None = None,
+    evaluations: Sequence[StoredEvaluation] | None = None,
+) -> str:
+    """The card as text: the Hub's metadata, then Markdown. ``evaluations`` (None: those that the registry knows): newest first."""
     from huggingface_hub import ModelCard, ModelCardData
 
     manifest = record.manifest
     step = manifest["recipe_step"]
-    evaluations = evaluations_of(record, registry)
+    evaluations = evaluations_of(record, registry) if evaluations is None else evaluations
     is_adapter = record.is_adapter and not merged
-    bases = [parent["ref"] for parent in _foreign(registry.lineage(record.ref)) if parent["kind"] == "hub"]
+    lineage = registry.lineage(record.ref)
+    bases = [parent["ref"] for parent in _foreign(lineage) if parent["kind"] == "hub"]
+    bases += _bases_of_imports(lineage, registry)
     data = ModelCardData(
         model_name=record.name,
         license="unknown",
@@ -155,16 +169,14 @@ def model_card(record: ModelRecord, registry: Registry, *, merged: bool, reposit
             template_str=TEMPLATE,
             name=record.name,
             what=WHAT[record.role],
-            version=manifest["packages"].get("tristage", ""),
-            step=step.get("name", record.name.rpartition("/")[2]),
-            stage=step.get("stage", "unknown"),
+            origin=_origin(manifest),
             ref=record.ref,
             digest=record.digest,
             created=manifest["created"],
             weights=f"{weights}; {size:.1f} MiB in the registry",
             intended=INTENDED[record.role],
             usage=_usage(record, is_adapter) if repository is None else _usage_on_hub(record, registry, repository),
-            lineage="\n".join(_tree(registry.lineage(record.ref))),
+            lineage="\n".join(_tree(lineage)),
             data=_data_lines(manifest),
             metrics=[(name, _number(value)) for name, value in manifest["metrics"].items() if isinstance(value, int | float)],
             evaluations=evaluations,
@@ -179,6 +191,28 @@ def _number(value: float) -> str:
 
 
 # Origin
+
+
+def _origin(manifest: Manifest) -> str:
+    """How the version was made: by a step of a recipe, or by another library."""
+    step, version = manifest["recipe_step"], manifest["packages"].get("tristage", "")
+    if (imported := imported_from(manifest)) is not None:
+        return f"imported into Tristage {version}; its files were written by {imported['library']}"
+    name = step.get("name", manifest["name"].rpartition("/")[2])
+    return f"made by Tristage {version} in the step `{name}` (stage `{step.get('stage', 'unknown')}`)"
+
+
+def _bases_of_imports(lineage: Lineage, registry: Registry) -> list[str]:
+    """The Hub ids of the models on which imported adapters were trained."""
+    bases = []
+    if lineage["kind"] == "registry" and not lineage.get("removed"):
+        with suppress(RegistryError):  # a parent of a pulled version, which is not here
+            imported = imported_from(registry.get(lineage["ref"]).manifest)
+            base = imported.get("base") if imported is not None else None
+            bases = [base] if isinstance(base, str) and HUB_ID.fullmatch(base) and not Path(base).exists() else []
+    for parent in lineage["parents"]:
+        bases += _bases_of_imports(parent, registry)
+    return bases
 
 
 def _tree(node: Lineage, depth: int = 0) -> Iterator[str]:
@@ -238,28 +272,16 @@ def _data_lines(manifest: Manifest) -> list[str]:
 # Results
 
 
-class CardRow(TypedDict):
-    """One win rate of a model, as its card prints it."""
-
-    other: str
-    judge: str
-    rate: str
-    interval: str
-    n: int
-
-
-class StoredEvaluation(TypedDict):
-    """A stored evaluation of a model."""
-
-    title: str
-    verdict: str
-    rows: list[CardRow]
-    name: str  # of the evaluation step
-
-
 def evaluations_of(record: ModelRecord, registry: Registry) -> list[StoredEvaluation]:
-    """The stored evaluations of this very model, newest first: title, verdict and win rates of each."""
-    return list(_evaluations(record, registry))
+    """The evaluations of this very model: those stored here, newest first, then those that a pulled version brought along."""
+    here = list(_evaluations(record, registry))
+    brought = record.manifest["pulled"].get("evaluations", []) if "pulled" in record.manifest else []
+    return joined(here, brought)
+
+
+def joined(first: Sequence[StoredEvaluation], second: Sequence[StoredEvaluation]) -> list[StoredEvaluation]:
+    """``first``, then the evaluations of ``second`` that are not among them."""
+    return [*first, *(evaluation for evaluation in second if evaluation not in first)]
 
 
 def _evaluations(record: ModelRecord, registry: Registry) -> Iterator[StoredEvaluation]:
@@ -289,7 +311,7 @@ def _evaluations(record: ModelRecord, registry: Registry) -> Iterator[StoredEval
         yield {"title": f"{name}, {created[:10]}, as `{candidate}`", "verdict": evaluation["verdict"], "rows": rows, "name": name}
 
 
-def _results(record: ModelRecord, evaluations: list[StoredEvaluation]) -> list[EvalResult]:
+def _results(record: ModelRecord, evaluations: Sequence[StoredEvaluation]) -> list[EvalResult]:
     """The win rates of the newest evaluation by its first judge, as Hub metadata."""
     from huggingface_hub import EvalResult
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from stages.errors import RegistryError
 from stages.process.storage import sync, write_json
 from stages.registry.contents import UNSAFE_SUFFIXES, digest_of, file_sha256, files_of, normalise_folder
-from stages.registry.record import FileEntry, FingerprintParts, Lineage, Manifest, ModelDescription, ModelRecord, Pulled
+from stages.registry.record import FileEntry, FingerprintParts, Lineage, Manifest, ModelDescription, ModelRecord, Pulled, StoredEvaluation
 from stages.registry.references import ResolvedModel
 
 MANIFEST_VERSION = 1
@@ -123,12 +123,21 @@ class Registry:
             }
             return self._commit(staging, manifest)
 
-    def restore(self, name: str, fill: Callable[[Path], None], manifest: Manifest, *, origin: str, lineage: Lineage) -> ModelRecord:
+    def restore(
+        self,
+        name: str,
+        fill: Callable[[Path], None],
+        manifest: Manifest,
+        *,
+        origin: str,
+        lineage: Lineage,
+        evaluations: Sequence[StoredEvaluation] = (),
+    ) -> ModelRecord:
         """Add a version that another registry made: ``fill(folder)`` writes its files, ``manifest`` is the one it has there.
 
-        ``origin`` is where it comes from, ``lineage`` its lineage there; both are kept under ``pulled``. The fingerprint is kept there too,
-        so that no recipe of this registry takes the version for its own result. Raises RegistryError unless every file is as the manifest
-        says, and the base of an adapter is here.
+        ``origin`` is where it comes from, ``lineage`` and ``evaluations`` are those it has there; all are kept under ``pulled``. The
+        fingerprint is kept there too, so that no recipe of this registry takes the version for its own result. Raises RegistryError
+        unless every file is as the manifest says, and the base of an adapter is here.
         """
         check_name(name)
         with self._staging_folder() as staging:
@@ -143,7 +152,13 @@ class Registry:
             expected = {file["path"]: file["sha256"] for file in manifest["files"]}
             if differing := sorted(path for path in actual.keys() | expected.keys() if actual.get(path) != expected.get(path)):
                 raise RegistryError(f"{name!r} from {origin}: {', '.join(differing[:3])} differs from the manifest; nothing was added")
-            pulled: Pulled = {"from": origin, "at": _now(), "fingerprint": manifest["fingerprint"], "lineage": lineage}
+            pulled: Pulled = {
+                "from": origin,
+                "at": _now(),
+                "fingerprint": manifest["fingerprint"],
+                "lineage": lineage,
+                "evaluations": list(evaluations),
+            }
             return self._commit(staging, {**manifest, "name": name, "fingerprint": "", "pulled": pulled})
 
     def _commit(self, staging: Path, manifest: Manifest) -> ModelRecord:

@@ -51,8 +51,29 @@ class FileEntry(TypedDict):
     sha256: str
 
 
-Pulled = TypedDict("Pulled", {"from": str, "at": str, "fingerprint": str, "lineage": Lineage})
-"""Where a pulled version comes from, when it was pulled, and its fingerprint and lineage there."""
+class CardRow(TypedDict):
+    """One win rate of a model, as its card prints it."""
+
+    other: str
+    judge: str
+    rate: str
+    interval: str
+    n: int
+
+
+class StoredEvaluation(TypedDict):
+    """A stored evaluation of a model."""
+
+    title: str
+    verdict: str
+    rows: list[CardRow]
+    name: str  # of the evaluation step
+
+
+Pulled = TypedDict(
+    "Pulled", {"from": str, "at": str, "fingerprint": str, "lineage": Lineage, "evaluations": NotRequired[list[StoredEvaluation]]}
+)
+"""Where a pulled version comes from, when it was pulled, and its fingerprint, lineage and evaluations there."""
 
 
 class FingerprintParts(TypedDict, total=False):
@@ -117,3 +138,9 @@ class ModelRecord:
     @property
     def is_adapter(self) -> bool:
         return self.manifest["base"] is not None
+
+
+def imported_from(manifest: Manifest) -> JsonObject | None:
+    """The ``imported`` entry of a version that another library made: library, head, notes, base. None for a version made by a step."""
+    imported = manifest["extra"].get("imported")
+    return imported if isinstance(imported, dict) else None

@@ -11,8 +11,8 @@ from stages.errors import HubError
 from stages.hub.repositories import Repository, fetch, look_up
 from stages.hub.uploads import check_identifier
 from stages.registry.ledger import Registry, check_name
-from stages.registry.record import ModelRecord
-from stages.sharing.shared import DESCRIPTION, SharedVersion, read_description
+from stages.registry.record import ModelRecord, StoredEvaluation
+from stages.sharing.shared import DESCRIPTION, SharedVersion, read_description, read_evaluations
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ def pull(
             f"{repository.ref} was not pushed by `stages models push`: it has no {DESCRIPTION}. A recipe can use any model of the Hub by "
             f"its name, {{ref: {identifier}}}"
         )
-    versions = read_description(fetch(repository, DESCRIPTION).read_text(encoding="utf-8"), repository.ref)
+    description = fetch(repository, DESCRIPTION).read_text(encoding="utf-8")
+    versions, evaluations = read_description(description, repository.ref), read_evaluations(description, repository.ref)
     model, *bases = versions
     coded = [base["ref"] for version in versions if (base := version.manifest["base"]) is not None and base.get("trust_remote_code")]
     if coded and not trust_remote_code:
@@ -71,17 +72,19 @@ def pull(
     for version in needed:
         chosen = name or version.name if version is model else version.name
         say(f"{version.ref} ({version.manifest['role']}, {version.digest[:19]}) from {repository.ref}: {version.amount}")
-        taken.append(_take(repository, version, registry, chosen))
+        taken.append(_take(repository, version, registry, chosen, evaluations if version is model else []))
     if known:
         return Pulled(known[-1], taken, was_here=True)
     return Pulled(taken[-1], taken[:-1], was_here=False)
 
 
-def _take(repository: Repository, version: SharedVersion, registry: Registry, name: str) -> ModelRecord:
+def _take(
+    repository: Repository, version: SharedVersion, registry: Registry, name: str, evaluations: list[StoredEvaluation]
+) -> ModelRecord:
     def fill(folder: Path) -> None:
         for file in version.manifest["files"]:
             target = folder / file["path"]
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(fetch(repository, version.path_of(file["path"])), target)
 
-    return registry.restore(name, fill, version.manifest, origin=repository.ref, lineage=version.lineage)
+    return registry.restore(name, fill, version.manifest, origin=repository.ref, lineage=version.lineage, evaluations=evaluations)

@@ -9,10 +9,19 @@ from pathlib import Path
 from stages.errors import HubError, RegistryError
 from stages.hub.repositories import Repository, fetch
 from stages.hub.uploads import check_identifier, check_may_upload, commit_files, create_repository, look_up_own
-from stages.registry.card import evaluations_of, model_card
+from stages.registry.card import evaluations_of, joined, model_card
 from stages.registry.ledger import Registry
-from stages.registry.record import ModelRecord
-from stages.sharing.shared import CARD, DESCRIPTION, SharedVersion, describe, local_paths, read_description, versions_to_share
+from stages.registry.record import ModelRecord, StoredEvaluation
+from stages.sharing.shared import (
+    CARD,
+    DESCRIPTION,
+    SharedVersion,
+    describe,
+    local_paths,
+    read_description,
+    read_evaluations,
+    versions_to_share,
+)
 
 ALWAYS_THERE = (".gitattributes", CARD)
 """Files that a repository may contain and still count as empty, because the Hub creates them."""
@@ -43,14 +52,14 @@ def push(
         if problems := registry.verify(source.ref):
             raise RegistryError(f"{source.ref} is damaged and was not pushed: {'; '.join(problems)}")
     repository = look_up_own(identifier)
-    before = _version_there(repository, record, registry) if repository is not None else None
+    before, there = _version_there(repository, record, registry) if repository is not None else (None, [])
     shared = [version for _, version in versions]
-    evaluations = evaluations_of(record, registry)
+    evaluations = joined(evaluations_of(record, registry), there)
     visibility = "exists; its visibility does not change" if repository is not None else f"new, {'private' if private else 'public'}"
     for line in [*_contents(shared, f"{identifier} ({visibility})", len(evaluations)), *_changes(record, before), *_cut_paths(versions)]:
         say(line)
     files: dict[str, Path | bytes] = {
-        CARD: model_card(record, registry, merged=False, repository=identifier).encode(),
+        CARD: model_card(record, registry, merged=False, repository=identifier, evaluations=evaluations).encode(),
         DESCRIPTION: describe(shared, evaluations),
     }
     for source, version in versions:
@@ -70,25 +79,28 @@ def push(
     return Pushed(identifier, commit, repository is None)
 
 
-def _version_there(repository: Repository, record: ModelRecord, registry: Registry) -> list[SharedVersion] | None:
-    """The versions that the repository contains. None for an empty repository.
+def _version_there(
+    repository: Repository, record: ModelRecord, registry: Registry
+) -> tuple[list[SharedVersion] | None, list[StoredEvaluation]]:
+    """Return (the versions that the repository contains, None for an empty one; its evaluations of ``record``).
 
     Raises HubError unless they are a version with the same name in this registry.
     """
     others = [name for name in repository.files if name not in ALWAYS_THERE]
     if not others:
-        return None
+        return None, []
     if DESCRIPTION not in others:
         raise HubError(
             f"{repository.id!r} contains files that `stages models push` did not write ({', '.join(others[:3])}). Push to another name"
         )
-    before = read_description(fetch(repository, DESCRIPTION).read_text(encoding="utf-8"), repository.ref)
+    description = fetch(repository, DESCRIPTION).read_text(encoding="utf-8")
+    before = read_description(description, repository.ref)
     if before[0].digest not in {version.digest for version in registry.versions(record.name)}:
         raise HubError(
             f"{repository.id!r} contains {before[0].ref} ({before[0].digest[:19]}), which is not a version of {record.name!r} in this "
             f"registry. Push to another name, or pull that version first: `stages models pull {repository.id} --as {record.name}`"
         )
-    return before
+    return before, read_evaluations(description, repository.ref) if before[0].digest == record.digest else []
 
 
 def _contents(shared: list[SharedVersion], target: str, evaluations: int) -> list[str]:
@@ -97,7 +109,7 @@ def _contents(shared: list[SharedVersion], target: str, evaluations: int) -> lis
     lines = [
         f"{model.ref} ({model.manifest['role']}, {model.digest[:19]}) to {target}: {model.amount}",
         *(f"with its base {base.ref}, in {base.folder}: {base.amount}" for base in bases),
-        f"with its card, its lineage and the results of {evaluations} evaluations",
+        f"with its card, its lineage and the results of {evaluations} evaluation{'' if evaluations == 1 else 's'}",
     ]
     if base := shared[-1].manifest["base"]:
         lines.append(f"without {base['ref']}, which is on the Hub")

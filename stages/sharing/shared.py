@@ -16,10 +16,9 @@ from pathlib import PurePosixPath
 from typing import TypeVar, cast
 
 from stages.errors import HubError, RegistryError
-from stages.registry.card import StoredEvaluation
 from stages.registry.contents import UNSAFE_SUFFIXES, digest_of
 from stages.registry.ledger import ROLES, Registry
-from stages.registry.record import Lineage, Manifest, ModelRecord
+from stages.registry.record import CardRow, Lineage, Manifest, ModelRecord, StoredEvaluation
 
 Content = TypeVar("Content")
 FORMAT = 1
@@ -124,6 +123,31 @@ def read_description(text: str, where: str) -> list[SharedVersion]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise HubError(f"{DESCRIPTION} of {where} cannot be read ({type(error).__name__}: {error}). Push the model again") from error
     return versions
+
+
+def read_evaluations(text: str, where: str) -> list[StoredEvaluation]:
+    """The evaluations of the model that a ``tristage.json`` describes. Raises HubError if they are not valid."""
+    try:
+        return [_evaluation(entry) for entry in json.loads(text).get("evaluations", [])]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise HubError(f"the evaluations in {DESCRIPTION} of {where} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _evaluation(entry: Mapping[str, object]) -> StoredEvaluation:
+    """One evaluation with the types that it must have. Raises ValueError, KeyError or TypeError for others."""
+    rows: list[CardRow] = []
+    for row in cast("list[dict[str, object]]", entry["rows"]):
+        rate, n = str(row["rate"]), int(str(row["n"]))
+        float(rate)  # the Hub's metadata need a number
+        rows.append({"other": _line(row["other"]), "judge": _line(row["judge"]), "rate": rate, "interval": _line(row["interval"]), "n": n})
+    return {"title": _line(entry["title"]), "verdict": str(entry["verdict"]), "rows": rows, "name": _line(entry["name"])}
+
+
+def _line(value: object) -> str:
+    """``value`` on one line. Raises TypeError unless it is a text."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not a text")
+    return " ".join(value.split())
 
 
 def _check(version: SharedVersion, where: str) -> None:

@@ -43,6 +43,17 @@ def base(registry: Registry, tiny_llama_folder: Path) -> ModelRecord:
     return publish(registry, "base", lambda folder: shutil.copytree(tiny_llama_folder, folder, dirs_exist_ok=True), [hub])
 
 
+def test_card_of_an_imported_adapter_names_the_library_and_the_base(registry, base) -> None:
+    import shutil
+
+    origin = {"imported": {"library": "OpenRLHF", "head": None, "notes": [], "base": "owner/instruct"}}
+    fill = lambda folder: shutil.copytree(base.path, folder, dirs_exist_ok=True)  # noqa: E731
+    record = registry.publish("old/policy", fill, role="language_model", extra=origin)
+    text = model_card(record, registry, merged=True)
+    assert "imported into Tristage" in text and "its files were written by OpenRLHF" in text and "made by" not in text
+    assert ModelCard(text).data.base_model == ["owner/instruct"]
+
+
 def test_card_states_origin_and_results(registry, base) -> None:
     kept = registry.root.parent / "results" / "ff"
     (kept / "files").mkdir(parents=True)

@@ -18,7 +18,7 @@ from stages.hub.uploads import _explained, check_identifier, check_may_upload
 from stages.registry.ledger import Registry
 from stages.registry.record import ModelRecord
 from stages.registry.references import ResolvedModel
-from stages.sharing.shared import SharedVersion, describe, read_description, versions_to_share, without_local_paths
+from stages.sharing.shared import SharedVersion, describe, read_description, read_evaluations, versions_to_share, without_local_paths
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +146,10 @@ def test_pulled_version_equals_the_pushed_one(server, client, home, tmp_path, na
     assert again.status == 0 and "already present: mine/copy@1" in again.output and len(theirs.versions("mine/copy")) == 1
     tree = client.run("models", "lineage", "mine/copy", "--home", str(tmp_path))
     assert tree.status == 0 and client.run("models", "show", "mine/copy", "--all", "--home", str(tmp_path)).status == 0
+    if name == "base":  # the results of its evaluation came along, and are pushed again, although this home has no evaluation
+        assert client.run("models", "push", "mine/copy", "org/back", "--home", str(tmp_path)).status == 0
+        card = server.repositories["model", "org/back"].commits[server.commit("model", "org/back")]["README.md"].decode()
+        assert ModelCard(card).data.eval_results[0].metric_value == 0.75
     if name == "value":
         commit = server.commit("model", "org/value")
         assert f"recipe/reward@1 (reward_model, adapter on recipe/base@1, as described by org/value@{commit[:8]}" in tree.output
@@ -160,7 +164,7 @@ def test_push_prints_its_contents_and_is_private(server, client, home) -> None:
         f"recipe/base@1 (language_model, {record.digest[:19]}) to org/said (new, private): {number} files, {size / 2**20:.1f} MiB"
         in done.output
     )
-    assert "the results of 1 evaluations" in done.output
+    assert "the results of 1 evaluation" in done.output
     assert "1 local paths, such as /home/me/secret place/rows.jsonl, are shared without their folders" in done.output
     assert "org/said" in server.private and server.messages[-1] == "first model"
     files = server.repositories["model", "org/said"].commits[server.commit("model", "org/said")]
@@ -279,6 +283,16 @@ def test_description_in_a_repository_is_validated(home: Path, changes: dict[str,
     ]
     with pytest.raises(HubError, match=message):
         read_description(described(home, "base", **changes), "org/x")
+
+
+@pytest.mark.parametrize("changes", [{"rate": "high"}, {"n": "many"}, {"other": None, "judge": {}}, None])
+def test_evaluations_in_a_repository_are_validated(changes: dict[str, Any] | None) -> None:
+    row = {"other": "sft", "judge": "gold", "rate": "0.75", "interval": "0.6 to 0.85", "n": 40}
+    entry = {"title": "verdict", "verdict": "base beats\nother", "name": "verdict", "rows": [row]}
+    assert read_evaluations(json.dumps({"evaluations": [entry]}), "org/x") == [entry]
+    wrong = {**entry, "rows": None if changes is None else [{**row, **changes}]}
+    with pytest.raises(HubError, match="evaluations in tristage.json of org/x"):
+        read_evaluations(json.dumps({"evaluations": [wrong]}), "org/x")
 
 
 def test_an_adapter_on_a_folder_cannot_be_shared(home: Path, tmp_path: Path, tiny_llama_folder: Path) -> None:
