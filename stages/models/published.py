@@ -8,7 +8,8 @@ Sharded models are not checked by computation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,18 +54,40 @@ def rows_for(model: TransformersModel, rows: Sequence[Sequence[int]] | None) -> 
 
 @torch.no_grad()
 def outputs_of(model: TransformersModel, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    """A transformers model's outputs for each row, one row per pass: token log-probabilities [T - 1], or classifier logits [labels]."""
+    """A transformers model's outputs for each row, one row per pass: token log-probabilities [T - 1], or classifier logits [labels].
+
+    They are computed in the dtype of the weights, also if a Trainer in half precision has trained the model.
+    """
     training, device = model.training, next(model.parameters()).device
     model.eval()
     outputs = []
-    for row in rows:
-        ids = torch.tensor([row], device=device)
-        logits = model(input_ids=ids).logits.float().cpu()
-        if logits.dim() == 3 and logits.shape[1] == len(row):
-            logits = logits[0, :-1].log_softmax(dim=-1).gather(1, ids[0, 1:, None].cpu())
-        outputs.append(logits.flatten())
+    with _without_trainer_autocast(model):
+        for row in rows:
+            ids = torch.tensor([row], device=device)
+            logits = model(input_ids=ids).logits.float().cpu()
+            if logits.dim() == 3 and logits.shape[1] == len(row):
+                logits = logits[0, :-1].log_softmax(dim=-1).gather(1, ids[0, 1:, None].cpu())
+            outputs.append(logits.flatten())
     model.train(training)
     return outputs
+
+
+@contextmanager
+def _without_trainer_autocast(model: nn.Module) -> Iterator[None]:
+    """Context without the autocast that accelerate puts around ``forward`` of a model in a Trainer, and leaves there after the training.
+
+    The model that is loaded again has no such autocast, so the rounding of half precision would look like a difference of the weights.
+    """
+    attributes = vars(model)
+    plain = attributes.get("_original_forward")  # set by accelerate
+    if plain is None:
+        yield
+        return
+    wrapped, model.forward = attributes["forward"], plain
+    try:
+        yield
+    finally:
+        model.forward = wrapped
 
 
 # Adapters

@@ -37,8 +37,15 @@ class Measured(TypedDict):
     loss: float
 
 
-def predict(model: TransformersModel, rows: Sequence[EncodedReview], pad_token_id: int, batch_size: int = SCORING_ROWS) -> torch.Tensor:
-    """Class probabilities [N, C] on the CPU. The model's mode is restored."""
+def predict(
+    model: TransformersModel,
+    rows: Sequence[EncodedReview],
+    pad_token_id: int,
+    batch_size: int = SCORING_ROWS,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Class probabilities [N, C] on the CPU. Passes compute in ``dtype``, as in training. The model's mode is restored."""
     collate = Collator(pad_token_id)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
     probabilities: list[torch.Tensor] = [torch.empty(0)] * len(rows)
@@ -50,7 +57,8 @@ def predict(model: TransformersModel, rows: Sequence[EncodedReview], pad_token_i
         for index, row in zip(indices, model(**batch).logits.float().softmax(dim=-1).cpu(), strict=True):
             probabilities[index] = row
 
-    with unsharded(model), torch.inference_mode():
+    autocast = torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32)
+    with unsharded(model), torch.inference_mode(), autocast:
         each_group(
             "measuring the classifier", [order[start : start + batch_size] for start in range(0, len(order), batch_size)], measure_rows
         )

@@ -5,6 +5,7 @@ The logits or probabilities of its classes can also be reward sources for PPO an
 
 from __future__ import annotations
 
+from torch import Tensor
 from transformers import Trainer
 
 from stages.corpora.reviews import load_reviews
@@ -47,15 +48,19 @@ def run(config: SentimentConfig, context: StepContext) -> StepResult:
     )
     truth = [row["labels"] for row in heldout]
     model = model.to(context.runtime.device)  # type: ignore[arg-type]  # transformers wraps `to` without its self
-    before = predict(model, heldout, tokenizer.pad_token_id)
+
+    def predicted() -> Tensor:
+        return predict(model, heldout, tokenizer.pad_token_id, dtype=context.runtime.dtype(config.precision))
+
+    before = predicted()
     trained = train(
         trainer,
         context,
         f"{context.name}: sentiment",
         rule=config,
-        measure=lambda: measure(predict(model, heldout, tokenizer.pad_token_id), truth)["loss"],
+        measure=lambda: measure(predicted(), truth)["loss"],
     )
-    after = predict(model, heldout, tokenizer.pad_token_id)
+    after = predicted()
 
     measured, measured_before = measure(after, truth), measure(before, truth)
     examples = examples_of(reviews.validation, before, after, config)

@@ -72,6 +72,12 @@ def test_training_continues_a_model_and_lora_publishes_an_adapter(reviews, step_
     assert result.model.is_adapter and result.metrics["heldout_accuracy"] > 0.9
 
 
+def test_a_classifier_trained_in_half_precision_is_published(reviews, step_context) -> None:
+    """Its Trainer computes in bf16. The saved model is compared in fp32, where rounding does not look like other weights."""
+    result = run(config(reviews, precision="bf16", training={"max_steps": 3, "batch_size": 8}), step_context())
+    assert (Path(result.model.path) / "model.safetensors").exists()
+
+
 def test_masked_phase(reviews, step_context) -> None:
     result = run(config(reviews, masked={"training": {"epochs": 1.0, "batch_size": 8}}), step_context())
     assert result.metrics["heldout_accuracy"] > 0.9
