@@ -23,7 +23,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, masking_utils
 
 from stages.errors import is_out_of_memory
-from stages.sampling.support import PASS_FAILURES, family_of, says_causal, weight_of
+from stages.sampling.support import PASS_FAILURES, family_of, plain_model, says_causal, weight_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -242,6 +242,7 @@ def _tried(decoder: TransformersModel, precision: Callable[[], AbstractContextMa
 
 def why_not(decoder: TransformersModel) -> str:
     """A clause that says why the class or config of ``decoder`` cannot be packed; empty if a test pass decides."""
+    decoder = plain_model(decoder)  # the forward pass of a PeftModel does not name its arguments
     config = decoder.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     if "position_ids" not in inspect.signature(family_of(decoder).forward).parameters:

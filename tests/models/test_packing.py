@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -101,10 +102,16 @@ def test_packed_passes_equal_plain_ones_and_so_do_their_gradients(family: str) -
     assert model.config._attn_implementation == "sdpa"  # unchanged
 
 
-def test_a_value_network_reads_packed_rows() -> None:
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "with its own adapter"])
+def test_a_value_network_reads_packed_rows(adapted: bool) -> None:
     model = made(FAMILIES["gpt_neox"](), "sdpa")
-    value = ValueModel(model.gpt_neox)
+    backbone = model.gpt_neox
+    if adapted:
+        settings = peft.LoraConfig(task_type="FEATURE_EXTRACTION", target_modules=["query_key_value"], init_lora_weights=False)
+        backbone = peft.get_peft_model(backbone, settings)
+    value = ValueModel(backbone)
     torch.nn.init.normal_(value.score_head.weight)
+    assert packing_kernel(value.backbone, nullcontext) == "padded"
     _, expected = plain(model, value.score_head)
     batch = sequence_batch(PROMPTS, RESPONSES, 0, "cpu", bootstrap=BOOTSTRAP, kernel="padded")
     torch.testing.assert_close(
