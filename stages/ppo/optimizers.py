@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stages.models.sharding import is_sharded
 from stages.ppo.config import PPOOptimizer
 from stages.training.checkpoints import trainable
+from stages.training.fused import fused_adamw_works
+
+FOREACH_VALUES = 2**26
+"""Maximum values of the tensors of one foreach operation (256 MiB in fp32)."""
 
 
 class TensorFlowAdam(torch.optim.Optimizer):
@@ -32,25 +38,56 @@ class TensorFlowAdam(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # PyTorch returns the loss of a closure; there is none here
         assert closure is None, "closures are not supported: compute gradients before the step"
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.tensor(0.0)
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
-                state["step"] += 1
-                count = float(state["step"])
-                state["exp_avg"].lerp_(parameter.grad, 1 - beta1)
-                state["exp_avg_sq"].mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
-                rate = group["lr"] * math.sqrt(1 - beta2**count) / (1 - beta1**count)
-                parameter.addcdiv_(state["exp_avg"], state["exp_avg_sq"].sqrt().add_(group["eps"]), value=-rate)
+            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in trained:
+                if not self.state[parameter]:
+                    moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                    self.state[parameter] = {"step": torch.tensor(0.0), **moments}  # the count is on the CPU, where it is read
+            for parameters in together(trained):
+                self._step_of(parameters, group)
+
+    def _step_of(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """The step of ``parameters``. The number of operations does not depend on the number of parameters."""
+        beta1, beta2 = group["betas"]
+        states = [self.state[parameter] for parameter in parameters]
+        rates = []
+        for state in states:
+            state["step"] += 1
+            count = float(state["step"])
+            rates.append(-group["lr"] * math.sqrt(1 - beta2**count) / (1 - beta1**count))
+        gradients = [parameter.grad for parameter in parameters]
+        means, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        torch._foreach_lerp_(means, gradients, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+        divisors = torch._foreach_sqrt(squares)
+        torch._foreach_add_(divisors, group["eps"])
+        torch._foreach_addcdiv_(parameters, means, divisors, rates)
+
+
+def together(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """``tensors`` in groups for foreach operations: of one device, dtype and kind, and of at most ``FOREACH_VALUES`` values.
+
+    The limit is for the memory of intermediate results. A larger tensor is a group of its own.
+    """
+    groups: list[list[Tensor]] = []
+    filling: dict[tuple[object, ...], tuple[list[Tensor], int]] = {}  # group that is being filled, and its number of values
+    for tensor in tensors:
+        key = (tensor.device, tensor.dtype, is_sharded(tensor))
+        group, size = filling.get(key, ([], 0))
+        if not group or size + tensor.numel() > FOREACH_VALUES:
+            group, size = [], 0
+            groups.append(group)
+        group.append(tensor)
+        filling[key] = group, size + tensor.numel()
+    return groups
 
 
 def make_optimizer(parameters: list[Tensor] | list[dict[str, list[nn.Parameter]]], settings: PPOOptimizer) -> torch.optim.Optimizer:
-    """Adam over ``parameters`` with the given settings. Its learning rate is set before every iteration."""
+    """Adam over ``parameters`` with the given settings. Its learning rate is set before every iteration.
+
+    AdamW is fused where PyTorch supports that for the parameters' devices and dtypes. Otherwise it uses foreach operations.
+    """
     betas = (settings.adam_beta1, settings.adam_beta2)
     if settings.adam_style == "tensorflow":
         return TensorFlowAdam(parameters, lr=settings.learning_rate, betas=betas, eps=settings.adam_epsilon)
@@ -61,8 +98,10 @@ def make_optimizer(parameters: list[Tensor] | list[dict[str, list[nn.Parameter]]
         return getattr(bitsandbytes.optim, kinds[settings.optimizer])(
             parameters, lr=settings.learning_rate, betas=betas, eps=settings.adam_epsilon, weight_decay=settings.weight_decay
         )
+    weights = [weight for item in parameters for weight in (item["params"] if isinstance(item, dict) else [item])]
+    kernels = {"fused": True} if fused_adamw_works(weights) else {"foreach": True}
     return torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, betas=betas, eps=settings.adam_epsilon, weight_decay=settings.weight_decay, fused=True
+        parameters, lr=settings.learning_rate, betas=betas, eps=settings.adam_epsilon, weight_decay=settings.weight_decay, **kernels
     )
 
 
@@ -94,8 +133,10 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """ema = decay * ema + (1 - decay) * weight (Ouyang et al. 2022, C.4: 0.992 after every optimizer step)."""
-        for name, parameter in trainable(model).items():
-            self.weights[name].lerp_(parameter.float(), 1 - self.decay)
+        parameters = trainable(model)
+        names = {id(weight): name for name, weight in self.weights.items()}
+        for weights in together(self.weights.values()):
+            torch._foreach_lerp_(weights, [parameters[names[id(weight)]].float() for weight in weights], 1 - self.decay)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:

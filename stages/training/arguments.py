@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from stages.config import OptimizerSettings, TrainingStepConfig
 from stages.errors import LaunchError, RecipeError
 from stages.json_types import JsonObject
+from stages.training.fused import fused_adamw_works
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -78,6 +79,13 @@ def weights_dtype(config: TrainingStepConfig, context: StepContext) -> torch.dty
     return torch.float32 if config.lora is None else context.runtime.dtype(config.precision)
 
 
+def _optimizer_name(settings: OptimizerSettings, device: torch.device) -> str:
+    """The Trainer's name of the optimizer for trained weights, which are fp32."""
+    if settings.optimizer == "adamw" and not fused_adamw_works([torch.empty(0, device=device)]):
+        return "adamw_torch"
+    return TRAINER_OPTIMIZERS[settings.optimizer]
+
+
 def training_arguments(
     settings: OptimizerSettings, context: StepContext, *, precision: str, kind: type[TrainingArguments] | None = None, **options: object
 ) -> StepArguments:
@@ -105,7 +113,7 @@ def training_arguments(
         "max_steps": settings.max_steps or -1,
         "learning_rate": settings.learning_rate,
         **schedule_arguments(settings),
-        "optim": TRAINER_OPTIMIZERS[settings.optimizer],
+        "optim": _optimizer_name(settings, device),
         "weight_decay": settings.weight_decay,
         "adam_beta1": settings.adam_beta1,
         "adam_beta2": settings.adam_beta2,
