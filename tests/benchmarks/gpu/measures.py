@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from workloads import FULL, TINY, Scale, prepare, random_model, random_prompts, settings_of
+from workloads import FULL, TINY, Scale, prepare, random_model, random_prompts, settings_of, shortened
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 
@@ -28,16 +28,20 @@ def scale_of(task: dict[str, Any]) -> Scale:
 
 
 def step(task: dict[str, Any]) -> dict[str, Any]:
-    """Plan and run one recipe step. ``task``: shape, stage, quantization, learned_reward, fields, profile."""
+    """Plan and run one recipe step. ``task``: shape, stage, quantization, learned_reward, fields, profile, short.
+
+    The peak is the maximum during the step. Making the files of random weights may take more; it does not count.
+    """
     from stages.chain.run import run_function
     from stages.memory.estimate import Machine
     from stages.planning.plan import plan_memory
-    from stages.process.gpus import peak_gpu_memory
+    from stages.process.gpus import own_peak
     from stages.process.packages import missing_quantization_package
     from stages.recipe.schema import load_recipe
     from stages.registry.ledger import Registry
 
     scale, on_gpu = scale_of(task), task["device"] == "cuda"
+    scale = shortened(scale) if task["short"] else scale
     fields = task["fields"]
     if missing := missing_quantization_package(task["quantization"], fields.get("training", {}).get("optimizer", "adamw")):
         return {"skipped": missing}
@@ -54,11 +58,11 @@ def step(task: dict[str, Any]) -> dict[str, Any]:
         machine = Machine("cuda" if on_gpu else "cpu", device_bytes(task["device"]), 2, task["device"])
         memory = plan_memory(recipe, registry, machine)[0].memory
         context, clock = _context(recipe.steps[0], home, registry)
-        with _profiled(clock, scale.iterations - 1, on_gpu) if task["profile"] else _plain() as idle:
+        with own_peak() as peak, _profiled(clock, scale.iterations - 1, on_gpu) if task["profile"] else _plain() as idle:
             run_function(task["stage"])(recipe.steps[0].config, context)
     measured = {
         "planned_bytes": None if memory is None else round(memory.total),
-        "peak_bytes": peak_gpu_memory(),
+        "peak_bytes": peak.total if on_gpu else None,
         "idle_share": idle.get("share"),
     }
     return {**measured, **(_speed(clock, scale) if task["stage"] == "ppo" else {})}
@@ -172,11 +176,11 @@ def covered(intervals: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-# TRL
+# Files
 
 
-def trl(task: dict[str, Any]) -> dict[str, Any]:
-    """Prepare the files that TRL's process reads. Returns their folder and the settings of the workload. ``task``: shape."""
+def files(task: dict[str, Any]) -> dict[str, Any]:
+    """Make the files of a shape. Returns their folder and the settings of the workload, which TRL's process reads. ``task``: shape."""
     scale = scale_of(task)
     workdir = prepare(scale, task["shape"], Path(task["work"]), task["device"])
     workload = {"batch": scale.batch, "epochs": scale.epochs, "iterations": scale.iterations, "new_tokens": scale.new_tokens}
@@ -303,7 +307,7 @@ def device_bytes(device: str) -> int:
 
 MEASURES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "step": step,
-    "trl": trl,
+    "files": files,
     "decoding": decoding,
     "continuous": continuous,
     "self_kl": self_kl,

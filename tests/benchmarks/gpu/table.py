@@ -1,14 +1,28 @@
 """Measures speed and memory on a GPU and writes one table, in JSON and Markdown.
 
-    .venv/bin/python tests/benchmarks/gpu/table.py [--trl FOLDER] [--only WORDS] [--out FOLDER]
-    .venv/bin/python tests/benchmarks/gpu/table.py --tiny      # every row at toy size on a CPU, to test this program
+    python tests/benchmarks/gpu/table.py [--trl FOLDER] [--only WORDS] [--minutes N] [--out FOLDER] [--work FOLDER]
+    python tests/benchmarks/gpu/table.py --list      # the measurements in their order, and their time limits
+    python tests/benchmarks/gpu/table.py --tiny      # every row at toy size, on a CPU if there is no GPU, to test this program
 
 The models have random weights and the shapes of known models, so nothing is downloaded. The folder of --trl is an environment (with
 bin/python) or a folder of packages, with TRL 1.12. Without --trl, the rows that compare with TRL have no number. Each measurement runs in a
-separate process. If a set-up does not fit into memory or lacks a package, its row gives the reason. The exit status is 1 only if a
-measurement crashed.
+separate process and has a time limit. If a set-up does not fit into memory, lacks a package, takes too long or crashes, its row gives the
+reason, and the next measurement runs. The exit status is 1 only if a measurement crashed.
 
-Result: gpu.json and gpu.md in the folder of --out; docs/gpu.md.
+Result: gpu.json and gpu.md in the folder of --out, written after every measurement; docs/gpu.md.
+
+The important measurements come first. The same command continues: it keeps the results in --out that this commit measured on this card, and
+runs what is missing, was stopped by a time limit, or crashed. --again measures everything again. --minutes ends it in time.
+
+A session of 30 minutes on a GPU, in calls of at most 10 minutes (package versions of pyproject.toml; TRL 1.12 in a folder of its own):
+
+    python -m pytest -m gpu tests/gpu -x -q -k "one_gpu or decode"        # 1. about 3 minutes: the program runs on this card
+    python tests/benchmarks/gpu/table.py --trl TRL --work /tmp/models --minutes 6    # in the same call: PPO at 410M beside TRL
+    python tests/benchmarks/gpu/table.py --trl TRL --work /tmp/models --minutes 9    # 2. decoding, 1B, the rest of TRL
+    python tests/benchmarks/gpu/table.py --trl TRL --work /tmp/models --minutes 9    # 3. 7B nf4, KL, planned and measured memory
+
+Copy gpu-table/ to where it is safe at the end of every call. Where the folders of --work and --out are lost between calls, bring back
+gpu-table/ before the next call; the models are made again. These times are estimates; no GPU has run this program yet.
 """
 
 from __future__ import annotations
@@ -22,7 +36,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +44,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[2]
 sys.path.insert(0, str(HERE))
-TIME_LIMIT = 3600  # seconds of one measurement
+TIME_LIMIT = 180  # seconds of a measurement, unless its set-up has its own limit
+LEAST_SECONDS = 20  # a measurement does not begin if less than this is left of --minutes
 
 from workloads import FULL, TINY  # noqa: E402
 
@@ -40,7 +55,8 @@ CHECKPOINTED = {"gradient_checkpointing": True}
 
 @dataclass(frozen=True)
 class Setup:
-    """A recipe step to run. ``profile``: also measure the share of the update in which the GPU is idle."""
+    """A recipe step to run. ``profile``: also measure the share of the update in which the GPU is idle. ``short``: PPO has fewer iterations
+    and epochs. ``seconds``: its time limit."""
 
     shape: str
     fields: dict[str, Any] = field(default_factory=dict)
@@ -48,6 +64,8 @@ class Setup:
     quantization: str = "none"
     learned_reward: bool = False
     profile: bool = False
+    short: bool = False
+    seconds: int = TIME_LIMIT
 
 
 SETUPS: dict[str, Setup] = {
@@ -56,10 +74,10 @@ SETUPS: dict[str, Setup] = {
     "410M, PPO, LoRA": Setup("410M", {**LORA, "value": "policy"}, learned_reward=True),
     "1B, PPO, full": Setup("1B", profile=True),
     "1B, PPO, LoRA": Setup("1B", LORA),
-    "7B, PPO, nf4 LoRA, checkpointing": Setup("7B", {**LORA, "training": CHECKPOINTED}, quantization="nf4"),
-    "1B, PPO, int8 LoRA": Setup("1B", LORA, quantization="int8"),
-    "1B, PPO, 8-bit moments, checkpointing": Setup("1B", {"training": {**CHECKPOINTED, "optimizer": "adamw_8bit"}}),
-    "135M, PPO, full": Setup("135M"),
+    "7B, PPO, nf4 LoRA, checkpointing": Setup("7B", {**LORA, "training": CHECKPOINTED}, quantization="nf4", short=True, seconds=400),
+    "1B, PPO, int8 LoRA": Setup("1B", LORA, quantization="int8", short=True),
+    "1B, PPO, 8-bit moments, checkpointing": Setup("1B", {"training": {**CHECKPOINTED, "optimizer": "adamw_8bit"}}, short=True),
+    "135M, PPO, full": Setup("135M", short=True),
     "1B, SFT, full": Setup("1B", stage="sft"),
     "1B, SFT, LoRA, checkpointing": Setup("1B", {**LORA, "training": CHECKPOINTED}, stage="sft"),
     "410M, reward model": Setup("410M", stage="reward_model"),
@@ -76,8 +94,11 @@ MATMUL_SHARES = {
 }
 IDLE = {"410M, PPO, value network": (0.25, 0.10), "1B, PPO, full": (0.25, 0.10)}
 DECODED = "1B Llama"
+DECODINGS = {"full": False, "ragged": True}  # whether completions end at different times
+PRECISIONS = ("bf16", "fp32")
 NO_GPU = "no GPU"
 NOT_MEASURED = "not measured"
+LATER = ("timed_out", "crashed")  # marks of results that the next call measures again
 
 
 @dataclass(frozen=True)
@@ -93,131 +114,234 @@ class Row:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-class Table:
-    """Runs the measurements and collects rows. Each measurement runs once, although several rows may use it."""
+@dataclass(frozen=True)
+class Measurement:
+    """One measurement. ``run(seconds)`` returns its result within this time. ``needs``: a measurement that makes its files."""
 
-    def __init__(self, options: argparse.Namespace, work: Path, run: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        """``run`` returns the result of a task; a result with ``skipped`` or ``crashed`` has only that reason."""
-        self.options, self.work, self._run = options, work, run
+    name: str
+    run: Callable[[float], dict[str, Any]]
+    seconds: int = TIME_LIMIT
+    needs: str | None = None
+
+
+class Table:
+    """Runs the measurements and makes rows of their results. Each measurement runs once, although several rows may use it."""
+
+    def __init__(
+        self, options: argparse.Namespace, work: Path, run: Callable[[dict[str, Any], float], dict[str, Any]], *, device: str = "cpu"
+    ) -> None:
+        """``run(task, seconds)`` returns the result of a task; a result with ``skipped`` or ``crashed`` has only that reason."""
+        self.options, self.work, self._run, self.device = options, work, run, device
         self.scale = TINY if options.tiny else FULL
-        self.device = "cpu" if options.tiny else "cuda"
-        self.rows: list[Row] = []
-        self._done: dict[str, dict[str, Any]] = {}
+        self.done: dict[str, dict[str, Any]] = {}  # results by the measurement's name
+        self._measurements = {one.name: one for one in self._all_measurements()}
 
     @property
     def crashed(self) -> list[str]:
         """The names of the measurements that crashed."""
-        return [name for name, result in self._done.items() if "crashed" in result]
+        return [name for name, result in self.done.items() if "crashed" in result]
 
-    def fill(self) -> None:
-        """Make every row that the option ``only`` chooses."""
-        for section in (self._ppo_rows, self._share_rows, self._decoding_rows, self._continuous_row, self._memory_rows, self._kl_rows):
-            section()
+    def fill(self, *, deadline: float = float("inf"), save: Callable[[], object] = lambda: None) -> None:
+        """Run the measurements of the chosen rows, the important ones first. ``deadline``: on the clock of ``time.monotonic``.
 
-    # Sections
+        ``save`` is called after each measurement. Measurements that have a result are not repeated, unless they crashed or took too long.
+        """
+        tried: set[str] = set()
+        for name in self.wanted():
+            left = deadline - time.monotonic()
+            if left < LEAST_SECONDS:
+                print(f"no time left for {name} and what follows", file=sys.stderr, flush=True)
+                return
+            self._measure(self._measurements[name], deadline, tried)
+            save()
 
-    def _ppo_rows(self) -> None:
+    def _measure(self, one: Measurement, deadline: float, tried: set[str]) -> None:
+        kept = self.done.get(one.name)
+        if one.name in tried or (kept is not None and not any(mark in kept for mark in LATER)):
+            return
+        tried.add(one.name)
+        if one.needs is not None:
+            self._measure(self._measurements[one.needs], deadline, tried)
+            if reason(files := self.done[one.needs]):
+                self.done[one.name] = files
+                return
+        began = time.perf_counter()
+        self.done[one.name] = one.run(max(1.0, min(one.seconds, deadline - time.monotonic())))
+        print(f"{one.name}: {reason(self.done[one.name]) or 'done'} ({time.perf_counter() - began:.0f} s)", file=sys.stderr, flush=True)
+
+    def wanted(self) -> list[str]:
+        """The measurements that the chosen rows use, in order."""
+        used = {name for row in self._row_makers() for name in row.uses}
+        return [name for name in self._order() if name in used]
+
+    def seconds_of(self, name: str) -> int:
+        """The time limit of a measurement, without the one that makes its files."""
+        return self._measurements[name].seconds
+
+    @property
+    def rows(self) -> list[Row]:
+        """The chosen rows, with the results so far."""
+        return [row.make() for row in self._row_makers()]
+
+    # Measurements
+
+    def _order(self) -> list[str]:
+        """The names of all measurements, the important ones first."""
+        trl = [f"TRL, microbatch {size}" for size in sorted(self.scale.microbatches, reverse=True)]  # the largest is the fastest known
+        first = ["410M, PPO, value network", trl[0], "410M, PPO, shared value head", "410M, PPO, LoRA"]
+        second = [*map(decoding_name, DECODINGS), CONTINUOUS, "1B, PPO, full", "1B, PPO, LoRA", *trl[1:]]
+        third = ["7B, PPO, nf4 LoRA, checkpointing", *map(kl_name, PRECISIONS)]
+        known = {*first, *second, *third}
+        return [*first, *second, *third, *(name for name in SETUPS if name not in known)]
+
+    def _all_measurements(self) -> Iterator[Measurement]:
+        for shape in dict.fromkeys(setup.shape for setup in SETUPS.values()):
+            yield self._task(files_of(shape), {"measure": "files", "shape": shape}, seconds=240)
+        for name, setup in SETUPS.items():
+            yield self._task(name, {"measure": "step", **asdict(setup)}, seconds=setup.seconds, needs=files_of(setup.shape))
+        for case, ragged in DECODINGS.items():
+            yield self._task(decoding_name(case), {"measure": "decoding", "shape": DECODED, "ragged": ragged})
+        yield self._task(CONTINUOUS, {"measure": "continuous", "shape": DECODED})
+        for precision in PRECISIONS:
+            yield self._task(kl_name(precision), {"measure": "self_kl", "shape": "410M", "precision": precision}, needs=files_of("410M"))
+        for size in self.scale.microbatches:
+            yield Measurement(f"TRL, microbatch {size}", lambda seconds, size=size: self._trl(size, seconds), needs=files_of("410M"))  # type: ignore[misc]
+
+    def _task(self, name: str, task: dict[str, Any], *, seconds: int = TIME_LIMIT, needs: str | None = None) -> Measurement:
+        complete = {**task, "tiny": self.options.tiny, "device": self.device, "work": str(self.work)}
+        return Measurement(name, lambda limit: self._run(complete, limit), seconds, needs)
+
+    def _trl(self, size: int, seconds: float) -> dict[str, Any]:
+        if self.options.trl is None:
+            return {"skipped": NO_TRL}
+        python, packages = interpreter(self.options.trl)
+        settings = {**self.done[files_of("410M")], "device": self.device, "microbatch": size, "packages": packages}
+        result = in_process([str(python), str(HERE / "ppo_trl.py")], settings, seconds)
+        if not reason(result):
+            result["episodes_per_second"] = self.scale.batch * (len(result["seconds"]) - 1) / sum(result["seconds"][1:])
+        return result
+
+    # Rows
+
+    def _row_makers(self) -> list[RowMaker]:
+        """The rows that the option ``only`` chooses."""
+        everything = [*self._ppo_rows(), *self._share_rows(), *self._decoding_rows(), *self._memory_rows(), *self._kl_rows()]
+        return [row for row in everything if all(word.lower() in row.title.lower() for word in self.options.only)]
+
+    def _ppo_rows(self) -> Iterator[RowMaker]:
+        tries = tuple(f"TRL, microbatch {size}" for size in self.scale.microbatches)
         for name, (must, aim) in AGAINST_TRL.items():
-            if not self._chosen(case := f"{name}, times TRL 1.12"):
-                continue
-            result, best = self._setup(name), self._best_of_trl()
-            speed = {"episodes_per_second": result.get("episodes_per_second"), "peak_gib": gib(result.get("peak_bytes")), "trl": best}
-            other = best.get("episodes_per_second")
-            value = result["episodes_per_second"] / other if other and "episodes_per_second" in result else None
-            why = reason(result) or reason(best) or (NO_GPU if self.options.tiny else "")
-            self._add("PPO speed", case, value, f">= {must}", f">= {aim}", why, speed)
+            title = f"{name}, times TRL 1.12"
 
-    def _share_rows(self) -> None:
+            def make(name: str = name, title: str = title, must: float = must, aim: float = aim) -> Row:
+                result, best = self._result(name), self._best_of_trl()
+                details = {"episodes_per_second": result.get("episodes_per_second"), "peak_gib": gib(result.get("peak_bytes")), "trl": best}
+                other = best.get("episodes_per_second")
+                value = result["episodes_per_second"] / other if other and "episodes_per_second" in result else None
+                why = reason(result) or reason(best) or self._toy()
+                return _row("PPO speed", title, value, f">= {must}", f">= {aim}", why, details)
+
+            yield RowMaker(title, (name, *tries), make)
+
+    def _share_rows(self) -> Iterator[RowMaker]:
         for title, key, cases, sign in (
             ("share of the matmul peak in the update", "update_matmul_share", MATMUL_SHARES, ">="),
             ("idle share of the GPU in the update", "idle_share", IDLE, "<="),
         ):
             for name, (must, aim) in cases.items():
-                if not self._chosen(f"{title}, {name}"):
-                    continue
-                result = self._setup(name)
-                value = result.get(key) if self.device == "cuda" else None
-                note = reason(result) or ("" if value is not None else NO_GPU if self.device != "cuda" else NOT_MEASURED)
-                self._add(title, name, value, f"{sign} {must}", f"{sign} {aim}", note, speeds(result))
 
-    def _decoding_rows(self) -> None:
-        for case, ragged in (("full", False), ("ragged", True)):
-            name = f"decoding {DECODED}, {case}, times model.generate"
-            if self._chosen(name):
-                result = self._task(name, {"measure": "decoding", "shape": DECODED, "ragged": ragged})
-                self._add("decoding", name, result.get("ratio"), ">= 4", ">= 6", reason(result) or self._toy(), result)
+                def make(
+                    title: str = title, key: str = key, name: str = name, must: float = must, aim: float = aim, sign: str = sign
+                ) -> Row:
+                    result = self._result(name)
+                    value = result.get(key) if self.device == "cuda" else None
+                    note = reason(result) or (self._toy() if value is not None else NO_GPU if self.device != "cuda" else NOT_MEASURED)
+                    return _row(title, name, value, f"{sign} {must}", f"{sign} {aim}", note, speeds(result))
 
-    def _continuous_row(self) -> None:
-        name = f"continuous batching {DECODED}, times batch after batch"
-        if self._chosen(name):
-            result = self._task(name, {"measure": "continuous", "shape": DECODED})
-            self._add("continuous batching", name, result.get("ratio"), ">= 1.8", ">= 2.5", reason(result) or self._toy(), result)
+                yield RowMaker(f"{title}, {name}", (name,), make)
 
-    def _memory_rows(self) -> None:
+    def _decoding_rows(self) -> Iterator[RowMaker]:
+        for measure, name, must, aim in (
+            *(("decoding", decoding_name(case), ">= 4", ">= 6") for case in DECODINGS),
+            ("continuous batching", CONTINUOUS, ">= 1.8", ">= 2.5"),
+        ):
+
+            def make(measure: str = measure, name: str = name, must: str = must, aim: str = aim) -> Row:
+                result = self._result(name)
+                return _row(measure, name, result.get("ratio"), must, aim, reason(result) or self._toy(), result)
+
+            yield RowMaker(name, (name,), make)
+
+    def _memory_rows(self) -> Iterator[RowMaker]:
         for name in SETUPS:
-            if not self._chosen(f"planned / measured memory, {name}"):
-                continue
-            result = self._setup(name)
-            planned, peak = result.get("planned_bytes"), result.get("peak_bytes")
-            value = planned / peak if planned and peak else None
-            note = reason(result) or ("" if peak else NO_GPU)
-            details = {"planned_gib": gib(planned), "measured_gib": gib(peak)}
-            self._add("planned / measured memory", name, value, "0.87 to 1.15", "0.92 to 1.08", note, details)
 
-    def _kl_rows(self) -> None:
-        for precision in ("fp32", "bf16"):
-            name = f"KL of a model to itself, {precision}"
-            if self._chosen(name):
-                result = self._task(name, {"measure": "self_kl", "shape": "410M", "precision": precision})
-                self._add("KL of a model to itself", precision, result.get("kl"), "0", "0", reason(result))
+            def make(name: str = name) -> Row:
+                result = self._result(name)
+                planned, peak = result.get("planned_bytes"), result.get("peak_bytes")
+                value = planned / peak if planned and peak else None
+                note = reason(result) or (self._toy() if peak else NO_GPU)
+                details = {"planned_gib": gib(planned), "measured_gib": gib(peak)}
+                return _row("planned / measured memory", name, value, "0.87 to 1.15", "0.92 to 1.08", note, details)
 
-    # Measurements
+            yield RowMaker(f"planned / measured memory, {name}", (name,), make)
 
-    def _setup(self, name: str) -> dict[str, Any]:
-        return self._task(name, {"measure": "step", **asdict(SETUPS[name])})
+    def _kl_rows(self) -> Iterator[RowMaker]:
+        for precision in PRECISIONS:
+
+            def make(precision: str = precision) -> Row:
+                result = self._result(kl_name(precision))
+                return _row("KL of a model to itself", precision, result.get("kl"), "0", "0", reason(result))
+
+            yield RowMaker(kl_name(precision), (kl_name(precision),), make)
+
+    def _result(self, name: str) -> dict[str, Any]:
+        return self.done.get(name, {"skipped": NOT_MEASURED})
 
     def _best_of_trl(self) -> dict[str, Any]:
-        """Speed and peak memory of TRL with its fastest microbatch, and the speed of the other microbatches or why they failed."""
-        if self.options.trl is None:
-            return {"skipped": "--trl does not name an environment with TRL 1.12"}
-        files = self._task("the files for TRL", {"measure": "trl", "shape": "410M"})
-        if reason(files):
-            return files
-        python, packages = interpreter(self.options.trl)
-        tried: dict[int, dict[str, Any]] = {}
-        for size in self.scale.microbatches:
-            settings = {**files, "device": self.device, "microbatch": size, "packages": packages}
-            tried[size] = self._once(f"TRL, microbatch {size}", lambda s=settings: in_process([str(python), str(HERE / "ppo_trl.py")], s))
-        done = {size: result for size, result in tried.items() if not reason(result)}
-        if not done:
-            return {"skipped": f"no microbatch of TRL ran: {reason(tried[self.scale.microbatches[0]])}"}
-        speed = {size: self.scale.batch * (len(result["seconds"]) - 1) / sum(result["seconds"][1:]) for size, result in done.items()}
-        best = max(speed, key=speed.__getitem__)
-        peak = gib(done[best]["peak_bytes"])
+        """Speed and peak memory of TRL with its fastest microbatch, and the speed of the other microbatches or why they have none."""
+        if self.options.trl is None and not any(name.startswith("TRL") and not reason(result) for name, result in self.done.items()):
+            return {"skipped": NO_TRL}
+        tried = {size: self._result(f"TRL, microbatch {size}") for size in self.scale.microbatches}
+        speed = {size: result["episodes_per_second"] for size, result in tried.items() if not reason(result)}
         failed = {size: reason(result) for size, result in tried.items() if reason(result)}
+        if not speed:
+            return {"skipped": f"no microbatch of TRL ran: {'; '.join(dict.fromkeys(failed.values()))}"}
+        best = max(speed, key=speed.__getitem__)
+        peak = gib(tried[best]["peak_bytes"])
         return {"microbatch": best, "episodes_per_second": speed[best], "peak_gib": peak, "tried": speed, "failed": failed}
-
-    def _task(self, name: str, task: dict[str, Any]) -> dict[str, Any]:
-        return self._once(name, lambda: self._run({**task, "tiny": self.options.tiny, "device": self.device, "work": str(self.work)}))
-
-    def _once(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        if name not in self._done:
-            began = time.perf_counter()
-            self._done[name] = work()
-            print(f"{name}: {reason(self._done[name]) or 'done'} ({time.perf_counter() - began:.0f} s)", file=sys.stderr, flush=True)
-        return self._done[name]
-
-    def _chosen(self, name: str) -> bool:
-        return all(word.lower() in name.lower() for word in self.options.only)
 
     def _toy(self) -> str:
         return "toy size, says nothing about a GPU" if self.options.tiny else ""
 
-    def _add(
-        self, measure: str, case: str, value: float | None, must: str, aim: str, note: str, details: dict[str, Any] | None = None
-    ) -> None:
-        shown = {name: part for name, part in (details or {}).items() if name not in ("skipped", "crashed")}
-        self.rows.append(Row(measure, case, value, must, aim, note, shown))
+
+@dataclass(frozen=True)
+class RowMaker:
+    """How a row is made from the results of the measurements that it ``uses``. ``title``: what --only searches."""
+
+    title: str
+    uses: tuple[str, ...]
+    make: Callable[[], Row]
+
+
+CONTINUOUS = f"continuous batching {DECODED}, times batch after batch"
+NO_TRL = "--trl does not name an environment with TRL 1.12"
+
+
+def decoding_name(case: str) -> str:
+    return f"decoding {DECODED}, {case}, times model.generate"
+
+
+def kl_name(precision: str) -> str:
+    return f"KL of a model to itself, {precision}"
+
+
+def files_of(shape: str) -> str:
+    return f"the files of {shape}"
+
+
+def _row(measure: str, case: str, value: float | None, must: str, aim: str, note: str, details: dict[str, Any] | None = None) -> Row:
+    shown = {name: part for name, part in (details or {}).items() if name not in ("skipped", *LATER)}
+    return Row(measure, case, value, must, aim, note, shown)
 
 
 def reason(result: dict[str, Any]) -> str:
@@ -243,15 +367,14 @@ def interpreter(path: Path) -> tuple[Path, str | None]:
     return (own, None) if own.exists() else (Path(sys.executable), str(path.absolute()))
 
 
-def in_process(command: list[str], task: dict[str, Any]) -> dict[str, Any]:
-    """Run ``command`` with ``task`` as its last argument. Its last line is the result; if it fails, the result says why."""
+def in_process(command: list[str], task: dict[str, Any], seconds: float = TIME_LIMIT) -> dict[str, Any]:
+    """Run ``command`` with ``task`` as its last argument for at most ``seconds``. Its last line is the result, or the result says why
+    there is none."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
-        done = subprocess.run(
-            [*command, json.dumps(task)], env=environment, capture_output=True, text=True, timeout=TIME_LIMIT, check=False
-        )
+        done = subprocess.run([*command, json.dumps(task)], env=environment, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
-        return {"skipped": f"took longer than {TIME_LIMIT} s"}
+        return {"skipped": f"took longer than {seconds:.0f} s", "timed_out": True}
     if done.returncode == 0:
         return dict(json.loads(done.stdout.strip().splitlines()[-1]))
     if done.returncode == -9 or "out of memory" in done.stderr.lower():
@@ -261,12 +384,12 @@ def in_process(command: list[str], task: dict[str, Any]) -> dict[str, Any]:
     return {"crashed": lines[-1][:300] if lines else f"exit status {done.returncode}"}
 
 
-def in_own_process(task: dict[str, Any]) -> dict[str, Any]:
-    """The result of a task, measured in a separate process."""
-    return in_process([sys.executable, "-W", "ignore", str(HERE / "measures.py")], task)
+def in_own_process(task: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The result of a task, measured in a separate process within ``seconds``."""
+    return in_process([sys.executable, "-W", "ignore", str(HERE / "measures.py")], task, seconds)
 
 
-def in_this_process(task: dict[str, Any]) -> dict[str, Any]:
+def in_this_process(task: dict[str, Any], seconds: float) -> dict[str, Any]:
     """The result of a task, measured here: for toy sizes, where starting a process takes longer than the measurement."""
     from measures import measured
 
@@ -324,31 +447,67 @@ def _shown(value: Any) -> str:
     return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def kept_results(path: Path, on: dict[str, Any], *, tiny: bool) -> dict[str, dict[str, Any]]:
+    """The results in ``path``, if the same commit measured them on the same card and versions. Another file is renamed."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+        same = ("gpus", "cpu", "versions", "commit")
+        if content["tiny"] == tiny and all(content["machine"][name] == on[name] for name in same):
+            return dict(content["results"])
+    except (ValueError, KeyError, TypeError) as error:
+        print(f"{path} cannot be read ({type(error).__name__}: {error})", file=sys.stderr)
+    older = path.with_name(f"gpu-before-{time.strftime('%Y%m%d-%H%M%S')}.json")
+    path.rename(older)
+    print(f"{path} is of another commit, card or version; it is now {older}", file=sys.stderr, flush=True)
+    return {}
+
+
+def write(table: Table, folder: Path, on: dict[str, Any]) -> str:
+    """Write ``gpu.json`` and ``gpu.md``; returns the table in Markdown. A reader never sees half a file."""
+    rows = table.rows
+    content = {"machine": on, "tiny": table.options.tiny, "rows": [asdict(row) for row in rows], "results": table.done}
+    text = markdown(rows, on, tiny=table.options.tiny)
+    for name, written in (("gpu.json", json.dumps(content, indent=1) + "\n"), ("gpu.md", text)):
+        part = folder / f".{name}"
+        part.write_text(written)
+        part.replace(folder / name)
+    return text
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write ``gpu.json`` and ``gpu.md``, and print the table. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="Toy sizes on a CPU, in this process.")
+    parser.add_argument("--tiny", action="store_true", help="Toy sizes in this process, on a CPU if there is no GPU.")
     parser.add_argument("--trl", type=Path, metavar="FOLDER", help="An environment or a folder of packages with TRL 1.12.")
     parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="Make only rows whose name has all these words.")
+    parser.add_argument("--minutes", type=float, default=float("inf"), metavar="N", help="End after this time; the table has what is done.")
+    parser.add_argument("--again", action="store_true", help="Ignore the results that are already in the folder of --out.")
+    parser.add_argument("--list", action="store_true", help="Only list the measurements in their order, with their time limits.")
     parser.add_argument("--out", type=Path, default=Path("gpu-table"), metavar="FOLDER", help="Folder for gpu.json and gpu.md.")
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="Folder for the models (about 40 GB), kept; default: a temporary one.")
     options = parser.parse_args(arguments)
-    if not options.tiny:
-        import torch
+    deadline = time.monotonic() + 60 * options.minutes
+    import torch
 
-        if not torch.cuda.is_available():
-            print("error: there is no CUDA device; --tiny makes every row at toy size on a CPU", file=sys.stderr)
-            return 2
-    options.out.mkdir(parents=True, exist_ok=True)
+    on_gpu = torch.cuda.is_available()
+    if not (options.tiny or options.list or on_gpu):
+        print("error: there is no CUDA device; --tiny makes every row at toy size on a CPU", file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory() as temporary:
-        table = Table(options, options.work or Path(temporary), in_this_process if options.tiny else in_own_process)
-        table.fill()
-    on = machine()
-    content = {"machine": on, "tiny": options.tiny, "rows": [asdict(row) for row in table.rows]}
-    (options.out / "gpu.json").write_text(json.dumps(content, indent=1) + "\n")
-    text = markdown(table.rows, on, tiny=options.tiny)
-    (options.out / "gpu.md").write_text(text)
-    print(text)
+        run = in_this_process if options.tiny else in_own_process
+        table = Table(options, options.work or Path(temporary), run, device="cuda" if on_gpu else "cpu")
+        if options.list:
+            for name in table.wanted():
+                print(f"{table.seconds_of(name):5d} s  {name}")
+            return 0
+        options.out.mkdir(parents=True, exist_ok=True)
+        on = machine()
+        if not options.again:
+            table.done |= kept_results(options.out / "gpu.json", on, tiny=options.tiny)
+        table.fill(deadline=deadline, save=lambda: write(table, options.out, on))
+        print(write(table, options.out, on))
     if table.crashed:
         print(f"error: these measurements crashed: {'; '.join(table.crashed)}", file=sys.stderr)
     return 1 if table.crashed else 0

@@ -13,6 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import measures  # noqa: E402
 import table  # noqa: E402
+from table import DECODED  # noqa: E402
 from workloads import FULL, TINY  # noqa: E402
 
 
@@ -31,9 +32,10 @@ def test_the_table_has_all_rows_and_each_measurement_runs_once(tmp_path: Path) -
         "decoding": {"ratio": 4.5},
         "continuous": {"skipped": "does not fit: CUDA out of memory"},
         "self_kl": {"kl": 0.0},
+        "files": {"workdir": "there"},
     }
 
-    def run(task: dict[str, Any]) -> dict[str, Any]:
+    def run(task: dict[str, Any], seconds: float) -> dict[str, Any]:
         asked.append(task)
         return results[task["measure"]]
 
@@ -62,8 +64,8 @@ def test_the_ratio_is_to_the_best_microbatch_of_trl(tmp_path: Path) -> None:
         "print('a line of a library')\nprint(json.dumps({'seconds': [9.0, 1.0, 1.0], 'peak_bytes': 2**30}))\n"
     )
     script.chmod(0o755)
-    results = {"trl": {"workdir": str(tmp_path)}, "step": {"episodes_per_second": 24.0, "peak_bytes": None}}
-    made = table.Table(options(trl=tmp_path, only=["shared", "times"]), tmp_path, lambda task: results[task["measure"]])
+    results = {"files": {"workdir": str(tmp_path)}, "step": {"episodes_per_second": 24.0, "peak_bytes": None}}
+    made = table.Table(options(trl=tmp_path, only=["shared", "times"]), tmp_path, lambda task, seconds: results[task["measure"]])
     made.fill()
     (row,) = made.rows
     assert row.value == 6.0  # 24 / 4
@@ -73,13 +75,80 @@ def test_the_ratio_is_to_the_best_microbatch_of_trl(tmp_path: Path) -> None:
 
 
 def test_a_crash_is_shown_in_its_row_and_gives_exit_status_1(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(table, "in_this_process", lambda task: {"crashed": "RuntimeError: shapes | differ"})
+    monkeypatch.setattr(table, "in_this_process", lambda task, seconds: {"crashed": "RuntimeError: shapes | differ"})
     assert table.main(["--tiny", "--only", "decoding", "ragged", "--out", str(tmp_path)]) == 1
     assert "error: these measurements crashed: decoding 1B Llama, ragged" in capsys.readouterr().err
     content = json.loads((tmp_path / "gpu.json").read_text())
     assert content["rows"][0]["note"] == "crashed: RuntimeError: shapes | differ"
     assert content["machine"]["commit"] and content["machine"]["versions"]["torch"]
     assert "crashed: RuntimeError: shapes / differ |" in (tmp_path / "gpu.md").read_text()
+
+
+def runner(asked: list[str], results: dict[str, Any]) -> Any:
+    """A ``run`` that notes the name of each task: its measure, or the shape of files."""
+
+    def run(task: dict[str, Any], seconds: float) -> dict[str, Any]:
+        name = task["shape"] if task["measure"] == "files" else task["measure"]
+        asked.append(name)
+        return results.get(name, {})
+
+    return run
+
+
+def test_important_measurements_come_first_and_the_files_of_a_shape_are_made_once(tmp_path: Path) -> None:
+    asked: list[str] = []
+    table.Table(options(), tmp_path, runner(asked, {})).fill()
+    assert asked[:6] == ["410M", "step", "step", "step", "decoding", "decoding"]
+    assert asked.index("1B") < asked.index("7B") and sorted(asked).count("1B") == 1
+
+
+def test_every_result_is_in_the_files_at_once_and_the_next_call_continues(tmp_path: Path, monkeypatch) -> None:
+    """The first call ends after two measurements, of which one took too long. The second call measures that one and the others."""
+    asked: list[str] = []
+    now = [0.0]
+    monkeypatch.setattr(table.time, "monotonic", lambda: now[0])
+    results = {"decoding": {"skipped": "took longer than 40 s", "timed_out": True}, "continuous": {"ratio": 2.0}}
+
+    def run(task: dict[str, Any], seconds: float) -> dict[str, Any]:
+        now[0] += 40
+        limits.append(seconds)
+        return runner(asked, results)(task, seconds)
+
+    limits: list[float] = []
+    monkeypatch.setattr(table, "in_this_process", run)
+    arguments = ["--tiny", "--only", DECODED, "--out", str(tmp_path), "--work", str(tmp_path)]
+    assert table.main([*arguments, "--minutes", "1.4"]) == 0  # 84 s: 4 are left for the third measurement, too few
+    assert asked == ["decoding", "decoding"] and limits == [84.0, 44.0]
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    assert [row["note"] for row in content["rows"]] == ["took longer than 40 s", "took longer than 40 s", "not measured"]
+    results["decoding"] = {"ratio": 5.0}
+    assert table.main(arguments) == 0 and asked[2:] == ["decoding", "decoding", "continuous"]
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    assert [row["value"] for row in content["rows"]] == [5.0, 5.0, 2.0]
+    assert table.main(arguments) == 0 and len(asked) == 5  # nothing is left to measure
+    assert table.main([*arguments, "--again"]) == 0 and len(asked) == 8
+
+
+def test_results_of_another_commit_are_put_aside(tmp_path: Path, capsys) -> None:
+    on = {"gpus": [], "cpu": "c", "versions": {}, "commit": "new"}
+    (tmp_path / "gpu.json").write_text(json.dumps({"machine": {**on, "commit": "old"}, "tiny": True, "results": {"a": {}}}))
+    assert table.kept_results(tmp_path / "gpu.json", on, tiny=True) == {}
+    (older,) = tmp_path.glob("gpu-before-*.json")
+    assert str(older) in capsys.readouterr().err and not (tmp_path / "gpu.json").exists()
+
+
+def test_the_row_of_a_crash_has_its_error_and_the_next_measurement_runs(tmp_path: Path) -> None:
+    asked: list[str] = []
+    results = {"decoding": {"crashed": "RuntimeError: a kernel"}, "continuous": {"ratio": 2.0}}
+    made = table.Table(options(only=[DECODED]), tmp_path, runner(asked, results))
+    made.fill()
+    assert [row.note.split(";")[0] for row in made.rows][:2] == ["crashed: RuntimeError: a kernel"] * 2
+    assert made.rows[2].value == 2.0 and len(made.crashed) == 2
+
+
+def test_a_process_that_takes_too_long_is_ended() -> None:
+    made = table.in_process([sys.executable, "-c", "import time; time.sleep(60)"], {}, 0.5)
+    assert made["timed_out"] and made["skipped"].startswith("took longer than")
 
 
 def test_a_process_returns_its_result_or_the_reason_for_having_none(capsys) -> None:
@@ -116,10 +185,11 @@ def test_memory_errors_and_missing_packages_are_reasons_for_having_no_result(mon
 
 def test_a_step_and_decoding_give_numbers_at_toy_size(tmp_path: Path) -> None:
     made = table.Table(options(), tmp_path, table.in_this_process)
-    step, decoded = (
-        made._setup("410M, PPO, shared value head"),
-        made._task("d", {"measure": "decoding", "shape": "1B Llama", "ragged": True}),
-    )
+    names = "410M, PPO, shared value head", table.decoding_name("ragged")
+    tried: set[str] = set()
+    for name in names:
+        made._measure(made._measurements[name], float("inf"), tried)
+    step, decoded = (made.done[name] for name in names)
     assert table.reason(step) == table.reason(decoded) == ""
     assert step["planned_bytes"] > 0 and step["peak_bytes"] is None and step["episodes_per_second"] > 0
     assert len(step["seconds"]) == TINY.iterations and decoded["ratio"] == decoded["here"] / decoded["generate"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,11 @@ TINY = Scale(
     longest_completion=8,
     rounds=1,
 )
+
+
+def shortened(scale: Scale) -> Scale:
+    """Three iterations of one epoch: enough for the peak of the memory and a speed after the first iteration."""
+    return replace(scale, iterations=3, epochs=1)
 
 
 def model_config(fields: dict[str, Any]) -> Any:
