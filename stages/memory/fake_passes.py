@@ -117,6 +117,9 @@ def _config(kind: PassKind, **changes: int) -> PretrainedConfig:
     config: PretrainedConfig = CONFIG_MAPPING[fields["model_type"]](**kept)
     for name, value in changes.items():
         setattr(config, name, value)
+    kinds = getattr(config, "layer_types", None)
+    if kinds and len(kinds) < config.num_hidden_layers:  # they were computed for fewer layers
+        config.layer_types = [kinds[layer % len(kinds)] for layer in range(config.num_hidden_layers)]
     return config
 
 

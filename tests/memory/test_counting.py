@@ -142,6 +142,13 @@ def test_short_models_are_counted_within_their_positions_and_without_a_traceback
     assert caplog.text == ""
 
 
+def test_a_model_of_two_layers_whose_config_lists_their_types_is_counted(caplog) -> None:
+    shape = shape_of({"model_type": "qwen2", "vocab_size": 90, **SIZES, **EXTRA["qwen2"], "num_hidden_layers": 2})
+    assert shape is not None
+    assert pass_memory(PassKind(shape.config, 90, device="cpu", weights=4, compute=4, trains=True)) is not None
+    assert caplog.messages == []
+
+
 def test_no_tensor_outlives_a_count() -> None:
     models: list[Any] = []
     usual = fake_passes._model
