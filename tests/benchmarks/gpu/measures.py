@@ -64,6 +64,7 @@ def step(task: dict[str, Any]) -> dict[str, Any]:
         "planned_bytes": None if memory is None else round(memory.total),
         "peak_bytes": peak.total if on_gpu else None,
         "idle_share": idle.get("share"),
+        "idle_why": idle.get("why", ""),
     }
     return {**measured, **(_speed(clock, scale) if task["stage"] == "ppo" else {})}
 
@@ -135,7 +136,7 @@ def _plain() -> Iterator[dict[str, Any]]:
 def _profiled(clock: Clock, iteration: int, on_gpu: bool) -> Iterator[dict[str, Any]]:
     """Profile the update of one iteration (counted from 0). Sets ``share`` of the yielded dict: the time without a kernel on the GPU.
 
-    On a CPU the profiler runs as well, so that this code is tested, but there is no share.
+    If there is no share, ``why`` says why; the run goes on. On a CPU the profiler runs as well, so that this code is tested.
     """
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -148,16 +149,26 @@ def _profiled(clock: Clock, iteration: int, on_gpu: bool) -> Iterator[dict[str, 
         if len(clock.lines) != iteration:
             return usual(self, *arguments, **named)
         synchronize()
-        with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        profiler = profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU])
+        try:
+            profiler.start()
+        except (AssertionError, RuntimeError) as error:  # a PyTorch or a machine without CUPTI
+            idle["why"] = f"the profiler does not start ({type(error).__name__}: {str(error)[:120]})"
+            return usual(self, *arguments, **named)
+        try:
             began = time.perf_counter()
             result = usual(self, *arguments, **named)
             synchronize()
             microseconds = 1e6 * (time.perf_counter() - began)
+        finally:
+            profiler.stop()
         on_device = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
         events = [event.time_range for event in profiler.events() if event.device_type == on_device]
         busy = covered((event.start, event.end) for event in events)
-        measured = on_gpu and bool(events)  # without CUPTI the profiler sees no kernels
-        idle.update(events=len(events), share=max(0.0, 1 - busy / microseconds) if measured else None)
+        if on_gpu and events:
+            idle["share"] = max(0.0, 1 - busy / microseconds)
+        else:
+            idle["why"] = "the profiler sees no kernels" if on_gpu else "no GPU"
         return result
 
     Updater.update = update  # type: ignore[method-assign]

@@ -255,7 +255,8 @@ class Table:
                 ) -> Row:
                     result = self._result(name)
                     value = result.get(key) if self.device == "cuda" else None
-                    note = reason(result) or (self._toy() if value is not None else NO_GPU if self.device != "cuda" else NOT_MEASURED)
+                    none = NO_GPU if self.device != "cuda" else result.get("idle_why") or NOT_MEASURED
+                    note = reason(result) or (self._toy() if value is not None else none)
                     return _row(title, name, value, f"{sign} {must}", f"{sign} {aim}", note, speeds(result))
 
                 yield RowMaker(f"{title}, {name}", (name,), make)
@@ -370,7 +371,8 @@ def interpreter(path: Path) -> tuple[Path, str | None]:
 def in_process(command: list[str], task: dict[str, Any], seconds: float = TIME_LIMIT) -> dict[str, Any]:
     """Run ``command`` with ``task`` as its last argument for at most ``seconds``. Its last line is the result, or the result says why
     there is none."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    paths = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
         done = subprocess.run([*command, json.dumps(task)], env=environment, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import measures  # noqa: E402
@@ -144,6 +145,27 @@ def test_the_row_of_a_crash_has_its_error_and_the_next_measurement_runs(tmp_path
     made.fill()
     assert [row.note.split(";")[0] for row in made.rows][:2] == ["crashed: RuntimeError: a kernel"] * 2
     assert made.rows[2].value == 2.0 and len(made.crashed) == 2
+
+
+def test_a_process_finds_the_packages_of_pythonpath(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "carried.py").write_text("VALUE = {'a': 1}")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    code = "import json, carried, stages; print(json.dumps(carried.VALUE))"
+    assert table.in_process([sys.executable, "-c", code], {}) == {"a": 1}
+
+
+def test_an_update_that_cannot_be_profiled_runs_and_the_reason_is_kept(monkeypatch) -> None:
+    """A PyTorch without CUPTI cannot profile a GPU."""
+    from stages.ppo.update import Updater
+
+    def fails(_: Any) -> None:
+        raise AssertionError("no CUPTI")
+
+    monkeypatch.setattr(torch.profiler.profile, "start", fails)
+    monkeypatch.setattr(Updater, "update", lambda self: "updated")
+    with measures._profiled(measures.Clock(), 0, False) as idle:
+        assert Updater.update(None) == "updated"  # type: ignore[arg-type, call-arg, comparison-overlap]
+    assert idle == {"why": "the profiler does not start (AssertionError: no CUPTI)"}
 
 
 def test_a_process_that_takes_too_long_is_ended() -> None:
