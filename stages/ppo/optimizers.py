@@ -55,7 +55,7 @@ class TensorFlowAdam(torch.optim.Optimizer):
             state["step"] += 1
             count = float(state["step"])
             rates.append(-group["lr"] * math.sqrt(1 - beta2**count) / (1 - beta1**count))
-        gradients = [parameter.grad for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]  # all have one
         means, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
         torch._foreach_lerp_(means, gradients, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
