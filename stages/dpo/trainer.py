@@ -74,11 +74,11 @@ class TokenizedDPOTrainer(reproducible(DPOTrainer)):  # type: ignore[misc]
         own = pairs_in(inputs)
         if self.precompute_ref_logps:
             inputs = {**inputs, **self._reference_logprobs(inputs)}
-        with _gathering_unequal_shares(self.accelerator, counts=own > 0):
+        with _gathering_unequal_shares(self.accelerator, own):
             loss: torch.Tensor = super().compute_loss(model, inputs, return_outputs)
         if num_items_in_batch is None:
             return loss
-        chosen, rejected = (int(half.sum()) for half in inputs["completion_mask"][:, 1:].chunk(2))
+        chosen, rejected = (half.sum() for half in inputs["completion_mask"][:, 1:].chunk(2))
         self.count_pass(pairs=own, tokens=chosen + rejected, chosen=chosen, rejected=rejected)
         return loss * own / num_items_in_batch * self.args.world_size  # DDP takes the mean over processes
 
@@ -94,7 +94,7 @@ class TokenizedDPOTrainer(reproducible(DPOTrainer)):  # type: ignore[misc]
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor:
         """Number of pairs in the step, over all processes."""
-        num_pairs = sum(pairs_in(batch) for batch in batch_samples)
+        num_pairs = sum(int(pairs_in(batch)) for batch in batch_samples)
         total: torch.Tensor = self.accelerator.gather(torch.tensor([num_pairs], device=device)).sum()
         return total
 
@@ -117,9 +117,9 @@ class TokenizedDPOTrainer(reproducible(DPOTrainer)):  # type: ignore[misc]
         return {**batch, "completion_mask": torch.zeros_like(batch["completion_mask"])}
 
 
-def pairs_in(batch: Batch) -> int:
-    """Number of counted pairs. Every counted completion has at least an end token."""
-    return int(batch["completion_mask"].any(dim=1).sum()) // 2
+def pairs_in(batch: Batch) -> torch.Tensor:
+    """Number of counted pairs, a scalar on the device of the batch. Every counted completion has at least an end token."""
+    return batch["completion_mask"].any(dim=1).sum() // 2
 
 
 def make_trainer(
@@ -147,14 +147,14 @@ def make_trainer(
 
 
 @contextmanager
-def _gathering_unequal_shares(accelerator: Accelerator, *, counts: bool) -> Iterator[None]:
-    """Let TRL gather its per-pair metrics although processes may have different numbers of pairs, or none that ``counts``."""
+def _gathering_unequal_shares(accelerator: Accelerator, own: torch.Tensor) -> Iterator[None]:
+    """Let TRL gather its per-pair metrics although processes may have different numbers of pairs. ``own``: of this process, maybe 0."""
     gather = accelerator.gather
 
     def unequal(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.dim() == 0:
             return gather(tensor)
-        padded = accelerator.pad_across_processes(tensor if counts else torch.full_like(tensor, torch.nan), pad_index=torch.nan)
+        padded = accelerator.pad_across_processes(tensor if own > 0 else torch.full_like(tensor, torch.nan), pad_index=torch.nan)
         gathered = gather(padded)
         return gathered[~gathered.isnan()]
 

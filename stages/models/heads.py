@@ -100,15 +100,15 @@ class ScalarModel(nn.Module):
         self.activate()
         return self.score_head(hidden_states(self.backbone, input_ids, packing, lengths)[rows, columns].float()).squeeze(-1)
 
-    def _hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Last hidden states [B, T, d].
+    def _hidden(self, input_ids: Tensor, attention_mask: Tensor, *, right_padded: bool = False) -> Tensor:
+        """Last hidden states [B, T, d]. ``right_padded``: whether the rows are known to be; otherwise the CPU waits for a GPU to see it.
 
         Right-padded rows need no mask, because a causal model does not attend to later tokens. Left-padded rows are rotated to right
         padding for the pass, and their hidden states are rotated back. So every family, including those without a mask (RWKV), reads a
         text from position 0, and the fastest kernels can be used.
         """
         self.activate()
-        if bool(attention_mask[:, 0].all()):
+        if right_padded or bool(attention_mask[:, 0].all()):
             return hidden_states(self.backbone, input_ids, lengths=attention_mask.sum(dim=1))
         starts = attention_mask.long().argmax(dim=1, keepdim=True)  # first real token of each row
         columns, width = torch.arange(input_ids.shape[1], device=input_ids.device), input_ids.shape[1]
@@ -269,15 +269,15 @@ class RewardModel(ScalarModel):
         self.score_head.weight.copy_(torch.randn(1, width, generator=torch.Generator().manual_seed(seed)) / math.sqrt(width + 1))
         self.score_head.bias.zero_()
 
-    def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The score of each text, at its last non-padding token. Inputs [B, T]; returns [B] fp32."""
+    def score(self, input_ids: Tensor, attention_mask: Tensor, *, right_padded: bool = False) -> Tensor:
+        """The score of each text, at its last non-padding token. Inputs [B, T]; returns [B] fp32. ``right_padded``: as in ``_hidden``."""
         last = last_positions(attention_mask)
         rows = torch.arange(len(last), device=last.device)
-        return self.score_head(self._hidden(input_ids, attention_mask)[rows, last].float()).squeeze(-1)
+        return self.score_head(self._hidden(input_ids, attention_mask, right_padded=right_padded)[rows, last].float()).squeeze(-1)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, *, right_padded: bool = False) -> Tensor:
         """``score``; wrappers (DDP, FSDP) call this method."""
-        return self.score(input_ids, attention_mask)
+        return self.score(input_ids, attention_mask, right_padded=right_padded)
 
     @torch.no_grad()
     def center(self, mean: float) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
@@ -17,10 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.models.budget import each_group, refuse_alone
+from stages.models.responses import moved_together
 from stages.models.sharding import gathers_in_passes
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -65,11 +62,14 @@ def measure_likelihood(
     nats, tokens = 0.0, 0
 
     def one_pass(indices: Sequence[int]) -> tuple[float, int]:
-        """(nats, counted tokens) of some rows."""
-        input_ids, attention_mask, counted = _padded([rows[index] for index in indices], pad_token_id, device)
+        """(nats, counted tokens) of some rows. The CPU waits for a GPU once."""
+        padded = _padded([rows[index] for index in indices], pad_token_id)
+        columns = [mask.nonzero()[:, 0] for mask in padded[2][:, 1:]]  # before the target token of each counted prediction
+        input_ids, attention_mask, flat = moved_together([*padded[:2], torch.cat(columns)], device)
+        sizes = [len(own) for own in columns]
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        return _summed_loss(logits, input_ids, counted), int(counted[:, 1:].sum())
+        return _summed_loss(logits, input_ids, flat.split(sizes)), sum(sizes)
 
     def add(sums: tuple[float, int]) -> None:
         nonlocal nats, tokens
@@ -99,8 +99,8 @@ def measure_likelihood(
     return Likelihood(nats, tokens)
 
 
-def _padded(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Right-padded ids, attention mask and loss mask, each [B, T]."""
+def _padded(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Right-padded ids, attention mask and loss mask, each [B, T], on the CPU."""
     width = max(len(ids) for ids, _ in rows)
     input_ids = torch.full((len(rows), width), pad_token_id)
     attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
@@ -109,13 +109,16 @@ def _padded(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: i
         input_ids[row, : len(ids)] = torch.as_tensor(ids)
         attention_mask[row, : len(ids)] = 1
         counted[row, : len(ids)] = torch.as_tensor(mask, dtype=torch.bool)
-    return input_ids.to(device), attention_mask.to(device), counted.to(device)
+    return input_ids, attention_mask, counted
 
 
-def _summed_loss(logits: Tensor, input_ids: Tensor, counted: Tensor) -> float:
-    """Sum of -log p(token | previous tokens) over counted tokens. Logits [B, T, V]; one row at a time to limit fp32 memory."""
-    total = 0.0
-    for row_logits, row_ids, row_counted in zip(logits, input_ids, counted, strict=True):
-        chosen = row_counted[1:]
-        total += float(functional.cross_entropy(row_logits[:-1][chosen].float(), row_ids[1:][chosen], reduction="sum"))
-    return total
+def _summed_loss(logits: Tensor, input_ids: Tensor, columns: Sequence[Tensor]) -> float:
+    """Sum of -log p(token | previous tokens) over the tokens after ``columns`` of each row.
+
+    Logits [B, T, V]; one row at a time to limit fp32 memory.
+    """
+    losses = [
+        functional.cross_entropy(row_logits[own].float(), row_ids[own + 1], reduction="sum")
+        for row_logits, row_ids, own in zip(logits, input_ids, columns, strict=True)
+    ]
+    return sum(torch.stack(losses).tolist())

@@ -96,6 +96,7 @@ class RankingTrainer(reproducible(Trainer)):  # type: ignore[misc]
     """A Trainer whose examples are prompts with all their completions, so a prompt is never split across steps."""
 
     losses_of = staticmethod(ranking_losses)
+    on_cpu = ("ranks", "prompt_index", "text_index")  # the number of pairs depends on them
     loss_is_scaled_for_ga = True  # the loss below is already divided by the number of items in the step
 
     def compute_loss(
@@ -107,7 +108,7 @@ class RankingTrainer(reproducible(Trainer)):  # type: ignore[misc]
         **_: object,
     ) -> torch.Tensor | tuple[torch.Tensor, Batch]:
         """The mean loss over the prompts of the step, or (the loss, the scores [N])."""
-        scores = model(inputs["input_ids"], inputs["attention_mask"])
+        scores = model(inputs["input_ids"], inputs["attention_mask"], right_padded=True)
         losses = self.losses_of(scores, inputs["ranks"], inputs["prompt_index"], inputs["text_index"])
         assert num_items_in_batch is not None  # only training calls this method
         loss = losses.sum() / num_items_in_batch * self.args.world_size  # DDP takes the mean over processes

@@ -10,7 +10,8 @@ from torch.nn import functional
 def ranking_pairs(ranks: Tensor, prompt_index: Tensor, text_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Indices (better, worse) of all pairs of completions of the same prompt, without ties. ranks [N] (0 best), prompt_index [N].
 
-    ``text_index`` [N]: pairs with equal indices are equal texts and are left out. None: all texts differ.
+    ``text_index`` [N]: pairs with equal indices are equal texts and are left out. None: all texts differ. With inputs on the CPU, the CPU
+    does not wait for a GPU.
     """
     same = prompt_index[:, None] == prompt_index[None, :]
     if text_index is not None:
@@ -23,14 +24,23 @@ def ranking_losses(scores: Tensor, ranks: Tensor, prompt_index: Tensor, text_ind
     """-1 / C(K, 2) * sum over a prompt's pairs of log sigmoid(r_better - r_worse), for each prompt [P]. scores, ranks, prompt_index [N].
 
     Every prompt has the same weight, independent of K: the mean is over its pairs without ties and equal texts (``ranking_pairs``). Prompts
-    without a pair are left out of P. If no prompt has a pair, the result is empty, with a gradient of 0.
+    without a pair are left out of P. If no prompt has a pair, the result is empty, with a gradient of 0. If only
+    ``scores`` are on a GPU, the CPU does not wait for it.
     """
     better, worse = ranking_pairs(ranks, prompt_index, text_index)
     if len(better) == 0:
         return scores[:0] + 0.0 * scores.sum()
-    losses = -functional.logsigmoid(scores[better] - scores[worse])
     prompts, row_of_pair, counts = torch.unique(prompt_index[better], return_inverse=True, return_counts=True)
+    better, worse, row_of_pair, counts = _moved([better, worse, row_of_pair, counts], scores.device)
+    losses = -functional.logsigmoid(scores[better] - scores[worse])
     return torch.zeros_like(losses[: len(prompts)]).index_add(0, row_of_pair, losses) / counts.to(losses.dtype)
+
+
+def _moved(indices: list[Tensor], device: torch.device) -> list[Tensor]:
+    """``indices`` on ``device``. Copies from pinned memory do not make the CPU wait for a GPU."""
+    if device.type != "cuda" or indices[0].device == device:
+        return [index.to(device) for index in indices]
+    return [index.pin_memory().to(device, non_blocking=True) for index in indices]
 
 
 def ranking_loss(scores: Tensor, ranks: Tensor, prompt_index: Tensor, text_index: Tensor | None = None) -> Tensor:
@@ -52,10 +62,11 @@ def best_of_ranked_losses(scores: Tensor, ranks: Tensor, prompt_index: Tensor, t
     """
     losses = []
     for prompt in prompt_index.unique():
-        own = prompt_index == prompt
+        own = (prompt_index == prompt).nonzero()[:, 0]
         if len(ranks[own].unique()) > 1:
-            best = ranks[own] == ranks[own].min()
-            losses.append(-scores[own].log_softmax(dim=0)[best].mean())
+            best = (ranks[own] == ranks[own].min()).nonzero()[:, 0]
+            members, best = _moved([own, best], scores.device)
+            losses.append(-scores[members].log_softmax(dim=0)[best].mean())
     return torch.stack(losses) if losses else scores[:0] + 0.0 * scores.sum()
 
 

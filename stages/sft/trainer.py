@@ -37,7 +37,7 @@ class DemonstrationTrainer(reproducible(SFTTrainer)):  # type: ignore[misc]
     ) -> torch.Tensor | tuple[torch.Tensor, object]:
         counted = self.accelerator.gather((inputs["labels"][..., 1:] != IGNORED).sum().reshape(1)).sum()
         made: torch.Tensor | tuple[torch.Tensor, object] = super().compute_loss(model, inputs, *arguments, **named)
-        self.count_pass(tokens=float(counted))
+        self.count_pass(tokens=counted)
         return made
 
 

@@ -6,6 +6,7 @@ Random rows in a pass are padded to the longest one, which doubles the tokens of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 
@@ -22,6 +23,8 @@ class PassesByTokens(StepTrainer):
     """
 
     budget: PassBudget | None = None
+    on_cpu: ClassVar[tuple[str, ...]] = ()
+    """The tensors of a batch from which the loss reads values."""
 
     # The Trainer's gradient accumulation uses the same number of passes in each step. With a token budget this number differs per step.
     def training_step(self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
@@ -57,6 +60,13 @@ class PassesByTokens(StepTrainer):
                 losses.append(super().training_step(model, part, num_items_in_batch))
         return torch.stack(losses).sum()
 
+    # The Trainer copies every tensor from pageable memory, for which the CPU waits. Its loader cannot pin the parts of a step.
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        """Move a pass to the device without making the CPU wait for a GPU. The tensors of ``on_cpu`` stay on the CPU."""
+        kept = {name: inputs[name] for name in self.on_cpu if name in inputs}
+        sent = {name: _sent(value, self.args.device) for name, value in inputs.items() if name not in kept}
+        return {**super()._prepare_inputs(sent), **kept}
+
     def sizes_of(self, batch: Batch) -> list[int]:
         """Number of tokens of each example of a collated batch."""
         return row_lengths(batch)
@@ -71,6 +81,12 @@ class PassesByTokens(StepTrainer):
             return 0
         each = 2 if "8bit" in self.args.optim else 8
         return sum(each * parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _sent(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type != "cuda" or not isinstance(value, torch.Tensor) or value.is_cuda:
+        return value
+    return value.pin_memory().to(device, non_blocking=True)
 
 
 class _MetricCounts:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
+
 from stages.training.step_trainer import StepTrainer
 
 COUNT = "count/"  # prefix of the counts among a trainer's metrics
@@ -18,12 +20,25 @@ class WeightedMetrics(StepTrainer):
     weighed_by: ClassVar[dict[str, str]] = {}
     """The count by which each metric is weighed: {"entropy": "tokens"}."""
 
-    def count_pass(self, **counts: float) -> None:
-        """Record the numbers of tokens or examples in a training pass. Call it once per pass."""
+    def count_pass(self, **counts: torch.Tensor | float) -> None:
+        """Record the numbers of tokens or examples in a training pass. Call it once per pass.
+
+        A tensor (a scalar on the GPU) is read when the metrics are logged or saved, so that the CPU does not wait for it in every pass.
+        """
         for name, count in counts.items():
-            self._metrics["train"][COUNT + name].append(float(count))
+            self._metrics["train"][COUNT + name].append(count)  # type: ignore[arg-type]  # until ``read_counts``
+
+    def read_counts(self) -> None:
+        """Replace the tensors among the counts by numbers, in one transfer."""
+        lists = getattr(self, "_metrics", {}).get("train", {})
+        waiting = [(values, index) for values in lists.values() for index, value in enumerate(values) if isinstance(value, torch.Tensor)]
+        if waiting:
+            read = torch.stack([values[index].double() for values, index in waiting]).tolist()
+            for (values, index), number in zip(waiting, read, strict=True):
+                values[index] = number
 
     def log(self, logs: dict[str, float], *arguments: object, **named: object) -> None:
+        self.read_counts()
         kept = self._metrics["train"] if self.weighed_by else {}
         counts = {name.removeprefix(COUNT): kept.pop(name) for name in list(kept) if name.startswith(COUNT)}
         for name, by in self.weighed_by.items():

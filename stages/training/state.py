@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from stages.training.checkpoints import load_optimizer, load_tensors, save_generators, save_optimizer, save_tensors, trainable
+from stages.training.pass_metrics import WeightedMetrics
 
 if TYPE_CHECKING:
     from stages.training.step_trainer import StepTrainer
@@ -22,6 +23,8 @@ def trained_parameters(trainer: StepTrainer) -> dict[str, torch.nn.Parameter]:
 
 def save_state(trainer: StepTrainer) -> Callable[[Path], None]:
     """Read the state of ``trainer`` and return the function that writes it into a folder. Call both on every process."""
+    if isinstance(trainer, WeightedMetrics):
+        trainer.read_counts()
     loss = trainer.accelerator.gather(trainer._tr_loss.reshape(1)).mean()
     state = {
         "scheduler": trainer.lr_scheduler.state_dict(),

@@ -1,10 +1,15 @@
-"""What ``test_pretend_gpu.py`` runs on the pretended GPU. Prints one JSON object."""
+"""What ``test_pretend_gpu.py`` runs on the pretended GPU. Prints one JSON object. Its argument is the folder of a tiny Llama."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,14 +18,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from stages.chain.run import run_function
 from stages.config import GenerationSettings
 from stages.kernels.casts import kept_casts
+from stages.models.likelihood import measure_likelihood
 from stages.models.packing import packing_kernel
 from stages.models.responses import Policy, sequence_batch
+from stages.process.runtime import Runtime
+from stages.recipe.schema import load_recipe
+from stages.registry.ledger import Registry
+from stages.registry.references import ResolvedModel
 from stages.sampling import graphs, workspace
 from stages.sampling.generation import generate
+from stages.step import StepContext
 
 pretend_cuda: Any = sys.modules["pretend_cuda"]
+OWN = str(Path(graphs.__file__).parents[1]) + os.sep  # this project's files
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -91,6 +104,91 @@ def pass_with_gradients() -> dict[str, Any]:
     return {"kernel": kernel, "waits": dict(pretend_cuda.waits)}
 
 
+# Waits
+
+
+@contextmanager
+def own_waits(counts: Callable[[list[str]], bool] = lambda functions: True) -> Iterator[Counter[str]]:
+    """Count the waits that this project's code causes itself, by place. Those inside of transformers and TRL are theirs.
+
+    ``counts(functions)``: whether a wait counts, by the names of the functions of this project that are running, the innermost first.
+    """
+    places: Counter[str] = Counter()
+
+    def note(kind: str, name: str) -> None:
+        frame, files, functions = sys._getframe(1), [], []
+        while frame is not None:
+            path = frame.f_code.co_filename
+            if path.startswith(OWN) or any(part in path for part in ("/transformers/", "/trl/")):
+                files.append(f"{path}:{frame.f_lineno}")
+            if path.startswith(OWN):
+                functions.append(frame.f_code.co_name)
+            frame = frame.f_back  # type: ignore[assignment]
+        if kind == "wait" and files and files[0].startswith(OWN) and counts(functions):
+            places[f"{files[0].removeprefix(OWN)} {name}"] += 1
+
+    pretend_cuda.listeners.append(note)
+    try:
+        yield places
+    finally:
+        pretend_cuda.listeners.remove(note)
+
+
+def training_waits(model: str) -> dict[str, Any]:
+    """The waits of each training stage in four optimizer steps, and those of measuring held-out rows."""
+    rows = [{"prompt": f"film {number}", "chosen": "good" * (1 + number % 3), "rejected": "bad"} for number in range(16)]
+    made = {}
+    for stage in ("sft", "dpo", "reward_model"):
+        with tempfile.TemporaryDirectory() as folder:
+            data = Path(folder) / "rows.jsonl"
+            renamed = [{"prompt": row["prompt"], "completion": row["chosen"]} if stage == "sft" else row for row in rows]
+            data.write_text("".join(json.dumps(row) + "\n" for row in renamed))
+            training = {"max_steps": 4, "batch_size": 4, "learning_rate": 1e-4}
+            settings = {"stage": stage, "name": "step", "model": model, "training": training}
+            step = {**settings, "data": {"train": str(data), "validation": str(data)}}
+            with own_waits(lambda functions: "train" in functions and "_save_checkpoint" not in functions) as places:
+                run_step(step, Path(folder))
+        made[stage] = dict(places)
+    return made
+
+
+def run_step(step: dict[str, Any], home: Path) -> None:
+    recipe_file = home / "recipe.yaml"
+    recipe_file.write_text(json.dumps({"name": "test", "steps": [step]}))  # JSON is YAML
+    registry = Registry(home / "registry")
+    (loaded,) = load_recipe(recipe_file, [], registry).steps
+    models = {
+        path: ResolvedModel(reference.input.ref, "folder", reference.target, reference.target, reference.input)
+        for path, reference in loaded.models.items()
+    }
+    folders = {"folder": home / "run", "checkpoint_folder": home / "work"}
+    for folder in folders.values():
+        folder.mkdir()
+    runtime = Runtime(quiet=True)
+    runtime.begin_step(0)
+    run_function(step["stage"])(loaded.config, StepContext("test/step", 0, runtime, registry, models, trackers=(), **folders))
+
+
+def decoding_waits() -> dict[str, int]:
+    """The waits of calls that decode 16 and 48 tokens for each of four prompts in two slots."""
+    language_model, made = model(torch.bfloat16), {}
+    for tokens in (16, 48):
+        pretend_cuda.waits.clear()
+        settings = GenerationSettings(max_new_tokens=tokens, stop_after=tokens, batch_size=2)  # an end is possible, but none comes earlier
+        generate(language_model, PROMPTS, settings, seeds=range(4), stop_ids=[], late_stop_ids=[1], pad_token_id=0)
+        made[str(tokens)] = sum(pretend_cuda.waits.values())
+    return made
+
+
+def likelihood_waits() -> int:
+    """The waits in the held-out likelihood of 24 rows in three passes."""
+    rows = [([5 + index % 7] * (4 + index % 5), [0, 0] + [1] * (2 + index % 5)) for index in range(24)]
+    language_model = model(torch.float32)
+    with own_waits() as places:
+        measure_likelihood(language_model, rows, pad_token_id=0, batch_size=8, device=torch.device("cuda"), dtype=torch.float32)
+    return sum(places.values())
+
+
 def failures() -> dict[str, str]:
     """The messages of the errors that a device raises."""
     said = {}
@@ -121,6 +219,14 @@ def record_a_wait(tensor: Tensor) -> None:
 
 
 if __name__ == "__main__":
-    results = {"casts": casts_of_checkpointed_passes(), "decoded": decoded(), "pass": pass_with_gradients(), "failures": failures()}
+    results = {
+        "casts": casts_of_checkpointed_passes(),
+        "decoded": decoded(),
+        "pass": pass_with_gradients(),
+        "training": training_waits(sys.argv[1]),
+        "decoding": decoding_waits(),
+        "likelihood": likelihood_waits(),
+        "failures": failures(),  # last, because it limits the memory
+    }
     print(json.dumps(results), flush=True)  # noqa: T201
     os._exit(0)  # without the end of Python, during which autograd's thread for the device can abort the process

@@ -18,14 +18,16 @@ pytestmark = pytest.mark.timeout(900)  # the first use compiles the device
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[str, Any]:
+def results(tiny_llama_folder: Path) -> dict[str, Any]:
     if torch.version.cuda is not None or torch.cuda.is_available():
         pytest.skip("this PyTorch is built for GPUs; tests/gpu uses one")
     try:
         variables = environment()
     except RuntimeError as error:
         pytest.skip(str(error))
-    done = subprocess.run([sys.executable, str(HERE / "scenario.py")], env=variables, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(HERE / "scenario.py"), str(tiny_llama_folder)], env=variables, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
@@ -48,3 +50,23 @@ def test_recorded_steps_read_no_freed_memory_and_decode_the_same_tokens(results)
 
 def test_a_packed_pass_uses_the_kernel_for_any_lengths_and_never_waits(results) -> None:
     assert results["pass"] == {"kernel": "torch", "waits": {}}
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "reward_model"])
+def test_a_training_stage_reads_one_number_per_optimizer_step_and_one_tensor_per_line_of_the_log(results, stage: str) -> None:
+    """Four steps, each with a line of the log. What transformers and TRL read themselves is not counted."""
+    places = results["training"][stage]
+    norms = {place: number for place, number in places.items() if place.startswith("training/reproducible.py")}
+    logs = {place: number for place, number in places.items() if place.startswith("training/pass_metrics.py")}
+    copies = {place: number for place, number in places.items() if "to the device" in place}  # the number of items of a step
+    assert sum(norms.values()) == 4 and sum(logs.values()) <= 4 and sum(copies.values()) <= 4
+    assert norms.keys() | logs.keys() | copies.keys() == places.keys()
+
+
+def test_decoding_waits_once_in_eight_steps(results) -> None:
+    """32 tokens more, in two batches after another, are 64 steps."""
+    assert 0 < results["decoding"]["48"] - results["decoding"]["16"] <= 64 / 8
+
+
+def test_the_heldout_likelihood_waits_once_per_pass(results) -> None:
+    assert results["likelihood"] == 3

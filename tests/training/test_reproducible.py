@@ -28,6 +28,7 @@ def test_these_private_methods_are_overridden() -> None:
         "_get_grad_norm",
         "_load_from_checkpoint",
         "_load_optimizer_and_scheduler",
+        "_prepare_inputs",
         "_save_checkpoint",
         "_sync_replicated_trainable_parameters",
     ]
