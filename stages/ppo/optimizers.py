@@ -68,7 +68,7 @@ class TensorFlowAdam(torch.optim.Optimizer):
 def together(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     """``tensors`` in groups for foreach operations: of one device, dtype and kind, and of at most ``FOREACH_VALUES`` values.
 
-    The limit is for the memory of intermediate results. A larger tensor is a group of its own.
+    The limit is for the memory of intermediate results. A larger tensor is alone in its group.
     """
     groups: list[list[Tensor]] = []
     filling: dict[tuple[object, ...], tuple[list[Tensor], int]] = {}  # group that is being filled, and its number of values

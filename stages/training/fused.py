@@ -14,8 +14,8 @@ logger = logging.getLogger(__name__)
 
 def fused_adamw_works(weights: Iterable[Tensor]) -> bool:
     """Whether fused AdamW can make a step for ``weights``. If not, the log says why, once for each device and dtype."""
-    places = {(weight.device.type, weight.dtype) for weight in weights}
-    problems = [_problem(*place) for place in sorted(places, key=str)]
+    kinds = {(weight.device.type, weight.dtype) for weight in weights}
+    problems = [_problem(*kind) for kind in sorted(kinds, key=str)]
     return not any(problems)
 
 

@@ -55,12 +55,12 @@ def test_a_packed_pass_uses_the_kernel_for_any_lengths_and_never_waits(results) 
 @pytest.mark.parametrize("stage", ["sft", "dpo", "reward_model"])
 def test_a_training_stage_reads_one_number_per_optimizer_step_and_one_tensor_per_line_of_the_log(results, stage: str) -> None:
     """Four steps, each with a line of the log. What transformers and TRL read themselves is not counted."""
-    places = results["training"][stage]
-    norms = {place: number for place, number in places.items() if place.startswith("training/reproducible.py")}
-    logs = {place: number for place, number in places.items() if place.startswith("training/pass_metrics.py")}
-    copies = {place: number for place, number in places.items() if "to the device" in place}  # the number of items of a step
+    lines = results["training"][stage]
+    norms = {line: number for line, number in lines.items() if line.startswith("training/reproducible.py")}
+    logs = {line: number for line, number in lines.items() if line.startswith("training/pass_metrics.py")}
+    copies = {line: number for line, number in lines.items() if "to the device" in line}  # the number of items of a step
     assert sum(norms.values()) == 4 and sum(logs.values()) <= 4 and sum(copies.values()) <= 4
-    assert norms.keys() | logs.keys() | copies.keys() == places.keys()
+    assert norms.keys() | logs.keys() | copies.keys() == lines.keys()
 
 
 def test_decoding_waits_once_in_eight_steps(results) -> None:

@@ -14,7 +14,7 @@ Result: gpu.json and gpu.md in the folder of --out, written after every measurem
 The important measurements come first. The same command continues: it keeps the results in --out that this commit measured on this card, and
 runs what is missing, was stopped by a time limit, or crashed. --again measures everything again. --minutes ends it in time.
 
-A session of 30 minutes on a GPU, in calls of at most 10 minutes (package versions of pyproject.toml; TRL 1.12 in a folder of its own):
+A session of 30 minutes on a GPU, in calls of at most 10 minutes (package versions of pyproject.toml; TRL 1.12 in a separate folder):
 
     python -m pytest -m gpu tests/gpu -x -q -k "one_gpu or decode"        # 1. about 3 minutes: the program runs on this card
     python tests/benchmarks/gpu/table.py --trl TRL --work /tmp/models --minutes 6    # in the same call: PPO at 410M beside TRL
