@@ -136,7 +136,7 @@ def _plain() -> Iterator[dict[str, Any]]:
 def _profiled(clock: Clock, iteration: int, on_gpu: bool) -> Iterator[dict[str, Any]]:
     """Profile the update of one iteration (counted from 0). Sets ``share`` of the yielded dict: the time without a kernel on the GPU.
 
-    If there is no share, ``why`` says why; the run goes on. On a CPU the profiler runs as well, so that this code is tested.
+    If there is no share, ``why`` says why, and the run continues. On a CPU the profiler runs as well, so that this code is tested.
     """
     import torch
     from torch.profiler import ProfilerActivity, profile
