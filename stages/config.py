@@ -210,6 +210,13 @@ SCORING_ROWS = 64
 """Texts per forward pass of a reward model or classifier, if the recipe does not set it."""
 
 
+COMPILE_HELP = (
+    "Compile the decoder layers with torch.compile, for training and scoring; decoding computes as usual. The first passes take seconds to "
+    "minutes longer. Default false, because no GPU has measured the gain; docs/gpu.md has the gain on a CPU. If the layers cannot be "
+    "compiled, the step runs as usual and one line says why. Results are equal up to rounding."
+)
+
+
 class OptimizerSettings(Strict):
     """Training settings of a step. Batch sizes count sequences (reward_model: prompts), summed over all processes."""
 
@@ -235,6 +242,10 @@ class OptimizerSettings(Strict):
     adam_epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the global gradient norm; null: no clipping.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory, slower.")
+    torch_compile: bool = Field(False, description=COMPILE_HELP)
+
+    def without_effect(self) -> set[str]:
+        return set() if self.torch_compile else {"torch_compile"}
 
     @model_validator(mode="after")
     def _microbatches_fit(self) -> "OptimizerSettings":

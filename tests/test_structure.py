@@ -319,6 +319,8 @@ DEFERRED = {
     "gguf": "optional",
     "peft": "loads bitsandbytes, which takes a second; models without adapters need neither",
     "psutil": "optional",
+    "torch._dynamo": "takes seconds, and only compiled layers need it",
+    "torch._functorch": "loads torch._dynamo",
     "torch.nn.attention.varlen": "its arguments differ between versions of torch",
 }
 """Packages that any function may import, with the reason."""

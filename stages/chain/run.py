@@ -372,6 +372,8 @@ class _Run:
             result.metrics["sampling"] = context.sampling
         assert (result.model is not None) == STAGES[step.stage].makes_model, f"stage {step.stage} must return the model it published"
         self.circumstances[step.name] = self._circumstances(step, time.monotonic() - began)
+        if context.compiled_layers:
+            self.circumstances[step.name]["compiled_layers"] = context.compiled_layers
         return result
 
     def _auto_precision(self, step: RecipeStep, planned: StepPlan, work: Path) -> AutoPrecision | None:

@@ -47,8 +47,19 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return made
 
 
+def keeps_casts() -> bool:
+    """Whether this is inside ``kept_casts``."""
+    return _kept is not None
+
+
+def cast_with_gradient(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight`` in ``dtype``; gradients flow to ``weight``, if it is trained and gradients are enabled. Within ``kept_casts``, it is cast
+    only once with and once without gradients."""
+    return kept((weight,), ("with gradient", dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled()), lambda: weight.to(dtype))
+
+
 def kept(parameters: Sequence[Tensor], form: Hashable, make: Callable[[], Tensor]) -> Tensor:
-    """``make()``, a tensor computed from ``parameters`` without gradient. Within ``kept_casts`` it is computed only once for the same
+    """``make()``, a tensor computed from ``parameters``. Within ``kept_casts`` it is computed only once for the same
     parameters and the same ``form``, which must say everything else that ``make`` depends on."""
     if _kept is None:
         return make()

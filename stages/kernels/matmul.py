@@ -48,15 +48,17 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _takes(a: Tensor, b: Tensor) -> bool:
     """Whether to use oneDNN for these tensors."""
-    return prefers_onednn() and are_plain(a, b)
+    return are_plain(a, b) and prefers_onednn()
 
 
 def are_plain(*tensors: Tensor) -> bool:
     """Whether all are non-empty plain fp32 CPU tensors, outside autocast, compilation and sharding."""
+    if torch.compiler.is_compiling():
+        return False
     for tensor in tensors:  # a plain loop, because every product calls this
         if type(tensor) not in PLAIN or tensor.dtype is not torch.float32 or not tensor.is_cpu or tensor.numel() == 0:
             return False
-    return not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    return not torch.is_autocast_enabled("cpu")
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from stages.errors import is_out_of_memory
@@ -130,6 +131,8 @@ class _Folded(nn.Module):
     def forward(self, x: Tensor, *inputs: object, **named: object) -> Tensor:
         if inputs or named:
             return super().forward(x, *inputs, **named)
+        if torch.compiler.is_compiling():
+            return self._traced(x)
         if self.fold_shared is not None and not self.fold_followers:
             known = self.fold_shared.take(x, self)
             if known is not None:
@@ -176,16 +179,44 @@ class _Folded(nn.Module):
 
     def _updates(self) -> tuple[tuple[Update, ...], ...] | None:
         """The updates of each part of the tokens; None if peft's own forward must run."""
-        if torch.compiler.is_compiling() or self.merged or (_roles is None and self.disable_adapters):
-            return None
-        roles = (tuple(self.active_adapters),) if _roles is None else _roles
-        if not all(self.can_fold(name) for role in roles for name in role):
-            assert _roles is None, "call why_not_together before roles_together"
+        roles = self._foldable_roles()
+        if roles is None:
             return None
         return tuple(
             tuple(Update(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]) for name in role if name in self.lora_A)
             for role in roles
         )
+
+    def _foldable_roles(self) -> tuple[tuple[str, ...], ...] | None:
+        """The adapters of each part of the tokens; None if peft's own forward must run."""
+        if self.merged or (_roles is None and self.disable_adapters):
+            return None
+        roles = (tuple(self.active_adapters),) if _roles is None else _roles
+        if not all(self.can_fold(name) for role in roles for name in role):
+            assert _roles is None, "call why_not_together before roles_together"
+            return None
+        return roles
+
+    def _traced(self, x: Tensor) -> Tensor:
+        """The output in plain operations, for torch.compile, which joins them itself."""
+        roles = self._foldable_roles()
+        if roles is None:
+            return super().forward(x)
+        output = self.base_layer(x)
+        if not any(name in self.lora_A for role in roles for name in role):
+            return output
+        flat, result = x.reshape(-1, x.shape[-1]), output.reshape(-1, output.shape[-1])
+        size = flat.shape[0] // len(roles)
+        parts = []
+        for index, role in enumerate(roles):
+            part, own = result[index * size : (index + 1) * size], flat[index * size : (index + 1) * size]
+            for name in role:
+                if name in self.lora_A:
+                    a, b = self.lora_A[name].weight, self.lora_B[name].weight
+                    update = functional.linear(functional.linear(own.to(a.dtype), a), b)
+                    part = part + (update * self.scaling[name]).to(part.dtype)
+            parts.append(part)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(output.shape)
 
 
 def _is_decoding_step(x: Tensor) -> bool:

@@ -62,7 +62,7 @@ class Packing:
 
     @property
     def longest(self) -> int:
-        return max(self.lengths)
+        return self.padded.shape[1]  # not from ``lengths``, which torch.compile would take for constants
 
     def twice(self) -> Packing:
         """The layout of a row with all sequences of this one two times."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from stages.corpora.messages import Prompt
 from stages.errors import TrainingError
 from stages.models.budget import PassBudget
+from stages.models.compiled_layers import compiled_passes
 from stages.models.sharding import unsharded
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.credit import token_scores
@@ -210,7 +211,7 @@ def _score(roles: Roles, reward: CombinedReward, monitors: CombinedReward, share
     judges = [*reward.modules(), *monitors.modules()]
     known = Details(share.details.columns, sampled.responses())
     try:
-        with roles.offload.awake(*judges):
+        with roles.offload.awake(*judges), compiled_passes():
             scored = reward.score(share.prompts, sampled.completions, known)
             if not monitors.sources:
                 return scored, Scores(torch.zeros(0), {})

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from stages.config import (
     AUTO_ROWS,
+    COMPILE_HELP,
     OPTIMIZER_HELP,
     CheckpointedStepConfig,
     DataField,
@@ -56,6 +57,10 @@ class PPOOptimizer(Strict):
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (torch style only).")
     max_grad_norm: float | None = Field(1.0, gt=0, description="Clip each network's gradient norm; null: no clipping.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory, slower.")
+    torch_compile: bool = Field(False, description=COMPILE_HELP)
+
+    def without_effect(self) -> set[str]:
+        return set() if self.torch_compile else {"torch_compile"}
 
 
 class PretrainingMix(Strict):

@@ -24,6 +24,7 @@ from stages.metric_names import (
     SCORE_MEAN,
     TOTAL_MEAN,
 )
+from stages.models.compiled_layers import NOT_WANTED
 from stages.models.sharding import grouped, shard
 from stages.ppo.checkpoint import RunKeeper, RunState
 from stages.ppo.collecting import ScoringError, collect, recomputes_logprobs
@@ -85,6 +86,8 @@ class PPORun:
         judges = [module for module in (*self.reward.modules(), *self.monitors.modules()) if not roles.shares(module)]
         if runtime.shards:
             self._shard(judges)
+        if roles.compiler is not None:
+            roles.compiler.add(*judges)
         roles.offload = Offload([*roles.waiting(), *judges], runtime.device, enabled=config.offload)
         self.prompts = load_prompts(config, context, roles)
         self.pretraining_rows = load_pretraining_rows(config, context, roles)
@@ -204,6 +207,7 @@ class PPORun:
     def publish(self) -> StepResult:
         """Publish the models in the registry."""
         config, context, roles = self.config, self.context, self.roles
+        context.compiled_layers.update(NOT_WANTED if roles.compiler is None else roles.compiler.facts())
         if self.average is not None:
             if config.ema.publish_last:
                 publish_policy(config, context, roles, {}, f"{context.name}-last")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stages.models.budget import PassBudget, each_group_together
+from stages.models.compiled_layers import compiled_passes
 from stages.models.packing import packed_attention
 from stages.models.responses import sequence_batch
 from stages.ppo.config import PPOStepConfig
@@ -64,6 +65,6 @@ def measure(
         if roles.are_sharded:
             each_group_together(budget.groups(order, lengths), one_pass, roles.policy.device)
         else:
-            with roles.casts_kept():
+            with roles.casts_kept(), compiled_passes():
                 budget.each(order, lengths, one_pass, packed=kernel is not None)
     return {name: torch.cat([by_row[row] for row in range(len(lengths))]).cpu() for name, by_row in pieces.items()}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from stages.errors import LaunchError, ModelError
 from stages.kernels.casts import kept_casts
 from stages.models.adapters import FRESH, active_adapters
+from stages.models.compiled_layers import LayerCompiler
 from stages.models.folding import why_not_together
 from stages.models.heads import RewardModel, ValueModel
 from stages.models.loading import config_of, load_language_model, load_tokenizer, save_model
@@ -65,6 +66,7 @@ class Roles:
     offload: Offload = field(default_factory=lambda: Offload([], torch.device("cpu"), enabled=False))
     packs: bool | None = None  # whether passes are packed if the models support it; None: only on a GPU
     joins: bool | None = None  # whether policy and value network share passes if they can; None: only on a GPU, where that saves passes
+    compiler: LayerCompiler | None = None  # None: layers are not compiled
     sampler: Sampler = field(init=False)
 
     def __post_init__(self) -> None:
@@ -185,6 +187,9 @@ def load_roles(config: PPOStepConfig, context: StepContext) -> Roles:
     if context.runtime.shards:
         for model in roles.models():
             shard(model, add_up=True)
+    if config.training.torch_compile:
+        roles.compiler = LayerCompiler()
+        roles.compiler.add(*roles.models())
     return roles
 
 

@@ -27,6 +27,7 @@ from stages.metric_names import (
     grad_norm_name,
 )
 from stages.models.budget import PassBudget, refuse_alone
+from stages.models.compiled_layers import compiled_passes
 from stages.models.folding import roles_together
 from stages.models.packing import packed_attention
 from stages.models.responses import Policy, PolicyLoss, SequenceBatch, loss_and_values, moved_together, repeated, sequence_values
@@ -196,7 +197,7 @@ class Updater:
         packed = kernel is not None
         joint = roles.joint_adapters if train_policy and self._joins(episodes, packed=packed) else None
         copies = 1 if joint is None else 2
-        with roles.casts_kept():
+        with roles.casts_kept(), compiled_passes():
             for rows, counts in self._microbatches(episodes, packed=packed, copies=copies):
                 with self.budget.one_pass(copies * len(rows), copies * tokens_of(rows, episodes.lengths, packed=packed)):
                     one = episodes.pick(rows, kernel=kernel)

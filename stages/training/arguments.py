@@ -135,6 +135,7 @@ def training_arguments(
         made = cast("StepArguments", (kind or TrainingArguments)(**cast("dict[str, Any]", {**arguments, **options})))
     made.batch_size = settings.batch_size  # of all processes; the Trainer's own product of its arguments is rounded
     made.by_tokens = by_tokens  # training/microbatches.py splits each step into passes
+    made.compiles_layers = settings.torch_compile  # not the Trainer's torch_compile, which compiles the complete model
     made.microbatch_size, made.rows_per_pass = settings.microbatch_size, settings.rows_per_pass
     if made.n_gpu > 1:
         made._n_gpu = 1  # one process trains on one GPU (runtime.device); accelerate launch starts one process per GPU

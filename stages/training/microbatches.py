@@ -12,6 +12,7 @@ import torch
 
 from stages.kernels.token_budget import tokens_of
 from stages.models.budget import PassBudget
+from stages.models.compiled_layers import compiled_passes
 from stages.training.step_trainer import Batch, StepTrainer
 
 
@@ -29,8 +30,13 @@ class PassesByTokens(StepTrainer):
     # The Trainer's gradient accumulation uses the same number of passes in each step. With a token budget this number differs per step.
     def training_step(self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
         """Forward and backward passes over the step. Returns the summed loss. Gradients must be empty before the call."""
-        if not getattr(self.args, "by_tokens", False):
-            return super().training_step(model, inputs, num_items_in_batch)
+        with compiled_passes():
+            if not getattr(self.args, "by_tokens", False):
+                return super().training_step(model, inputs, num_items_in_batch)
+            return self._step_by_tokens(model, inputs, num_items_in_batch)
+
+    def _step_by_tokens(self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+        """``training_step`` in passes by tokens."""
         if self.budget is None:
             self.budget = PassBudget("training", self.args.device, self.args.microbatch_size, rows=self.args.rows_per_pass, trains=True)
         metrics = _MetricCounts(self)

@@ -14,6 +14,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from stages.config import CheckpointedStepConfig
 from stages.errors import RecipeError
 from stages.metric_names import TRAIN_ROOM
+from stages.models.compiled_layers import NOT_WANTED, LayerCompiler
 from stages.models.dropout import has_dropout
 from stages.models.quiet import quiet_transformers
 from stages.models.sharding import shard, unsharded
@@ -61,6 +62,10 @@ def train(
     if runtime.shards:
         shard(trainer.model, add_up=False)
         trainer.is_distributed_loading_by_transformers = True  # the Trainer must not shard the model again
+    compiler = None
+    if getattr(trainer.args, "compiles_layers", False):
+        compiler = LayerCompiler(distributed="DeepSpeed" if runtime.uses_deepspeed else "")
+        compiler.add(trainer.model, getattr(trainer, "ref_model", None))
     if checkpoint is None:
         runtime.seed_everything(trainer.args.seed + PROCESS_SEEDS * runtime.process_index)  # each process draws its own dropout masks
     with ExitStack() as stack:
@@ -72,6 +77,7 @@ def train(
         warnings.filterwarnings("ignore", message="Could not find a config file")
         stack.enter_context(runtime.stop.deferred())
         output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    context.compiled_layers.update(NOT_WANTED if compiler is None else compiler.facts())
     seconds = max(float(output.metrics["train_runtime"]), 1e-9)
     return {
         "train_loss": trainer._total_loss_scalar / max(output.global_step, 1),

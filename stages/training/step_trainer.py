@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         data_seed: int
         batch_size: int
         by_tokens: bool
+        compiles_layers: bool
         microbatch_size: Microbatch
         rows_per_pass: int
 else:

@@ -14,8 +14,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from stages.models import packing
+from stages.models import compiled_layers, packing
+from stages.models.compiled_layers import LayerCompiler, compiled_passes
 from stages.models.heads import ValueModel
+from stages.models.own_layers import use_own_layers
 from stages.models.packing import packing_kernel, usable_kernels, why_not
 from stages.models.responses import Policy, sequence_batch
 
@@ -100,6 +102,39 @@ def test_packed_passes_equal_plain_ones_and_so_do_their_gradients(family: str) -
             gradient, wanted[name], rtol=1e-3, atol=1e-5 * float(largest), msg=lambda text, name=name: f"{name}: {text}"
         )
     assert model.config._attn_implementation == "sdpa"  # unchanged
+
+
+COMPILED = ["llama, two heads share keys", "gpt2", "qwen2", "gemma3, a sliding window of 4", "mistral, a sliding window of 4"]
+
+
+@pytest.mark.parametrize("family", COMPILED)
+def test_packed_passes_through_compiled_layers_equal_plain_ones(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_layers, "BACKEND", "aot_eager")  # it traces both passes, but generates no code: fast
+    expected_model, model = made(FAMILIES[family](), "eager"), made(FAMILIES[family](), "sdpa")
+    head = torch.nn.Linear(32, 1)
+    weights = torch.linspace(-1, 1, sum(map(len, RESPONSES)))
+    logprobs, values = plain(expected_model, head)
+    ((weights * logprobs).sum() + values.square().sum()).backward()
+    use_own_layers(model)
+    policy = Policy(model, temperature=1.0, autocast=None, shared_value_head=head)
+    compiler = LayerCompiler()
+    compiler.add(model)
+
+    batch = sequence_batch(PROMPTS, RESPONSES, 0, "cpu", bootstrap=BOOTSTRAP, kernel="padded")
+    with compiled_passes():
+        packed = policy.loss(batch, lambda chosen, _, rows: weights[rows] * chosen, num_tokens=len(logprobs))
+        assert packed.values is not None
+        (packed.summed + packed.values.square().sum()).backward()
+    facts = compiler.facts()
+    assert (facts["compiled"], facts["layers"], facts["reason"]) == (True, 2, "")
+    assert facts["graphs"] <= (4 if family.startswith("gemma3") else 2)  # Gemma's two layers differ: only one has a window
+    torch.testing.assert_close(packed.logprobs, logprobs.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed.values, values, rtol=1e-5, atol=1e-5)
+    wanted = gradients(expected_model)
+    assert gradients(model).keys() == wanted.keys()
+    largest = max(float(gradient.norm()) for gradient in wanted.values())
+    for name, gradient in gradients(model).items():
+        assert float((gradient - wanted[name]).norm()) < 1e-5 * largest, name
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "with its own adapter"])

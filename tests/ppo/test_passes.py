@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.errors import TrainingError
+from stages.models import compiled_layers
 from stages.ppo.data import load_pretraining_rows
 from stages.ppo.measuring import measure, measuring_budget
 from stages.ppo.minibatch import Minibatch
@@ -96,6 +97,46 @@ def test_packed_measuring_equals_padded_measuring(ppo_config, ppo_context, make_
     assert measured[0].keys() == measured[1].keys() == {"reference", "values", "bootstrap", "sampled"}
     for name, numbers in measured[0].items():
         torch.testing.assert_close(measured[1][name], numbers, rtol=1e-4, atol=1e-5)
+
+
+# Compiled layers
+
+
+@pytest.mark.parametrize("kind", ["a value network", "LoRA"])
+def test_updates_through_compiled_layers_have_the_same_gradients(ppo_config, ppo_context, make_rollout, monkeypatch, kind: str) -> None:
+    """With LoRA, three roles are adapters on one backbone. Each measures in its own passes; the update has passes of two roles together."""
+    monkeypatch.setattr(compiled_layers, "BACKEND", "aot_eager")  # it traces the passes, but generates no code: fast
+    training = {"learning_rate": 1e-3, "gradient_checkpointing": kind == "a value network", "torch_compile": True}
+    fields = {"lora": {"r": 4, "target_modules": ["q_proj"]}} if kind == "LoRA" else {}
+    config = ppo_config(training=training, microbatch_size=6, **fields)
+    roles = load_roles(config, ppo_context)
+    roles.joins = True
+    rollout = make_rollout(roles, config)
+    compiler, target, updater = roles.compiler, targets(rollout, config, kl_coef=0.1), make_updater(roles, config)
+    assert compiler is not None
+
+    def computed() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, float]]:
+        budget = measuring_budget(config, roles.policy.device)
+        responses = [rollout.response(row) for row in range(12)]
+        measured = measure(roles, rollout.prompt_ids, responses, rollout.bootstrap_mask, budget, recompute=False)
+        totals = updater.accumulate(rollout, target)
+        totals.read()
+        return taken_gradients(roles), measured, totals.sums
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled_layers, "_is_used", False)
+        expected = computed()
+    graphs = compiler.facts()["graphs"]
+    results = computed()
+    made = compiler.facts()["graphs"]
+    assert graphs < made <= 6
+    computed()  # no other graph, although the roles and their adapters take turns
+    assert compiler.facts() == {**compiler.facts(), "compiled": True, "graphs": made, "reason": ""}
+    assert results[2] == pytest.approx(expected[2], rel=1e-5, abs=1e-5)
+    for one, other in zip(results[:2], expected[:2], strict=True):
+        assert one.keys() == other.keys()
+        for name, tensor in one.items():
+            assert float((tensor - other[name]).norm()) <= 1e-5 * float(other[name].norm()), name
 
 
 # Policy and value network together

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from stages.corpora.demonstrations import demonstration
 from stages.corpora.rows import Row
 from stages.errors import DataError
+from stages.models import compiled_layers
 from stages.models.loading import load_language_model
 from stages.sft.config import SFTStepConfig
 from stages.sft.packing import PackedCollator, pack_rows
@@ -106,6 +107,21 @@ def test_packed_demonstrations_have_the_gradient_of_separate_ones(step_context: 
     packed = gradient(step_context(name="test/b"), tiny_llama_folder, tiny_tokenizer, ROWS, packing=True)
     for name, expected in separate.items():
         torch.testing.assert_close(packed[name], expected, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_compiled_layers_train_like_usual_ones(
+    step_context: Any, tiny_llama_folder: Path, resolve_folder: Any, demonstrations: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled_layers, "BACKEND", "aot_eager")  # it traces the passes, but generates no code: fast
+    results = {}
+    for compiles in (False, True):
+        context = step_context(f"test/{compiles}", models={"model": resolve_folder(tiny_llama_folder)})
+        training = {"max_steps": 3, "batch_size": 4, "learning_rate": 1e-2, "torch_compile": compiles}
+        results[compiles] = run(config(demonstrations, training=training), context).metrics
+        assert context.compiled_layers["compiled"] == compiles
+    assert context.compiled_layers["layers"] == 2 and context.compiled_layers["graphs"] <= 2
+    for name in ("train_loss", "heldout_loss_after"):
+        assert results[True][name] == pytest.approx(results[False][name], rel=1e-5)
 
 
 @pytest.mark.detail("S7")
