@@ -3,8 +3,8 @@
     python tests/benchmarks/learning_curves.py [--home outputs] [--seeds 5]      runs the seeds that have not run yet, then plots
     python tests/benchmarks/learning_curves.py --plot                            plots the saved numbers again
 
-Run the quickstart with the same --home first: the SFT model and the reward models come from there. The gold judge is a monitor here: it is
-logged, and no step trains on it.
+Run the quickstart with the same --home first: the SFT model and the reward model come from there. The only monitor is the gold judge; no
+step trains on it.
 
 Time: one PPO step of the quickstart for each seed. Result: results/learning_curves.json and .png; docs/results.md, section "The
 quickstart".
@@ -18,7 +18,10 @@ import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stages.recipe.schema import Recipe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -33,26 +36,21 @@ PANELS = {
 
 
 def quickstart_ppo() -> dict[str, Any]:
-    """The settings of the quickstart's PPO step, with models from the registry and the gold judge as a monitor."""
+    """The settings of the quickstart's PPO step, with models from the registry. Its only monitor is the gold judge."""
     from stages.recipe.source import read
 
     content = read(REPOSITORY / "recipes" / "quickstart.yaml").content
     step = next(step for step in content["steps"] if step["stage"] == "ppo")
     names = {other["name"]: f"quickstart/{other['name']}" for other in content["steps"]}
     step["policy"] = names[step["policy"]]
-    for source in [*step["reward"], *step.get("monitors", [])]:
+    for source in step["reward"]:
         source["model"] = names[source["model"]]
-    step["monitors"] = [*step.get("monitors", []), GOLD]
+    step["monitors"] = [GOLD]
     return step
 
 
-def run_steps(recipe: str, steps: Mapping[str, Mapping[str, Any]], home: Path) -> dict[str, list[dict[str, float]]]:
-    """Run one PPO step for each entry of ``steps``: step name -> fields that replace the quickstart's.
-
-    Returns step name -> metrics of each iteration. A step that has run before is reused; its metrics come from the run that made it.
-    """
-    from stages.chain import run as chain
-    from stages.process.runtime import Runtime
+def load_steps(recipe: str, steps: Mapping[str, Mapping[str, Any]], home: Path) -> Recipe:
+    """A recipe with one PPO step for each entry of ``steps``: step name -> fields that replace the quickstart's."""
     from stages.recipe.schema import load_recipe
     from stages.registry.ledger import Registry
 
@@ -60,7 +58,18 @@ def run_steps(recipe: str, steps: Mapping[str, Mapping[str, Any]], home: Path) -
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{recipe}.yaml"
         path.write_text(json.dumps(content))  # JSON is YAML
-        chain.run(load_recipe(path, (), Registry(home / "registry")), home, Runtime())
+        return load_recipe(path, (), Registry(home / "registry"))
+
+
+def run_steps(recipe: str, steps: Mapping[str, Mapping[str, Any]], home: Path) -> dict[str, list[dict[str, float]]]:
+    """Run the PPO steps of ``load_steps``.
+
+    Returns step name -> metrics of each iteration. A step that has run before is reused; its metrics come from the run that made it.
+    """
+    from stages.chain import run as chain
+    from stages.process.runtime import Runtime
+
+    chain.run(load_steps(recipe, steps, home), home, Runtime())
     return {name: metrics_of(home / "runs" / recipe, name) for name in steps}
 
 

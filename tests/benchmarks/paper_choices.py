@@ -32,7 +32,8 @@ MEASURES = ("monitors/gold", "rewards/score_mean", "policy/kl", "responses/lengt
 
 def variants() -> dict[str, tuple[str, dict[str, Any]]]:
     """Name -> (description, the fields that differ from the quickstart's). recipe/presets.py explains the letters Z, S, I and H."""
-    training = quickstart_ppo()["training"]
+    settings = quickstart_ppo()
+    training = settings["training"]
     return {
         "default": ("the quickstart's settings", {}),
         "tf-adam": ("TensorFlow's Adam (Z)", {"training": {**training, "adam_style": "tensorflow"}}),
@@ -43,12 +44,12 @@ def variants() -> dict[str, tuple[str, dict[str, Any]]]:
         ),
         "value-warmup": ("the first five iterations train the value network only", {"value_warmup_iterations": 5}),
         "one-epoch": ("one epoch of eight minibatches (I) instead of four of two", {"ppo_epochs": 1, "minibatch_size": 8}),
-        "whiten-rewards": ("rewards whitened (Z style)", {"whiten_rewards": True}),
-        "by-minibatch": ("whitening and GAE in each minibatch (Z)", {"whitening_scope": "minibatch"}),
+        "whiten-rewards": ("rewards whitened (Z style)", {"whiten": {"rewards": True}}),
+        "by-minibatch": ("whitening and GAE in each minibatch (Z)", {"whiten": {"scope": "minibatch"}}),
         "score-behind": ("score credited to the state after the last token (H)", {"score_placement": "after"}),
         "value-policy": ("value network starts from the policy, with a zero head", {"value": "policy"}),
         "value-shared": ("value head on the policy (Z)", {"value": "shared"}),
-        "adaptive-kl": ("adaptive KL, target 6 nats (Z)", {"kl_target": 6.0}),
+        "adaptive-kl": ("adaptive KL, target 6 nats (Z)", {"kl": {**settings["kl"], "target": 6.0}}),
     }
 
 

@@ -1,0 +1,70 @@
+"""The benchmarks that repeat the quickstart's PPO step build valid recipes. So a change of the quickstart cannot break them unnoticed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent))
+    yield
+    for name in ("learning_curves", "paper_choices", "planted_exploit"):
+        sys.modules.pop(name, None)
+
+
+def test_the_only_monitor_is_the_gold_judge_and_the_models_are_those_of_the_quickstart(tmp_path: Path) -> None:
+    from learning_curves import load_steps
+
+    (step,) = (loaded.config for loaded in load_steps("curves", {"seed-3": {"seed": 3}}, tmp_path).steps)
+    assert (step.name, step.policy.ref, step.seed) == ("seed-3", "quickstart/sft", 3)
+    assert [source.model.ref for source in step.reward] == ["quickstart/preference"]
+    assert [source.name for source in step.monitors] == ["gold"]
+
+
+def test_each_variant_of_the_papers_choices_changes_only_its_own_fields(tmp_path: Path) -> None:
+    from learning_curves import load_steps
+    from paper_choices import variants
+
+    recipe = load_steps("choices", {name: fields for name, (_, fields) in variants().items()}, tmp_path)
+    steps = {step.name: step.config.model_dump() for step in recipe.steps}
+    default = steps.pop("default")
+    changed = {name: sorted(differences(default, step)) for name, step in steps.items()}
+    assert changed == {
+        "tf-adam": ["training.adam_style"],
+        "no-clipping": ["training.max_grad_norm"],
+        "warmup": ["training.schedule", "training.warmup_iterations"],
+        "value-warmup": ["value_warmup_iterations"],
+        "one-epoch": ["minibatch_size", "ppo_epochs"],
+        "whiten-rewards": ["whiten.rewards"],
+        "by-minibatch": ["whiten.scope"],
+        "score-behind": ["score_placement"],
+        "value-policy": ["value"],
+        "value-shared": ["value"],
+        "adaptive-kl": ["kl.target"],
+    }
+
+
+def test_the_planted_exploit_replaces_the_reward(tmp_path: Path) -> None:
+    from learning_curves import load_steps
+    from planted_exploit import fields
+
+    (step,) = (loaded.config for loaded in load_steps("planted-exploit", {"exploited": fields()}, tmp_path).steps)
+    assert [source.name for source in step.reward] == ["emphasis"]
+    assert step.kl.coef == 0.02
+
+
+def differences(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the fields in which two settings differ, without the step's name."""
+    found = []
+    for field in left:
+        if prefix + field == "name" or left[field] == right[field]:
+            continue
+        nested = isinstance(left[field], dict) and isinstance(right[field], dict) and "ref" not in left[field]
+        found += differences(left[field], right[field], f"{prefix}{field}.") if nested else [prefix + field]
+    return found
