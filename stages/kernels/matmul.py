@@ -43,6 +43,9 @@ def _onednn_works() -> bool:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight^T + bias. The operator is hundreds of times as slow if the weight has gaps between its rows, so such a weight is copied."""
+    if not (weight.is_contiguous() or weight.T.is_contiguous()):
+        weight = weight.contiguous()
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -73,8 +76,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """scaling * a @ b for matrices, without gradient. ``b`` may be some columns of a larger matrix."""
     if _takes(a, b):
-        # oneDNN has no fast code for rows with gaps between them.
-        made = product(a, b if b.is_contiguous() or b.T.is_contiguous() else b.contiguous())
+        made = product(a, b)
         return made if scaling == 1.0 else made.mul_(scaling)
     if scaling == 1.0:
         return a @ b
