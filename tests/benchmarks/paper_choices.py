@@ -1,6 +1,7 @@
 """Compares choices on which the papers and common practice differ with the defaults, on the quickstart's PPO, by the gold judge.
 
-    python tests/benchmarks/paper_choices.py [--home outputs] [--seeds 3] [--only NAME ...]
+    python tests/benchmarks/paper_choices.py [--home outputs] [--seeds 5] [--only NAME ...]
+    python tests/benchmarks/paper_choices.py --plot                                     draws the saved numbers again
 
 Run the quickstart with the same --home first. Each variant changes one choice. All variants use the same seeds, and so the same prompts and
 random streams. The table shows the difference to the default over the last quarter of each run: the mean over seeds, with a 95 %
@@ -9,8 +10,8 @@ t-interval.
 Two choices are not compared, because the scores of rollouts do not show their effect: averaging the weights, which changes the published
 model only, and the sampling temperature, which changes the completions that are scored.
 
-Time: one PPO step of the quickstart for each of the twelve variants and each seed. Result: results/paper_choices.json (without --only);
-docs/results.md, section "The quickstart".
+Time: one PPO step of the quickstart (85 seconds on one core) for each of the twelve variants and each seed. After an interruption, the same
+command continues. Result: results/paper_choices.json, .md and .png (without --only); docs/results.md, section "The quickstart".
 """
 
 from __future__ import annotations
@@ -74,6 +75,46 @@ def table(chosen: dict[str, tuple[str, dict[str, Any]]], results: dict[str, list
     return rows
 
 
+def signed(value: float) -> str:
+    return f"{value:+.3f}"
+
+
+def as_markdown(rows: list[dict[str, Any]]) -> str:
+    """The table of docs/results.md: the default's means, then the differences of each variant with half the width of their intervals."""
+    head = ["choice", "gold score", "trained score", "KL (nats)", "tokens"]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        if row["variant"] == "default":
+            cells = [f"{row[measure]['mean']:.3f}" for measure in MEASURES]
+        else:
+            cells = [f"{signed(row[measure]['difference'])} ± {row[measure]['half']:.3f}" for measure in MEASURES]
+        lines.append([row["what"], *cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Differences to the default with their 95 % intervals: gold score and trained score."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [row for row in rows if row["variant"] != "default"][::-1]
+    titles = {"monitors/gold": "gold score", "rewards/score_mean": "trained score", "policy/kl": "KL, nats"}
+    figure, axes = pyplot.subplots(1, len(titles), figsize=(11, 0.32 * len(shown) + 1.2), sharey=True, constrained_layout=True)
+    for axis, (measure, title) in zip(axes, titles.items(), strict=True):
+        differences = [row[measure]["difference"] for row in shown]
+        axis.errorbar(differences, range(len(shown)), xerr=[row[measure]["half"] for row in shown], fmt="o", markersize=4, linewidth=1)
+        axis.axvline(0, color="black", linewidth=0.6)
+        axis.set_title(f"{title}: difference to the default", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.25, linewidth=0.5)
+    axes[0].set_yticks(range(len(shown)), [row["variant"] for row in shown])
+    seeds = rows[0]["seeds"]
+    figure.suptitle(f"Last quarter of the quickstart's PPO, mean over {seeds} seeds with 95 % t-intervals", fontsize=8)
+    figure.savefig(path, dpi=90, metadata={"Software": None})
+
+
 def show(rows: list[dict[str, Any]]) -> None:
     print(f"\nafter {rows[0]['seeds']} seed(s)")
     for row in rows:
@@ -86,13 +127,23 @@ def show(rows: list[dict[str, Any]]) -> None:
         )
 
 
+def write(rows: list[dict[str, Any]]) -> None:
+    (RESULTS / "paper_choices.md").write_text(as_markdown(rows), encoding="utf-8")
+    plot(rows, RESULTS / "paper_choices.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--home", type=Path, default=Path("outputs"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", nargs="*", help="Variants to run. The default always runs.")
     parser.add_argument("--episodes", type=int, help="Episodes per run (default: the quickstart's).")
+    parser.add_argument("--plot", action="store_true", help="Draw the saved numbers again; run nothing.")
     options = parser.parse_args()
+    saved = RESULTS / "paper_choices.json"
+    if options.plot:
+        write(json.loads(saved.read_text())["rows"])
+        return
     chosen = {name: kind for name, kind in variants().items() if not options.only or name in (*options.only, "default")}
     extra = {"total_episodes": options.episodes} if options.episodes else {}
     results: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
@@ -105,7 +156,8 @@ def main() -> None:
         show(rows)
         if not options.only:
             RESULTS.mkdir(exist_ok=True)
-            (RESULTS / "paper_choices.json").write_text(json.dumps({"episodes": options.episodes, "rows": rows}, indent=1) + "\n")
+            saved.write_text(json.dumps({"episodes": options.episodes, "rows": rows}, indent=1) + "\n")
+            write(rows)
 
 
 if __name__ == "__main__":
