@@ -69,8 +69,8 @@ def no_weights(folder: Path) -> ModelError:
     if (folder / "zero_to_fp32.py").exists():
         command = f"python {folder / 'zero_to_fp32.py'} {folder} {folder}"
         return ModelError(f"{begin}, but a checkpoint of DeepSpeed. Join its parts first: {command}")
-    found = f". Its files {', '.join(others[:3])} have other names; rename the one with the weights" if others else ""
-    return ModelError(f"{begin}; expected model.safetensors or pytorch_model.bin, and config.json{found}")
+    renamed = f". Its files {', '.join(others[:3])} have other names; rename the one with the weights" if others else ""
+    return ModelError(f"{begin}; expected model.safetensors or pytorch_model.bin, and config.json{renamed}")
 
 
 def read_json(path: Path) -> JsonObject:

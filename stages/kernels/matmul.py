@@ -43,7 +43,7 @@ def _onednn_works() -> bool:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight^T + bias. The operator is hundreds of times as slow if the weight has gaps between its rows, so such a weight is copied."""
+    """x @ weight^T + bias. A weight with gaps between its rows is copied, because it makes the operator hundreds of times as slow."""
     if not (weight.is_contiguous() or weight.T.is_contiguous()):
         weight = weight.contiguous()
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -61,10 +61,10 @@ def test_the_planted_exploit_replaces_the_reward(tmp_path: Path) -> None:
 
 def differences(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> list[str]:
     """Dotted names of the fields in which two settings differ, without the step's name."""
-    found = []
+    changed: list[str] = []
     for field in left:
         if prefix + field == "name" or left[field] == right[field]:
             continue
         nested = isinstance(left[field], dict) and isinstance(right[field], dict) and "ref" not in left[field]
-        found += differences(left[field], right[field], f"{prefix}{field}.") if nested else [prefix + field]
-    return found
+        changed += differences(left[field], right[field], f"{prefix}{field}.") if nested else [prefix + field]
+    return changed
