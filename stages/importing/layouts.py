@@ -268,7 +268,7 @@ def _number(value: object, name: str) -> float:
 
 
 def _unknown_head(weights: Mapping[str, Tensor]) -> str | None:
-    """The name of the only linear layer from d to 1 beside a transformer without an output matrix; None if there is no such layer."""
+    """The name of the only linear layer from d to 1 of a model without an output matrix; None if there is no such layer."""
     if any(name.split(".")[0] in (*CLASSIFIERS, "lm_head", "embed_out", "output") for name in weights):
         return None
     candidates = [

@@ -61,7 +61,7 @@ def unused(layout: Layout, folder: Path) -> list[str]:
 
 
 def value_folder(folder: Path) -> Path:
-    """The scratch folder of a value network with a transformer of its own, next to that of the policy."""
+    """The scratch folder of a value network with separate transformer weights, next to that of the policy."""
     return folder.with_name("value")
 
 

@@ -15,13 +15,13 @@ WEIGHT = torch.tensor([[1.0, -2.0]])
 BODY = {"model.norm.weight": torch.ones(2), "model.embed_tokens.weight": torch.ones(3, 2)}
 
 
-def found(weights: dict[str, Tensor], config: dict[str, object] | None = None, **options: Any) -> Layout:
+def layout_of(weights: dict[str, Tensor], config: dict[str, object] | None = None, **options: Any) -> Layout:
     return recognise(weights, {}, config or {}, **options)
 
 
 @pytest.mark.parametrize("prefix", ["rwtransformer.", "rwtranrsformer."])
 def test_both_spellings_of_deepspeed_chat_are_recognised(prefix: str) -> None:
-    layout = found({f"{prefix}h.0.weight": torch.ones(2, 2), "v_head.weight": WEIGHT, "extra": WEIGHT}, {"num_padding_at_beginning": 1})
+    layout = layout_of({f"{prefix}h.0.weight": torch.ones(2, 2), "v_head.weight": WEIGHT, "extra": WEIGHT}, {"num_padding_at_beginning": 1})
     assert (layout.library, layout.role, set(layout.body)) == ("DeepSpeed-Chat", "reward_model", {"h.0.weight"})
     assert "not kept: extra" in layout.notes
     assert any("num_padding_at_beginning" in note for note in layout.notes)
@@ -29,10 +29,10 @@ def test_both_spellings_of_deepspeed_chat_are_recognised(prefix: str) -> None:
 
 def test_openrlhf_uses_the_prefix_of_the_config() -> None:
     weights = {**BODY, "score.weight": WEIGHT, "value_head.weight": 3 * WEIGHT}
-    layout = found(weights, {"architectures": ["RewardModel"], "value_head_prefix": "score"})
+    layout = layout_of(weights, {"architectures": ["RewardModel"], "value_head_prefix": "score"})
     assert layout.head is not None
     assert torch.equal(layout.head.weight, WEIGHT)
-    own = found({**BODY, "my_head.weight": WEIGHT}, {"architectures": ["RewardModel"], "value_head_prefix": "my_head"})
+    own = layout_of({**BODY, "my_head.weight": WEIGHT}, {"architectures": ["RewardModel"], "value_head_prefix": "my_head"})
     assert own.head_name == "my_head, linear from 2 to 1"
 
 
@@ -44,7 +44,7 @@ def test_openrlhf_reads_mean_and_std_from_the_config_or_from_buffers(where: str)
         weights |= {"mean": torch.tensor([2.0]), "std": torch.tensor([4.0])}
     else:
         config |= {"mean": 2.0, "std": 4.0} if where == "numbers" else {"mean": [2.0], "std": [4.0]}
-    layout = found(weights, config)
+    layout = layout_of(weights, config)
     assert layout.head is not None
     assert torch.equal(layout.head.weight, WEIGHT / 4)
     assert layout.head.bias == -0.5
@@ -55,14 +55,14 @@ def test_openrlhf_reads_mean_and_std_from_the_config_or_from_buffers(where: str)
 def test_openrlhf_refuses_a_useless_std(std: object, words: str) -> None:
     config = {"architectures": ["RewardModel"], "normalize_reward": True, "mean": 1.0, "std": std}
     with pytest.raises(ModelError, match=words):
-        found({**BODY, "score.weight": WEIGHT}, config)
+        layout_of({**BODY, "score.weight": WEIGHT}, config)
 
 
 def test_a_checkpoint_of_trls_policy_and_value_wrapper_has_two_transformers() -> None:
     weights = {f"policy.{name}": value for name, value in {**BODY, "lm_head.weight": torch.ones(3, 2)}.items()}
     weights |= {f"value_model.{name}": 2 * value for name, value in BODY.items()} | {"value_model.score.weight": WEIGHT}
     weights |= {"critic_backbone.norm.weight": 2 * torch.ones(2)}
-    layout = found(weights)
+    layout = layout_of(weights)
     assert layout.has_policy
     assert set(layout.body) == {*BODY, "lm_head.weight"}
     assert torch.equal(layout.value_body["model.norm.weight"], 2 * torch.ones(2))
@@ -70,37 +70,37 @@ def test_a_checkpoint_of_trls_policy_and_value_wrapper_has_two_transformers() ->
 
 
 def test_a_single_output_under_an_unknown_name_is_a_head() -> None:
-    layout = found({**BODY, "reward_layer.weight": WEIGHT, "reward_layer.bias": torch.tensor([0.5])})
+    layout = layout_of({**BODY, "reward_layer.weight": WEIGHT, "reward_layer.bias": torch.tensor([0.5])})
     assert layout.library == "an unknown library"
     assert layout.head_name == "reward_layer, linear from 2 to 1 with a bias"
-    assert found({**BODY, "lm_head.weight": torch.ones(1, 2)}).role == "language_model"
+    assert layout_of({**BODY, "lm_head.weight": torch.ones(1, 2)}).role == "language_model"
 
 
 def test_trlx_says_which_heads_it_leaves_out() -> None:
-    layout = found({"base_model.norm.weight": torch.ones(2), "ilql_heads.q_heads.0.weight": WEIGHT})
+    layout = layout_of({"base_model.norm.weight": torch.ones(2), "ilql_heads.q_heads.0.weight": WEIGHT})
     assert layout.notes == ["not kept: ilql_heads"]
 
 
 def test_an_adapter_with_one_output_has_a_reward_head_and_with_two_a_classifier() -> None:
     lora = {"base_model.model.model.layers.0.q_proj.lora_A.weight": torch.ones(1, 2)}
-    layout = found({}, adapter={**lora, "base_model.model.score.weight": WEIGHT})
+    layout = layout_of({}, adapter={**lora, "base_model.model.score.weight": WEIGHT})
     assert (layout.role, layout.head_name) == ("reward_model", "score, linear from 2 to 1")
-    layout = found({}, adapter={**lora, "base_model.model.score.modules_to_save.weight": torch.ones(2, 2)})
+    layout = layout_of({}, adapter={**lora, "base_model.model.score.modules_to_save.weight": torch.ones(2, 2)})
     assert (layout.role, layout.head_name) == ("classifier", "score.weight [2, 2]")
-    assert found({}, adapter=lora).role is None
+    assert layout_of({}, adapter=lora).role is None
 
 
 def test_an_adapter_beside_a_complete_model_is_ambiguous() -> None:
     with pytest.raises(ModelError, match=r"Remove adapter_config\.json"):
-        found(BODY, adapter={})
+        layout_of(BODY, adapter={})
 
 
 @pytest.mark.parametrize("weights", [{"v_head.summary.weight": WEIGHT}, {"v_head.0.weight": WEIGHT.T, "v_head.2.weight": WEIGHT}])
 def test_a_head_without_a_transformer_is_refused(weights: dict[str, Tensor]) -> None:
     with pytest.raises(ModelError, match="only a value head"):
-        found(weights)
+        layout_of(weights)
 
 
 def test_a_head_with_nan_is_refused() -> None:
     with pytest.raises(ModelError, match="NaN"):
-        found({**BODY, "v_head.summary.weight": WEIGHT * float("nan")})
+        layout_of({**BODY, "v_head.summary.weight": WEIGHT * float("nan")})
