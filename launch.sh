@@ -169,7 +169,7 @@ main() {
         ;;
     run | *.yaml | *.yml | -*)
         # A stopped run prints this command, which continues it.
-        STAGES_COMMAND="$0$(printf ' %q' "$@")"
+        STAGES_COMMAND="$(printf '%q' "$0")$(printf ' %q' "$@")"
         export STAGES_COMMAND
         if [[ $1 == run ]]; then shift; fi
         local argument

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from stages.errors import LaunchError, RecipeError
@@ -36,10 +38,42 @@ def protect_secrets() -> None:
 
 
 def command_to_go_on() -> str:
-    """The user's command, to repeat it: from launch.sh (STAGES_COMMAND), else this process's arguments."""
-    given = os.environ.get("STAGES_COMMAND")
+    """The user's command, to repeat it: from launch.sh (STAGES_COMMAND), from the launcher, else this process's arguments."""
+    if given := os.environ.get("STAGES_COMMAND"):
+        return given
+    if has_launcher() and (launcher := launcher_command()) is not None:
+        return shlex.join([*launcher[0], *launcher[1]])
     program = Path(sys.argv[0]).name
-    return given or shlex.join(["stages" if program in ("stages", "__main__.py") else program, *sys.argv[1:]])
+    words = ["stages"] if program in ("stages", "__main__.py") else ["python", sys.argv[0]] if program.endswith(".py") else [program]
+    return shlex.join([*words, *sys.argv[1:]])
+
+
+def launcher_command() -> tuple[list[str], list[str]] | None:
+    """(``accelerate launch`` or ``torchrun``, its arguments) of the process that started this one. None if no parent is a launcher."""
+    import psutil
+
+    for parent in psutil.Process().parents():
+        with suppress(psutil.Error):
+            if (found := _launcher_in(parent.cmdline())) is not None:
+                return found
+    return None
+
+
+def _launcher_in(words: Sequence[str]) -> tuple[list[str], list[str]] | None:
+    """(the launcher, its arguments) of a command line, as the user would type it. None if the command line is not of a launcher."""
+    for index, word in enumerate(words[:4]):
+        name, arguments = os.path.basename(word), list(words[index + 1 :])
+        if name == "accelerate" and arguments[:1] == ["launch"]:
+            return ["accelerate", "launch"], arguments[1:]
+        if name == "accelerate-launch" or word in (
+            "accelerate.commands.launch",
+            "accelerate/commands/launch.py",
+            "stages.process.launching",
+        ):
+            return ["accelerate", "launch"], arguments
+        if name == "torchrun" or word == "torch.distributed.run":
+            return ["torchrun"], arguments
+    return None
 
 
 def launched_processes() -> int:

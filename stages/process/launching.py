@@ -133,20 +133,8 @@ def _status_of(launcher: Callable[[Namespace], object], parsed: Namespace) -> in
 
 def _arguments_of_launcher() -> list[str] | None:
     """The arguments after ``accelerate launch`` on the command line that started this process."""
-    import psutil
-
-    for parent in psutil.Process().parents():
-        try:
-            words = parent.cmdline()
-        except psutil.Error:
-            continue
-        for index, word in enumerate(words[:4]):
-            name = os.path.basename(word)
-            if name == "accelerate" and words[index + 1 : index + 2] == ["launch"]:
-                return words[index + 2 :]
-            if name == "accelerate-launch" or word in ("accelerate.commands.launch", "accelerate/commands/launch.py"):
-                return words[index + 1 :]
-    return None
+    launcher = environment.launcher_command()
+    return launcher[1] if launcher is not None and launcher[0][0] == "accelerate" else None
 
 
 if __name__ == "__main__":

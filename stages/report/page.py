@@ -23,7 +23,7 @@ from stages.report.circumstances import bytes_text, command, device, facts, step
 from stages.report.figures import Figure, number_text
 from stages.report.output import GENERATOR, write_page
 from stages.report.reader import LONGEST_TEXT, Reader, fitted, read_completions
-from stages.report.remarks import remarks
+from stages.report.remarks import missing_evaluations, remarks
 from stages.report.run_folder import Row, RunFolder, shown_memory
 from stages.report.verdicts import verdict
 
@@ -86,7 +86,7 @@ def render_run(run: RunFolder) -> Page:
 
     frame, note = fit_figures(groups, draw, LIMIT - needed)
     html, shown = _fit_completions(values, readers, LIMIT - byte_count(frame))
-    notes = [note, *(reader.note for reader in shown)]
+    notes = [note, *(reader.note for reader in shown), *missing_evaluations(run)]
     if byte_count(html) > LIMIT:
         notes.append(f"The page takes {megabytes(byte_count(html))}: its tables alone are larger than {megabytes(LIMIT)}.")
     return Page(html, [note for note in notes if note])

@@ -32,9 +32,28 @@ def remarks(run: RunFolder) -> list[Row]:
                 "text": f"There is no training log of {listed(missing)}: these steps are reused from a run whose files no longer exist.",
             }
         )
+    notes += [{"kind": "alarm", "text": text} for text in missing_evaluations(run)]
     if not run.summary.get("finished", False):
         notes.insert(0, {"kind": "alarm", "text": "The run did not finish. This page shows the steps that did."})
     return notes
+
+
+def missing_evaluations(run: RunFolder) -> list[str]:
+    """A sentence on each evaluation whose result or completions are not in the run folder, or only in part."""
+    said = []
+    for step in run.steps:
+        if step.stage != "evaluation":
+            continue
+        if step.evaluation is None:
+            said.append(f"{step.name}: the run folder has no {step.name}/evaluation.json, so this page shows no result of this step.")
+            continue
+        expected = max((row.get("completions") or 0 for row in step.evaluation["candidates"].values()), default=0)
+        if (there := len(step.completions)) < expected:
+            file = f"{step.name}/completions.jsonl"
+            said.append(
+                f"{step.name}: {file} has {there:,} of {expected:,} lines; it is missing or was cut off. Its other lines are not shown."
+            )
+    return said
 
 
 def _evaluation_notes(step: StepFolder, about: str) -> list[Row]:

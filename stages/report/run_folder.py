@@ -72,8 +72,13 @@ class StepFolder:
 
     @cached_property
     def completions(self) -> list[Row]:
-        """The prompts of an evaluation with all completions and scores."""
-        return read_lines(self.folder / "completions.jsonl")
+        """The prompts of an evaluation with all completions and scores. Raises DataError for a line without them."""
+        path = self.folder / "completions.jsonl"
+        rows = read_lines(path)
+        for number, row in enumerate(rows, start=1):
+            if "prompt" not in row or not all(isinstance(row.get(key), dict) for key in ("completions", "scores")):
+                raise DataError(f"{path}:{number}: expected prompt, completions and scores; the file was changed. Run the step again")
+        return rows
 
     @cached_property
     def tokens(self) -> list[Row]:

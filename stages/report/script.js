@@ -9,6 +9,7 @@
 
   const PRINTED = 12;
   const SHOWN = 24;  // prompts shown at a time
+  const LONGEST = 2000;  // characters of a text that are shown at once; a click shows the rest
 
   // Make an element with a class and children; strings become text, never markup.
   function make(tag, name, ...children) {
@@ -16,6 +17,16 @@
     if (name) element.className = name;
     element.append(...children);
     return element;
+  }
+
+  // A text as nodes. A long text ends with a button that shows the rest.
+  function folded(text) {
+    if (text.length <= LONGEST) return [text];
+    const end = LONGEST - (/[\ud800-\udbff]/.test(text[LONGEST - 1]) ? 1 : 0);  // not inside a surrogate pair
+    const more = make("button", "more", `… show ${(text.length - end).toLocaleString("en-US")} more characters`);
+    more.type = "button";
+    more.addEventListener("click", () => more.replaceWith(text.slice(end)));
+    return [text.slice(0, end), more];
   }
 
   for (const reader of document.querySelectorAll(".reader")) {
@@ -93,7 +104,7 @@
         section.append(make("h4", "", dot, name), textOf(row, candidate), make("p", "scores", ...scoresOf(row, candidate).flatMap(score => [make("span", "", score), " "])));
         side.append(section);
       });
-      const element = make("article", extra ? "extra" : "", make("h3", "", make("span", "count", row.n), row.p, ...missing(row, -1)), side);
+      const element = make("article", extra ? "extra" : "", make("h3", "", make("span", "count", row.n), ...folded(row.p), ...missing(row, -1)), side);
       element.row = row;
       return element;
     }
@@ -101,7 +112,7 @@
     function textOf(row, candidate) {
       const text = row.c[candidate];
       if (text === null) return make("p", "text none", "no completion");
-      const paragraph = make("p", "text", text, ...(text ? [] : [make("span", "cut", "(empty)")]), ...missing(row, candidate));
+      const paragraph = make("p", "text", ...folded(text), ...(text ? [] : [make("span", "cut", "(empty)")]), ...missing(row, candidate));
       if ((row.o || []).includes(candidate)) {
         const going = make("span", "cut", " …");
         going.title = "Cut off at max_new_tokens";

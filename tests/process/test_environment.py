@@ -28,9 +28,34 @@ def test_every_launcher_is_understood(variables, processes, rank, monkeypatch: p
     assert (environment.launched_processes(), environment.launched_rank()) == (processes, rank)
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["/x/python", "/x/bin/accelerate", "launch", "--cpu", "-m", "stages"], (["accelerate", "launch"], ["--cpu", "-m", "stages"])),
+        (["python", "-m", "accelerate.commands.launch", "--cpu", "a.py"], (["accelerate", "launch"], ["--cpu", "a.py"])),
+        (["python", "-m", "stages.process.launching", "--cpu", "-m", "stages"], (["accelerate", "launch"], ["--cpu", "-m", "stages"])),
+        (
+            ["/x/python3", "/x/bin/torchrun", "--nproc_per_node", "2", "-m", "stages"],
+            (["torchrun"], ["--nproc_per_node", "2", "-m", "stages"]),
+        ),
+        (["bash", "-c", "stages run x"], None),
+    ],
+)
+def test_launcher_is_found_in_a_command_line(words, expected) -> None:
+    assert environment._launcher_in(words) == expected
+
+
 def test_command_to_continue_is_the_typed_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("STAGES_COMMAND", raising=False)
+    for name in ("STAGES_COMMAND", "TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "argv", ["/x/bin/stages", "run", "my recipe.yaml", "seed=8"])
     assert environment.command_to_go_on() == "stages run 'my recipe.yaml' seed=8"
+    monkeypatch.setattr(sys, "argv", ["my run.py", "--fast"])
+    assert environment.command_to_go_on() == "python 'my run.py' --fast"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(
+        environment, "launcher_command", lambda: (["accelerate", "launch"], ["--num_processes", "2", "-m", "stages", "run", "a b"])
+    )
+    assert environment.command_to_go_on() == "accelerate launch --num_processes 2 -m stages run 'a b'"
     monkeypatch.setenv("STAGES_COMMAND", "./launch.sh recipes/quickstart.yaml")
     assert environment.command_to_go_on() == "./launch.sh recipes/quickstart.yaml"

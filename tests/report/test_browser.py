@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,20 @@ def test_print_hides_interactive_controls(opened) -> None:
     assert opened.find_element("css selector", "h1").is_displayed()
     pdf = opened.execute_cdp_cmd("Page.printToPDF", {})["data"]
     assert len(pdf) > 20_000
+
+
+def test_long_text_is_folded_and_a_click_shows_the_rest(browser, new_run, tmp_path) -> None:
+    run = new_run(tmp_path / "runs" / "toy" / "20261124T203818Z", number=2)
+    file = run / "verdict" / "completions.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    long = "x" * 1999 + "\U0001f600" + "y" * 100_000  # the limit of 2,000 characters is inside the surrogate pair
+    rows[0]["completions"]["aligned"] = long
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    browser.get(write_report(read_run(run)).path.as_uri())
+    text = browser.find_element("css selector", ".text:has(.more)")
+    assert text.text == "x" * 1999 + "… show 100,002 more characters"
+    text.find_element("css selector", ".more").click()
+    assert text.get_attribute("textContent") == long
 
 
 def test_comparison_of_several_runs_opens(browser, new_run, tmp_path) -> None:

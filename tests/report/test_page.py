@@ -309,6 +309,25 @@ def test_a_run_without_an_evaluation(run_folder: Path) -> None:
     assert "The run did not finish" in words
 
 
+@pytest.mark.usefixtures("without_figures")
+def test_missing_results_and_completions_of_an_evaluation_are_named(run_folder: Path) -> None:
+    evaluation = run_folder / "verdict" / "evaluation.json"
+    content = json.loads(evaluation.read_text())
+    content["candidates"]["aligned"]["completions"] = 8
+    evaluation.write_text(json.dumps(content))
+    assert render_run(read_run(run_folder)).notes == []
+    completions = run_folder / "verdict" / "completions.jsonl"
+    completions.write_text("".join(completions.read_text().splitlines(keepends=True)[:3]))
+    made = render_run(read_run(run_folder))
+    assert any("verdict/completions.jsonl has 3 of 8 lines" in note for note in made.notes)
+    assert "verdict/completions.jsonl has 3 of 8 lines" in Page(made.html).words
+    completions.write_text('{"prompt": "x"}\n')
+    with pytest.raises(DataError, match=r"completions\.jsonl:1: expected prompt, completions and scores"):
+        render_run(read_run(run_folder))
+    evaluation.unlink()
+    assert any("has no verdict/evaluation.json" in note for note in render_run(read_run(run_folder)).notes)
+
+
 def test_judges_that_only_compare(run_folder: Path) -> None:
     path = run_folder / "verdict" / "evaluation.json"
     evaluation = json.loads(path.read_text())
