@@ -87,6 +87,20 @@ class KLSettings(Strict):
     update_limit: float | None = Field(None, gt=0, description="End an iteration's updates if approx_kl exceeds this; null: never.")
 
 
+OF_THE_VALUE_NETWORK = (
+    "value",
+    "value_coef",
+    "publish_value",
+    "value_warmup_iterations",
+    "clip.value",
+    "gae.gae_lambda",
+    "gae.value_gae_lambda",
+    "score_placement",
+    "whiten.rewards",
+)
+"""Fields that only a value network uses."""
+
+
 class GAESettings(Strict):
     """Generalized advantage estimation (Schulman et al. 2016)."""
 
@@ -286,13 +300,15 @@ class PPOStepConfig(CheckpointedStepConfig):
                 f"rollout_batch_size={self.rollout_batch_size} must be a multiple of samples_per_prompt={self.samples_per_prompt}: "
                 "it counts completions"
             )
+        if self.advantages == "reinforce" and self.rollout_batch_size == 1:
+            raise ValueError("rollout_batch_size=1 with advantages: reinforce has no other completion to compare with; set it to 2 or more")
         if self.advantages in ("rloo", "grpo") and self.samples_per_prompt == 1:
             raise ValueError(f"advantages={self.advantages} compares completions of one prompt; set samples_per_prompt, e.g. to 4")
         if not self.divide_by_deviation and self.advantages != "grpo":
             raise ValueError(f"divide_by_deviation=false requires advantages: grpo, got {self.advantages!r}")
         if self.has_value:
             return self
-        for path in ("value", "publish_value", "value_warmup_iterations", "gae.value_gae_lambda", "score_placement", "whiten.rewards"):
+        for path in OF_THE_VALUE_NETWORK:
             if is_changed(self, path):
                 raise ValueError(
                     f"{path}={_shown(attrgetter(path)(self))} requires advantages: gae; {self.advantages} has no value network"
@@ -384,4 +400,6 @@ class PPOStepConfig(CheckpointedStepConfig):
 
 def _shown(value: object) -> str:
     """A field's value as written in a recipe."""
+    if value is None:
+        return "null"
     return value.ref if isinstance(value, ModelInput) else str(value).lower() if isinstance(value, bool) else str(value)

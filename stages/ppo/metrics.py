@@ -28,7 +28,7 @@ def group_metrics(scores: Tensor, samples_per_prompt: int) -> dict[str, float]:
     """
     if samples_per_prompt == 1:
         return {}
-    spreads = scores.view(-1, samples_per_prompt).std(dim=1, correction=0)
+    spreads = scores.double().view(-1, samples_per_prompt).std(dim=1, correction=0)  # in fp32, equal scores can have a spread
     return {metric_names.PROMPT_STD: float(spreads.mean()), metric_names.FLAT_PROMPT_SHARE: float((spreads < 1e-6).float().mean())}
 
 

@@ -44,3 +44,17 @@ def test_groups_are_independent(shift: float) -> None:
 def test_spread_gives_every_token_its_completions_advantage() -> None:
     mask = torch.tensor([[True, True, False], [True, False, False]])
     torch.testing.assert_close(spread(torch.tensor([2.0, -1.0]), mask), torch.tensor([[2.0, 2.0, 0.0], [-1.0, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("value", [0.1, 5.3, 100.1, -3.7])
+@pytest.mark.parametrize("samples", [3, 6, 7])
+def test_equal_returns_have_no_advantage(value: float, samples: int) -> None:
+    """The mean of seven equal numbers in fp32 can differ from them by one rounding error, and the division would enlarge it to 0.8."""
+    returns = torch.cat([torch.full((samples,), value), torch.arange(samples).float()])
+    for divide in (True, False):
+        advantages = group_relative(returns, samples, divide_by_deviation=divide)
+        assert torch.equal(advantages[:samples], torch.zeros(samples)) and advantages[samples:].abs().max() > 0.5
+    assert torch.equal(leave_one_out(returns, samples)[:samples], torch.zeros(samples))
+    assert torch.equal(batch_baseline(returns[:samples]), torch.zeros(samples))
+    almost = returns[:samples] + torch.eye(samples)[0] * abs(value) * 1.2e-7  # one unit in the last place
+    assert torch.equal(group_relative(almost, samples, divide_by_deviation=True), torch.zeros(samples))
