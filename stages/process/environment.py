@@ -54,8 +54,8 @@ def launcher_command() -> tuple[list[str], list[str]] | None:
 
     for parent in psutil.Process().parents():
         with suppress(psutil.Error):
-            if (found := _launcher_in(parent.cmdline())) is not None:
-                return found
+            if (launcher := _launcher_in(parent.cmdline())) is not None:
+                return launcher
     return None
 
 

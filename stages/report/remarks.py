@@ -40,20 +40,20 @@ def remarks(run: RunFolder) -> list[Row]:
 
 def missing_evaluations(run: RunFolder) -> list[str]:
     """A sentence on each evaluation whose result or completions are not in the run folder, or only in part."""
-    said = []
+    sentences = []
     for step in run.steps:
         if step.stage != "evaluation":
             continue
         if step.evaluation is None:
-            said.append(f"{step.name}: the run folder has no {step.name}/evaluation.json, so this page shows no result of this step.")
+            sentences.append(f"{step.name}: the run folder has no {step.name}/evaluation.json, so this page shows no result of this step.")
             continue
         expected = max((row.get("completions") or 0 for row in step.evaluation["candidates"].values()), default=0)
-        if (there := len(step.completions)) < expected:
+        if (present := len(step.completions)) < expected:
             file = f"{step.name}/completions.jsonl"
-            said.append(
-                f"{step.name}: {file} has {there:,} of {expected:,} lines; it is missing or was cut off. Its other lines are not shown."
+            sentences.append(
+                f"{step.name}: {file} has {present:,} of {expected:,} lines; it is missing or was cut off. Its other lines are not shown."
             )
-    return said
+    return sentences
 
 
 def _evaluation_notes(step: StepFolder, about: str) -> list[Row]:

@@ -52,9 +52,9 @@ def push(
         if problems := registry.verify(source.ref):
             raise RegistryError(f"{source.ref} is damaged and was not pushed: {'; '.join(problems)}")
     repository = look_up_own(identifier)
-    before, there = _version_there(repository, record, registry) if repository is not None else (None, [])
+    before, stored = _version_there(repository, record, registry) if repository is not None else (None, [])
     shared = [version for _, version in versions]
-    evaluations = joined(evaluations_of(record, registry), there)
+    evaluations = joined(evaluations_of(record, registry), stored)
     visibility = "exists; its visibility does not change" if repository is not None else f"new, {'private' if private else 'public'}"
     for line in [*_contents(shared, f"{identifier} ({visibility})", len(evaluations)), *_changes(record, before), *_cut_paths(versions)]:
         say(line)
