@@ -69,7 +69,9 @@ def _unexpected(auto: AutoClass, folder: Path) -> set[str]:
     """The tensors of ``folder`` that the class selected by ``auto`` does not have."""
     try:
         with quiet_transformers():
-            _, report = auto.from_pretrained(str(folder), output_loading_info=True, device_map="meta", ignore_mismatched_sizes=True)
+            _, report = auto.from_pretrained(
+                str(folder), output_loading_info=True, device_map="meta", ignore_mismatched_sizes=True, trust_remote_code=False
+            )
     except Exception:  # loading the model raises it again, with its cause
         return set()
     return set(report["unexpected_keys"])

@@ -20,7 +20,7 @@ from stages.importing.gguf import convert_gguf
 from stages.importing.layouts import Head, Layout, Role, heads_of_adapter, not_kept, recognise
 from stages.importing.notes import on_precision, on_tokenizer, unused, value_folder
 from stages.importing.source import WEIGHT_SUFFIXES, find_source, no_weights, read_json
-from stages.importing.weights import ADAPTER_FILES, read_file, read_head_file, read_weights, unread_files
+from stages.importing.weights import ADAPTER_FILES, read_file, read_head_file, read_weights, unquantized, unread_files
 from stages.json_types import JsonObject
 from stages.models.heads import RewardModel, ScalarModel, ValueModel, read_head
 from stages.models.loading import as_resolved, load_classifier, load_language_model, load_tokenizer, save_model
@@ -96,8 +96,8 @@ def _with_role(layout: Layout, role: Role | None) -> Layout:
     if role in HEADS and layout.head is None and layout.role not in HEADS:
         if layout.role == "classifier":
             raise ModelError(
-                f"--role {role}: the head has several outputs ({layout.head_name}), and a {role} has one. Import it without --role, "
-                "and name the label in the recipe: reward: [{model: NAME, label: LABEL}]"
+                f"--role {role}: the head is that of a classifier ({layout.head_name}); a {role} needs score.weight [1, d]. Import it "
+                "without --role, and name a label in the recipe: reward: [{model: NAME, label: LABEL}]"
             )
         raise ModelError(f"--role {role}: the model has no scalar head ({layout.library})")
     if role == "classifier" and (layout.head is not None or layout.role not in HEADS):
@@ -131,12 +131,13 @@ def _convert_folder(source: Path, folder: Path, allow_pickle: bool, base: str | 
         raise ModelError(f"{source} contains only a head ({layout.head_name or ', '.join(sorted(weights)[:4])}) and no transformer")
     if not (folder / "config.json").exists():
         raise ModelError(f"{source} has no config.json; copy there the config.json of the model that was trained")
+    quantization = unquantized(config, weights, source)
     if layout.value_body:
         shutil.copytree(folder, value_folder(folder))
         _write(layout.value_body, config, value_folder(folder))
     _write(layout.body, config, folder, keep_architecture=layout.library == "transformers")
     notes = [f"not read, because there are safetensors, too: {', '.join(others)}"] if (others := unread_files(source)) else []
-    return replace(layout, notes=[*layout.notes, *notes, *on_precision(weights)])
+    return replace(layout, notes=[*layout.notes, *notes, *quantization, *on_precision(weights)])
 
 
 def _write(tensors: dict[str, Tensor], config: JsonObject, folder: Path, *, keep_architecture: bool = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,12 +14,16 @@ from torch import Tensor
 
 from stages.errors import ModelError, is_out_of_memory
 from stages.importing.source import read_json
+from stages.json_types import JsonObject
 from stages.models.saved_adapters import WRAPPERS
 
 SAFE = ("model.safetensors.index.json", "model.safetensors")
 PICKLED = ("pytorch_model.bin.index.json", "pytorch_model.bin")
 HEAD_FILES = ("value_head.safetensors", "value_head.bin")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+FULL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+QUANTIZED = (".absmax", ".SCB", ".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv")
+"""Endings of tensors that bitsandbytes, GPTQ, AWQ, compressed-tensors and fp8 save with quantized weights."""
 LFS = b"version https://git-lfs"
 NESTED = ("state_dict", "module", "model")
 """Keys under which trainers save the tensors in a pickle file."""
@@ -38,6 +43,24 @@ def read_weights(folder: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
 def unread_files(folder: Path) -> list[str]:
     """Weight files that ``read_weights`` passes over, because the folder also has safetensors."""
     return [name for name in PICKLED if (folder / name).exists()] if any((folder / name).exists() for name in SAFE) else []
+
+
+def unquantized(config: JsonObject, weights: Mapping[str, Tensor], folder: Path) -> list[str]:
+    """Remove ``quantization_config`` from ``config`` and return a note on it, if the weights are not quantized.
+
+    Merging an adapter of a quantized base leaves such an entry. Raises ModelError for quantized weights.
+    """
+    settings = config.get("quantization_config")
+    packed = [name for name, value in weights.items() if name.endswith(QUANTIZED) or (name.endswith(".weight") and value.dtype not in FULL)]
+    if packed:
+        kind = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
+        raise ModelError(
+            f"the weights in {folder} are quantized ({kind}; {packed[0]}). Import the model that was quantized, or dequantize it with "
+            "transformers: model.dequantize().save_pretrained(FOLDER)"
+        )
+    if config.pop("quantization_config", None) is None:
+        return []
+    return ["quantization_config was removed from config.json, because the weights are not quantized"]
 
 
 def read_head_file(folder: Path, *, allow_pickle: bool) -> dict[str, Tensor]:

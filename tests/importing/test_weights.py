@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from stages.errors import ModelError
-from stages.importing.weights import read_file, read_weights
+from stages.importing.weights import read_file, read_weights, unquantized
 
 
 class _RunsCode:
@@ -62,3 +62,16 @@ def test_a_wrong_index_is_refused(tmp_path: Path, index: object) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match="index"):
         read_weights(tmp_path, allow_pickle=False)
+
+
+def test_a_config_of_quantized_weights_is_removed_only_if_the_weights_are_not_quantized(tmp_path: Path) -> None:
+    config: dict[str, Any] = {"model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes"}}
+    plain = {"model.q_proj.weight": torch.ones(2, 2).bfloat16(), "h.0.attn.bias": torch.ones(1, 1, 2, 2).bool()}
+    for packed in ({"model.q_proj.weight": torch.ones(2, 1, dtype=torch.uint8)}, {"model.q_proj.SCB": torch.ones(2)}):
+        with pytest.raises(ModelError, match=r"are quantized \(bitsandbytes"):
+            unquantized(config, {**plain, **packed}, tmp_path)
+    assert unquantized(config, plain, tmp_path) == [
+        "quantization_config was removed from config.json, because the weights are not quantized"
+    ]
+    assert config == {"model_type": "llama"}
+    assert unquantized(config, plain, tmp_path) == []
