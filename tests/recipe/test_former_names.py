@@ -133,3 +133,15 @@ def test_former_limits_that_are_now_constants_keep_the_fingerprint() -> None:
     assert former == HealthSettings(off=["length_drift"])
     settings = settings_of(former)
     assert (settings["length_factor"], settings["entropy_share"], settings["kl_limit"]) == (None, 0.1, 50.0) and "off" not in settings
+
+
+def test_layers_that_are_not_compiled_do_not_change_the_fingerprint_of_earlier_versions() -> None:
+    """Versions before ``torch_compile`` had no such setting."""
+    for compiles in (False, True):
+        training = {"learning_rate": 1e-3, "torch_compile": compiles}
+        ppo = PPOStepConfig.model_validate({**STEP, "data": "d", "training": training})
+        sft = SFTStepConfig.model_validate({"name": "a", "model": "p", "data": {"train": "d"}, "training": training})
+        for config in (ppo, sft):
+            written = settings_of(config)["training"]
+            assert isinstance(written, dict) and written.get("torch_compile", False) == compiles
+            assert ("torch_compile" in written) == compiles

@@ -51,6 +51,7 @@ from workloads import FULL, TINY  # noqa: E402
 
 LORA = {"lora": {"r": 16}}
 CHECKPOINTED = {"gradient_checkpointing": True}
+COMPILED = {"training": {"torch_compile": True}}
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ SETUPS: dict[str, Setup] = {
     "1B, SFT, full": Setup("1B", stage="sft"),
     "1B, SFT, LoRA, checkpointing": Setup("1B", {**LORA, "training": CHECKPOINTED}, stage="sft"),
     "410M, reward model": Setup("410M", stage="reward_model"),
+    "410M, PPO, value network, compiled": Setup("410M", COMPILED, learned_reward=True, seconds=400),
+    "1B, PPO, full, compiled": Setup("1B", COMPILED, seconds=400),
 }
 AGAINST_TRL = {  # set-up -> (must, aim): times TRL's best microbatch
     "410M, PPO, value network": (6, 8),
@@ -92,6 +95,7 @@ MATMUL_SHARES = {
     "1B, PPO, LoRA": (0.35, 0.45),
     "7B, PPO, nf4 LoRA, checkpointing": (0.25, 0.35),
 }
+NOT_COMPILED = {"410M, PPO, value network, compiled": "410M, PPO, value network", "1B, PPO, full, compiled": "1B, PPO, full"}
 IDLE = {"410M, PPO, value network": (0.25, 0.10), "1B, PPO, full": (0.25, 0.10)}
 DECODED = "1B Llama"
 DECODINGS = {"full": False, "ragged": True}  # whether completions end at different times
@@ -225,7 +229,14 @@ class Table:
 
     def _row_makers(self) -> list[RowMaker]:
         """The rows that the option ``only`` chooses."""
-        everything = [*self._ppo_rows(), *self._share_rows(), *self._decoding_rows(), *self._memory_rows(), *self._kl_rows()]
+        everything = [
+            *self._ppo_rows(),
+            *self._share_rows(),
+            *self._decoding_rows(),
+            *self._memory_rows(),
+            *self._kl_rows(),
+            *self._compiled_rows(),
+        ]
         return [row for row in everything if all(word.lower() in row.title.lower() for word in self.options.only)]
 
     def _ppo_rows(self) -> Iterator[RowMaker]:
@@ -294,6 +305,23 @@ class Table:
                 return _row("KL of a model to itself", precision, result.get("kl"), "0", "0", reason(result))
 
             yield RowMaker(kl_name(precision), (kl_name(precision),), make)
+
+    def _compiled_rows(self) -> Iterator[RowMaker]:
+        for name, usual in NOT_COMPILED.items():
+
+            def make(name: str = name, usual: str = usual) -> Row:
+                result, other = self._result(name), self._result(usual)
+                speed, slow = (one.get("update_tokens_per_second") for one in (result, other))
+                value = speed / slow if speed and slow else None
+                details = {
+                    "peak_gib": gib(result.get("peak_bytes")),
+                    "peak_gib_not_compiled": gib(other.get("peak_bytes")),
+                    **speeds(result),
+                }
+                why = reason(result) or reason(other) or self._toy()
+                return _row("compiled layers: speed of the update, times not compiled", usual, value, "", "> 1", why, details)
+
+            yield RowMaker(f"compiled layers, {usual}", (name, usual), make)
 
     def _result(self, name: str) -> dict[str, Any]:
         return self.done.get(name, {"skipped": NOT_MEASURED})

@@ -45,7 +45,7 @@ def test_the_table_has_all_rows_and_each_measurement_runs_once(tmp_path: Path) -
     by_measure: dict[str, list[Any]] = {}
     for row in made.rows:
         by_measure.setdefault(row.measure, []).append(row)
-    assert [len(rows) for rows in by_measure.values()] == [3, 3, 2, 2, 1, len(table.SETUPS), 2]
+    assert [len(rows) for rows in by_measure.values()] == [3, 3, 2, 2, 1, len(table.SETUPS), 2, len(table.NOT_COMPILED)]
     assert len(table.SETUPS) >= 8 and len([task for task in asked if task["measure"] == "step"]) == len(table.SETUPS)
     assert {shown(row) for row in by_measure["idle share of the GPU in the update"]} == {(name, None, "no GPU") for name in table.IDLE}
     assert {row.note for row in by_measure["PPO speed"]} == {"--trl does not name an environment with TRL 1.12"}
@@ -73,6 +73,23 @@ def test_the_ratio_is_to_the_best_microbatch_of_trl(tmp_path: Path) -> None:
     best = row.details["trl"]
     assert (best["microbatch"], best["peak_gib"], best["tried"]) == (2, 1.0, {2: 4.0})
     assert best["failed"] == {4: "does not fit: the process ran out of memory"}
+
+
+def test_compiled_layers_are_compared_with_the_same_set_up(tmp_path: Path) -> None:
+    """``--only compiled`` measures PPO of both sizes with and without compilation in one call."""
+
+    def run(task: dict[str, Any], seconds: float) -> dict[str, Any]:
+        compiles = task.get("fields", {}).get("training", {}).get("torch_compile", False)
+        asked.append((task["shape"], task["measure"], compiles))
+        return {"update_tokens_per_second": 30.0 if compiles else 20.0}
+
+    asked: list[tuple[str, str, bool]] = []
+    made = table.Table(options(only=["compiled layers"]), tmp_path, run)
+    made.fill()
+    assert [(row.case, row.value) for row in made.rows] == [("410M, PPO, value network", 1.5), ("1B, PPO, full", 1.5)]
+    assert {one for one in asked if one[1] == "step"} == {
+        (shape, "step", compiles) for shape in ("410M", "1B") for compiles in (False, True)
+    }
 
 
 def test_a_crash_is_shown_in_its_row_and_gives_exit_status_1(tmp_path: Path, monkeypatch, capsys) -> None:
