@@ -208,6 +208,8 @@ AUTO_ROWS = {"pretraining": 32, "sft": 32, "sentiment": 32, "reward_model": 8, "
 """By stage: rows of a pass on a CPU with microbatch_size: auto. More rows are not faster there."""
 SCORING_ROWS = 64
 """Texts per forward pass of a reward model or classifier, if the recipe does not set it."""
+CHECKED_WEIGHTS = 300_000_000
+"""A saved model of up to this many weights is loaded again and compared with the model in memory."""
 
 
 COMPILE_HELP = (

@@ -93,7 +93,7 @@ DETAILS = (
     _detail(
         "G12",
         "Dropout is disabled in reward model training and PPO",
-        "models/loading.py:disable_dropout",
+        "models/dropout.py:disable_dropout",
         "ppo/test_details.py::test_dropout_is_off_everywhere ppo/test_details.py::test_the_first_minibatch_has_ratio_one_and_no_kl",
     ),
     _detail(

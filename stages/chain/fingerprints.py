@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -138,8 +138,16 @@ def _imports_of(text: str, package: str) -> tuple[str, ...]:
     return tuple(_walk_imports(text, package))
 
 
+def _statements(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
+    """All statements of a program, also those inside others. Expressions contain none, so they are not visited."""
+    for node in body:
+        yield node
+        for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+            yield from _statements(getattr(node, name, ()))
+
+
 def _walk_imports(text: str, package: str) -> Iterator[str]:
-    for node in ast.walk(ast.parse(text)):
+    for node in _statements(ast.parse(text).body):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("stages."))
         elif isinstance(node, ast.ImportFrom):

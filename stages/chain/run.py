@@ -36,8 +36,9 @@ from stages.chain.resolving import content_of, resolve
 from stages.chain.results import StoredResult, last_result, load_result, restore_files, save_result
 from stages.chain.texts import check_texts, tokenizer_digests
 from stages.config import StepConfig
+from stages.corpora.files import WORLD_ROWS, first_rows_of_world
 from stages.engines.checks import check_installed
-from stages.errors import RecipeError, doing
+from stages.errors import DataError, RecipeError, doing
 from stages.json_types import JsonObject
 from stages.labelling.waiting import WAITING
 from stages.models.precision import auto_precision, width_of
@@ -122,7 +123,18 @@ def plan(recipe: Recipe, home: Path, *, download: bool = True) -> list[StepPlan]
 
 
 def _check_data(recipe: Recipe, step: RecipeStep, registry: Registry) -> None:
-    """Raise RecipeError or DataError for data that a step or one of its models cannot read."""
+    """Raise RecipeError or DataError for data that a step or one of its models cannot read.
+
+    Of the embedded world, the first rows are enough to see that they can be read. If they fail, all rows decide.
+    """
+    try:
+        with first_rows_of_world(WORLD_ROWS):
+            _check_rows(recipe, step, registry)
+    except (DataError, RecipeError):
+        _check_rows(recipe, step, registry)
+
+
+def _check_rows(recipe: Recipe, step: RecipeStep, registry: Registry) -> None:
     recipe.check_data(step)
     check_texts(recipe, step, registry)
 

@@ -11,6 +11,8 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +33,19 @@ if TYPE_CHECKING:
     from stages.corpora.rows import RowFilter
 
 logger = logging.getLogger(__name__)
+
+WORLD_ROWS = 512  # rows of each part of the embedded world that a plan reads; all are alike
+_first_of_world: ContextVar[int | None] = ContextVar("first_of_world", default=None)
+
+
+@contextmanager
+def first_rows_of_world(number: int) -> Iterator[None]:
+    """Context manager in which ``read_rows`` makes at most ``number`` rows of a part of the embedded world, which are all alike."""
+    token = _first_of_world.set(number)
+    try:
+        yield
+    finally:
+        _first_of_world.reset(token)
 
 
 def read_rows(sources: Sequence[DataSource], *, split: str = "train") -> list[Row]:
@@ -82,8 +97,10 @@ def _meet(one: DataSource, other: DataSource) -> bool:
 
 def _read_source(source: DataSource, split: str) -> list[Row]:
     rows: list[Row] = []
-    stop = None if source.limit is None else source.skip + source.limit
-    for index, row in enumerate(_open(source, split)):
+    limit = _first_of_world.get() if source.path.startswith(PREFIX) else None
+    limit = min((number for number in (source.limit, limit) if number is not None), default=None)
+    stop = None if limit is None else source.skip + limit
+    for index, row in enumerate(_open(source, split, stop)):
         if stop is not None and index >= stop:
             break
         if index >= source.skip:
@@ -93,9 +110,10 @@ def _read_source(source: DataSource, split: str) -> list[Row]:
     return rows
 
 
-def _open(source: DataSource, split: str) -> Iterator[Row]:
+def _open(source: DataSource, split: str, stop: int | None) -> Iterator[Row]:
+    """The rows of a source. The embedded world makes only the first ``stop`` rows (None: all)."""
     if source.path.startswith(PREFIX):
-        return with_locations(world_rows(source.path, None if source.limit is None else source.skip + source.limit), source.path)
+        return with_locations(world_rows(source.path, stop), source.path)
     if source.on_hub:
         _refuse_file(source)
 

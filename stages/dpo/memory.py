@@ -6,20 +6,19 @@ from collections.abc import Mapping
 
 from stages.dpo.config import DPOStepConfig
 from stages.memory.estimate import Machine, Memory, dtype_bytes, lora_rank
-from stages.memory.lengths import Counter, Lengths, comparison_texts
+from stages.memory.lengths import Counter, Lengths, comparison_lengths
 from stages.memory.models import View, language_model, rows_per_pass
 
 
 def lengths_of(config: DPOStepConfig, counter: Counter) -> Lengths:
     """The longest texts of the step's data, in tokens."""
-    texts, most = comparison_texts(config.data.train, config.preferred)
-    return Lengths(comparison=counter.longest(texts), completions=most)
+    return comparison_lengths(config.data.train, config.preferred, counter, pairs=True)
 
 
 def estimate(config: DPOStepConfig, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory:
     """Both completions of a pair in one pass; plus a frozen reference unless an adapter is trained."""
     view = models["model"]
     columns = min(config.max_length or view.shape.positions, lengths.comparison)
-    rows = 2 * rows_per_pass(config, processes, columns, machine, texts=2)
+    rows = 2 * rows_per_pass(config, processes, columns, machine, lengths.examples, texts=2)
     made = language_model(config, view, rows, columns, machine, tiled=True)
     return made if lora_rank(config) else made + view.frozen(dtype_bytes(config.precision, machine))

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -38,17 +38,33 @@ def pass_memory(kind: PassKind) -> PassMemory | None:
     """The memory of a pass; None if its layers cannot be counted. The log then says why, once."""
     if not kind.config:
         return None
-    key = _key(kind)
+    known = _known(_key(kind), partial(_count_or_explain, kind))
+    if "kept" in known:
+        return PassMemory(_polynomial(known["kept"]), _polynomial(known["peak"]))
+    if "reason" in known:
+        _warn(str(json.loads(kind.config).get("model_type", "this model")), known["reason"])
+    return None
+
+
+def has_plain_logits(config: str, vocabulary: int) -> bool:
+    """Whether the logits of a causal language model are its last hidden states times its output layer, without a cap or a scale.
+
+    True if that cannot be found out. ``config``: the transformers config as JSON.
+    """
+    kind = PassKind(config, vocabulary, "cpu", weights=4, compute=4, trains=False)
+    if not config:
+        return True
+    return bool(_known(f"logits {_key(kind)}", partial(_plain_logits, kind)).get("plain", True))
+
+
+def _known(key: str, count: Callable[[], _Kept]) -> _Kept:
+    """What is kept under ``key``; if there is nothing, what ``count`` returns."""
     if key not in _counts:
         _counts.update(_read(_file.get()))
     if key not in _counts:
-        _counts[key] = _count_or_explain(kind)
+        _counts[key] = count()
         _write(_file.get(), key)
-    known = _counts[key]
-    if "kept" in known:
-        return PassMemory(_polynomial(known["kept"]), _polynomial(known["peak"]))
-    _warn(str(json.loads(kind.config).get("model_type", "this model")), known["reason"])
-    return None
+    return _counts[key]
 
 
 @cache
@@ -71,7 +87,15 @@ class _NoCount(TypedDict):
     reason: str
 
 
-_counts: dict[str, _Count | _NoCount] = {}  # by ``_key``
+@final
+class _Logits(TypedDict):
+    """Whether a model's logits are plain products."""
+
+    plain: bool
+
+
+_Kept = _Count | _NoCount | _Logits
+_counts: dict[str, _Kept] = {}  # by ``_key``
 
 
 def _polynomial(content: dict[str, Sequence[float]]) -> Polynomial:
@@ -87,7 +111,7 @@ def _key(kind: PassKind) -> str:
     return sha256(content.encode()).hexdigest()[:32]
 
 
-def _read(path: Path | None) -> dict[str, _Count | _NoCount]:
+def _read(path: Path | None) -> dict[str, _Kept]:
     if path is None:
         return {}
     try:
@@ -112,12 +136,31 @@ def _count_or_explain(kind: PassKind) -> _Count | _NoCount:
     """The count as fields, or the reason why there is none: any error of a family's own code. The plan then uses constants."""
     from stages.memory.fake_passes import count
 
-    fake = logging.getLogger("torch._subclasses.fake_tensor")  # it logs tracebacks of the errors that are caught here
+    with _silent():
+        try:
+            return cast("_Count", asdict(count(kind)))
+        except Exception as error:
+            return {"reason": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+
+
+def _plain_logits(kind: PassKind) -> _Logits:
+    from stages.memory import fake_passes
+
+    with _silent():
+        try:
+            return {"plain": fake_passes.has_plain_logits(kind)}
+        except Exception as error:
+            logger.info("whether the model caps or scales its logits is unknown: %s", error)
+            return {"plain": True}
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without the log of fake tensors: it has tracebacks of errors that are caught."""
+    fake = logging.getLogger("torch._subclasses.fake_tensor")
     level = fake.level
     fake.setLevel(logging.CRITICAL)
     try:
-        return cast("_Count", asdict(count(kind)))
-    except Exception as error:
-        return {"reason": " ".join(str(error).split())[:200]}
+        yield
     finally:
         fake.setLevel(level)

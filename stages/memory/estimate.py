@@ -134,6 +134,15 @@ def unchunked_logits(shape: Shape, positions: float) -> float:
     return 5 * positions * shape.vocabulary * FP32
 
 
+def full_logits(shape: Shape, tokens: float, positions: float, *, compute: int = FP32) -> float:
+    """The loss of a policy whose model caps or scales its logits, and so makes them for all ``tokens`` of a pass at once.
+
+    ``positions``: those that the loss reads. At the peak of the backward pass there are three copies of the logits, and the gradient of the
+    positions in fp32.
+    """
+    return (3 * tokens * compute + positions * FP32) * shape.vocabulary
+
+
 def tiled_logits(shape: Shape, positions: float, machine: Machine, *, trains_output: bool, compute: int = FP32) -> float:
     """The loss of TRL's SFT and DPO trainers: a tile of logits, the gradients of hidden states and output layer, and copies of the tile.
 
@@ -146,8 +155,7 @@ def tiled_logits(shape: Shape, positions: float, machine: Machine, *, trains_out
     casts = columns * shape.hidden * compute if compute < FP32 else 0
     if machine.kind != "cpu":
         return tokens * TILE_COLUMNS * compute + hidden + output + casts
-    copies = TILE_COPIES + (1 if compute < FP32 else 0)
-    return tokens * columns * (compute + copies * FP32) + hidden + output + casts
+    return tokens * columns * (compute + TILE_COPIES * FP32) + hidden + output + casts
 
 
 class MayHaveLora(Protocol):

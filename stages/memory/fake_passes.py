@@ -1,8 +1,9 @@
 """Count the memory of a pass by running a few layers of the model on tensors without data.
 
 The layers are those of transformers with this project's replacements, adapters and gradient checkpointing. Autograd runs as in training,
-but torch's fake tensors have only a shape, so a count needs no weights, no memory and no GPU. The difference between three layers and two
-is the memory of each further layer. R rows (sequences), C columns (tokens of a row).
+but torch's fake tensors have only a shape, so a count needs no weights, no memory and no GPU. If all layers have the same weights, the
+difference between three layers and two is the memory of each further layer. Other models, and those of up to three layers, are counted
+with all their layers. R rows (sequences), C columns (tokens of a row).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -20,14 +22,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, masking_utils
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, PreTrainedModel, masking_utils
+from transformers.integrations import moe
 
 from stages.config import LoraSettings, ModelInput
 from stages.memory.passes import PassKind, PassMemory, Polynomial
-from stages.models.adapters import attach_lora
 from stages.models.attention import attention_of, class_of
+from stages.models.dropout import disable_dropout
 from stages.models.lean import use_lean_layers
-from stages.models.loading import disable_dropout
 from stages.sampling.support import plain_model
 from stages.tokens.positions import model_length
 
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 COLUMNS = 512  # of the passes that are counted; the positions of the model if those are fewer
 HALF = 2  # bytes
+WHOLE = 3  # a model of up to this many layers is counted with all of them
 
 
 def count(kind: PassKind) -> PassMemory:
@@ -47,16 +50,64 @@ def count(kind: PassKind) -> PassMemory:
     # With sdpa and no mask, nothing grows with pairs of tokens, and two sizes are enough.
     has_pairs = kind.masked or _attention(kind, config) == "eager"
     sizes = [(2, columns), (4, columns), *([(2, 2 * columns)] if has_pairs else [])]
-    # Two layers at least, because a pass without gradients frees a layer's input in the next layer.
-    taken = [_runs(kind, layers, sizes) for layers in ((2, 3) if kind.trains else (2,))]
+    taken = [_runs(kind, layers, sizes) for layers in _numbers_of_layers(kind, config)]
     kept, peak = (_fitted(columns, [[run[part] for run in runs] for runs in taken]) for part in (0, 1))
     return PassMemory(kept, peak)
+
+
+def has_plain_logits(kind: PassKind) -> bool:
+    """Whether the model's logits are its last hidden states times its output layer, without a cap or a scale before or after it."""
+    config = _config(kind, 1, vocab_size=kind.vocabulary)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=_attention(kind, config))
+    hidden: list[Tensor] = []
+    seen: dict[str, Tensor] = {}
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part is not model:
+            part.register_forward_hook(lambda module, args, made: hidden.append(made[0]))
+    model.get_output_embeddings().register_forward_hook(lambda module, args, made: seen.update(multiplied=args[0], product=made))
+    with FakeTensorMode(allow_non_fake_inputs=True), _without_values(kind), torch.no_grad():
+        _give_fake_weights(model, kind)
+        logits = model(input_ids=torch.ones(1, 8, dtype=torch.long), use_cache=False).logits
+    return _address(seen["multiplied"]) in map(_address, hidden) and _address(seen["product"]) == _address(logits)
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _numbers_of_layers(kind: PassKind, config: PretrainedConfig) -> tuple[int, ...]:
+    """The numbers of layers to count with: two and three, or all layers if they are few or differ.
+
+    A pass without gradients needs as much memory with two layers as with more: it frees a layer's input in the next layer.
+    """
+    layers: int = config.num_hidden_layers
+    if layers <= WHOLE or not _are_alike(kind, layers):
+        return (layers,)
+    return (2, 3) if kind.trains else (2,)
+
+
+def _are_alike(kind: PassKind, layers: int) -> bool:
+    """Whether all layers have modules of the same classes with weights of the same shapes."""
+    model = plain_model(_bare_model(kind, layers))
+    for stack in model.modules():
+        if isinstance(stack, nn.ModuleList) and len(stack) == layers:
+            first, *others = [_signature(layer) for layer in stack]
+            return all(other == first for other in others)
+    return False
+
+
+def _signature(layer: nn.Module) -> list[tuple[str, type, list[torch.Size]]]:
+    """The name, the class and the shapes of the weights of each module of a layer."""
+    return [
+        (name, type(module), [parameter.shape for parameter in module.parameters(recurse=False)]) for name, module in layer.named_modules()
+    ]
 
 
 def _fitted(columns: int, taken: Sequence[Sequence[float]]) -> Polynomial:
     """The polynomial through the bytes of two and three layers, each at (2, columns), (4, columns) and, with pairs, (2, 2 columns).
 
-    Without three layers, the bytes do not depend on the number of layers.
+    With one number of layers, the bytes do not depend on it.
     """
     of_layers = []
     tokens = 2 * columns
@@ -73,7 +124,7 @@ def _fitted(columns: int, taken: Sequence[Sequence[float]]) -> Polynomial:
 def _runs(kind: PassKind, layers: int, sizes: Sequence[tuple[int, int]]) -> list[tuple[float, float]]:
     """(bytes kept after the forward pass, most bytes) of passes over (rows, columns)."""
     model = _model(kind, layers)
-    with FakeTensorMode(allow_non_fake_inputs=True), _without_packing(kind):
+    with FakeTensorMode(allow_non_fake_inputs=True), _without_values(kind):
         _give_fake_weights(model, kind)
         return [_run(model, kind, *size) for size in sizes]
 
@@ -90,49 +141,67 @@ def _run(model: TransformersModel, kind: PassKind, rows: int, columns: int) -> t
 
 
 @contextmanager
-def _without_packing(kind: PassKind) -> Iterator[None]:
-    """Without padding there is no attention mask. transformers cannot see this on fake tensors, and would build a mask for packed rows."""
-    usual = getattr(masking_utils, "find_packed_sequence_indices", None)
-    if kind.masked or usual is None:
-        yield
-        return
-    masking_utils.find_packed_sequence_indices = lambda *_, **__: None
+def _without_values(kind: PassKind) -> Iterator[None]:
+    """Replace two functions of transformers that fake tensors cannot run.
+
+    Without padding there is no attention mask. transformers cannot see this on fake tensors, and would build a mask for packed rows. Fake
+    tensors know PyTorch's product of groups, which mixtures of experts use, only in bf16; that of transformers keeps the same tensors.
+    """
+    own: list[tuple[ModuleType, str, object]] = [(moe, "_can_use_grouped_mm", lambda *_, **__: False)]
+    if not kind.masked:
+        own.append((masking_utils, "find_packed_sequence_indices", lambda *_, **__: None))
+    own = [(module, name, function) for module, name, function in own if hasattr(module, name)]
+    usual = [getattr(module, name) for module, name, _ in own]
+    for module, name, function in own:
+        setattr(module, name, function)
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = usual
+        for (module, name, _), function in zip(own, usual, strict=True):
+            setattr(module, name, function)
 
 
 def _is_encoder(model: TransformersModel) -> bool:
     return "use_cache" not in inspect.signature(plain_model(model).forward).parameters
 
 
-def _config(kind: PassKind, **changes: int) -> PretrainedConfig:
-    """The transformers config with other sizes. Fields that list layers are left out; transformers computes them again."""
+def _config(kind: PassKind, layers: int | None = None, **sizes: int) -> PretrainedConfig:
+    """The transformers config with the first ``layers`` layers (None: all) and other ``sizes``. A list with a value per layer is cut."""
     fields = json.loads(kind.config)
-    layers = fields.get("num_hidden_layers") or fields.get("n_layer") or fields.get("n_layers")
-    lists = [name for name, value in fields.items() if isinstance(value, list) and len(value) == layers]
-    left_out = {"model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "quantization_config", *lists}
+    left_out = {"model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "quantization_config"}
     kept = {name: value for name, value in fields.items() if name not in left_out}
     config: PretrainedConfig = CONFIG_MAPPING[fields["model_type"]](**kept)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    kinds = getattr(config, "layer_types", None)
-    if kinds and len(kinds) < config.num_hidden_layers:  # they were computed for fewer layers
-        config.layer_types = [kinds[layer % len(kinds)] for layer in range(config.num_hidden_layers)]
+    if layers is not None and layers != (full := config.num_hidden_layers):
+        for name, value in list(vars(config).items()):
+            if isinstance(value, list | tuple) and len(value) == full and not all(isinstance(item, float) for item in value):
+                setattr(config, name, value[:layers])
+        config.num_hidden_layers = layers
+    for name, size in sizes.items():
+        if not isinstance(getattr(type(config), name, None), property):  # computed from other sizes
+            setattr(config, name, size)
+    if (config.pad_token_id or 0) >= config.vocab_size:
+        config.pad_token_id = None
     return config
 
 
-def _model(kind: PassKind, layers: int) -> TransformersModel:
-    """The transformer with some layers on the meta device, as a training step prepares it."""
+def _bare_model(kind: PassKind, layers: int) -> TransformersModel:
+    """The transformer with its first layers on the meta device, without adapters and quantization."""
+    config = _config(kind, layers, vocab_size=kind.vocabulary)
     dtype = torch.float32 if kind.weights > HALF else torch.bfloat16
-    config = _config(kind, num_hidden_layers=layers, vocab_size=kind.vocabulary)
     with torch.device("meta"):
         model: TransformersModel = AutoModel.from_config(config, dtype=dtype, attn_implementation=_attention(kind, config))
+    return model
+
+
+def _model(kind: PassKind, layers: int) -> TransformersModel:
+    """The transformer with its first layers on the meta device, as a training step prepares it."""
+    model = _bare_model(kind, layers)
     disable_dropout(model)
     if kind.quantization != "none":
         _quantize(model, kind.quantization)
     if kind.rank:
+        from stages.models.adapters import attach_lora
+
         model.requires_grad_(False)
         model = attach_lora(model, LoraSettings(r=kind.rank), task="FEATURE_EXTRACTION", base="count")
     elif kind.device == "cpu" and kind.compute > HALF and kind.trains:
@@ -148,7 +217,7 @@ def _model(kind: PassKind, layers: int) -> TransformersModel:
 def _attention(kind: PassKind, config: PretrainedConfig) -> str:
     """eager if a step would use it, else sdpa. Flash attention keeps what sdpa keeps."""
     chosen = attention_of(AutoModelForCausalLM, config, ModelInput(ref="count"), torch.float32 if kind.compute > HALF else torch.bfloat16)
-    known = class_of(AutoModelForCausalLM, config)
+    known = class_of(AutoModelForCausalLM, config) or class_of(AutoModel, config)
     return "eager" if chosen == "eager" or (known is not None and not known._supports_sdpa) else "sdpa"
 
 
@@ -156,8 +225,8 @@ def _use_lean_layers(model: nn.Module, kind: PassKind) -> None:
     """Use the lean layers of ``models/lean.py``. They are chosen on a small real model, because the choice compares outputs."""
     config = _config(kind)
     width = 8 * config.num_attention_heads
-    sizes = {"hidden_size": width, "intermediate_size": width, "head_dim": 8, "vocab_size": 16, "num_hidden_layers": 1}
-    small = AutoModel.from_config(_config(kind, **{name: size for name, size in sizes.items() if hasattr(config, name)}))
+    sizes = {"hidden_size": width, "intermediate_size": width, "head_dim": 8, "vocab_size": 16}
+    small = AutoModel.from_config(_config(kind, 1, **{name: size for name, size in sizes.items() if hasattr(config, name)}))
     usual = {name: type(module).__name__ for name, module in small.named_modules()}
     use_lean_layers(small)
     lean = {usual[name]: type(module) for name, module in small.named_modules() if hasattr(module, "lean")}
@@ -260,8 +329,8 @@ def _quantize(model: nn.Module, quantization: str) -> None:
 class LiveBytes(TorchDispatchMode):
     """Context manager that counts the bytes of the tensors made within it: ``now``, those that are alive, and their ``peak``.
 
-    It works on fake tensors and on real ones, and sees every operation, also in backward passes. ``counts_inputs``: also count tensors that
-    were made before, from their first use on.
+    It works on fake tensors and on real ones, and sees every operation, also in backward passes. Tensors on the meta
+    device have no bytes. ``counts_inputs``: also count tensors that were made before, from their first use on.
     """
 
     def __init__(self, *, counts_inputs: bool = False) -> None:
@@ -280,7 +349,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _see(self, tensors: object, *, is_new: bool) -> None:
         for leaf in tree_leaves(tensors):
-            if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+            if isinstance(leaf, Tensor) and leaf.layout == torch.strided and leaf.device.type != "meta":
                 self._add(leaf.untyped_storage(), is_new)
 
     def _add(self, storage: torch.UntypedStorage, is_new: bool) -> None:

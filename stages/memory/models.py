@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from random import Random
 from typing import Protocol
 
-from stages.config import LoraSettings, TrainingStepConfig
-from stages.kernels.token_budget import CPU_TOKENS, PROMPT_TOKENS, rows_per_batch
-from stages.memory.counting import pass_memory
+from stages.config import CHECKED_WEIGHTS, LoraSettings, TrainingStepConfig
+from stages.kernels.token_budget import CPU_TOKENS, PROMPT_TOKENS, rows_per_batch, token_budget_batches, tokens_of
+from stages.memory.counting import has_plain_logits, pass_memory
 from stages.memory.estimate import (
     FP32,
     Machine,
     Memory,
     activations,
+    chunked_logits,
     dtype_bytes,
     frozen_weights,
+    full_logits,
     inference,
     kv_cache,
     lora_rank,
@@ -25,6 +29,8 @@ from stages.memory.estimate import (
 )
 from stages.memory.passes import PassKind
 from stages.memory.shapes import Shape
+
+DRAWN_STEPS = 4  # number of steps that are drawn to find how full passes get
 
 
 class TrainingMemory(Protocol):
@@ -116,21 +122,56 @@ def inference_bytes(shape: Shape, rows: float, columns: int, compute: int, machi
     return inference(shape, rows * columns, compute) if counted is None else counted.peak.at(shape.layers, rows, columns)
 
 
+def policy_logits(
+    shape: Shape, tokens: float, positions: float, machine: Machine, *, trains_output: bool, compute: int, trains: bool = True
+) -> float:
+    """Bytes of the logits in a pass of a policy over ``tokens``, of which the loss (or the measurement) reads ``positions``."""
+    if has_plain_logits(shape.config, shape.vocabulary):
+        return chunked_logits(shape, positions, machine, trains_output=trains_output, compute=compute)
+    if trains:
+        return full_logits(shape, tokens, positions, compute=compute)
+    return (2 * tokens * compute + 2 * positions * FP32) * shape.vocabulary
+
+
+def saving(weights: float) -> Phase:
+    """The comparison of a small saved model with the model in memory: the saved one, in fp32."""
+    return 0.0, FP32 * weights if weights <= CHECKED_WEIGHTS else 0.0, 0.0
+
+
 def cast_bytes(weights: float, compute: int) -> float:
     """Copies of fp32 weights in the compute dtype; 0 if that is fp32."""
     return weights * compute if compute < FP32 else 0.0
 
 
-def rows_per_pass(config: TrainingStepConfig, processes: int, columns: int, machine: Machine, *, texts: int = 1) -> float:
-    """The most examples of a Trainer's pass. An example has ``texts`` sequences of up to ``columns`` tokens.
+def rows_per_pass(
+    config: TrainingStepConfig, processes: int, columns: int, machine: Machine, examples: Sequence[tuple[int, int]], *, texts: int = 1
+) -> float:
+    """The most examples of a Trainer's pass. An example has up to ``texts`` sequences of up to ``columns`` tokens.
 
-    On a CPU it is a fraction, so that the product with ``columns`` is the token budget, which shorter sequences can fill.
+    ``examples``: of some examples, the number of sequences and the tokens of the longest. From them follows how full a CPU's passes get;
+    the result is then a fraction: tokens of the largest pass per longest example. Without them, passes use the token budget completely.
     """
     share = max(1, config.training.batch_size // processes)
-    if processes == 1:
-        rows = min(config.training.rows_per_pass, share)
-        return rows if machine.kind != "cpu" else min(rows, max(1.0, CPU_TOKENS / (texts * columns)))
-    return max(size for size in range(1, min(config.training.rows_per_pass, share) + 1) if share % size == 0)
+    most = min(config.training.rows_per_pass, share)
+    if processes > 1:
+        return max(size for size in range(1, most + 1) if share % size == 0)
+    if machine.kind != "cpu":
+        return most
+    longest = texts * columns
+    if not examples:
+        return min(most, max(1.0, CPU_TOKENS / longest))
+    return largest_pass([number * min(tokens, columns) for number, tokens in examples], share, most) / longest
+
+
+def largest_pass(examples: Sequence[int], batch_size: int, rows: int) -> int:
+    """Tokens of the largest pass on a CPU. Steps of ``batch_size`` examples are drawn from ``examples`` (tokens of each)."""
+    draw, largest = Random(0), 0
+    for _ in range(DRAWN_STEPS):
+        step = draw.sample(examples, batch_size) if len(examples) > batch_size else draw.choices(examples, k=batch_size)
+        order = sorted(range(batch_size), key=lambda example: -step[example])
+        groups = token_budget_batches(order, step, rows=rows, device_type="cpu")
+        largest = max(largest, *(tokens_of(group, step) for group in groups))
+    return largest
 
 
 def language_model(config: TrainingStepConfig, view: View, rows: float, columns: int, machine: Machine, *, tiled: bool = False) -> Memory:
@@ -140,7 +181,8 @@ def language_model(config: TrainingStepConfig, view: View, rows: float, columns:
         compute = dtype_bytes(config.precision, machine)
         logits = tiled_logits(view.shape, rows * columns, machine, trains_output=not lora_rank(config), compute=compute)
     return trained_model(config, view, machine) + phases(
-        training_phase(config, view, rows, columns, machine, logits=logits, masked=has_padding(config))
+        training_phase(config, view, rows, columns, machine, logits=logits, masked=has_padding(config)),
+        saving(view.shape.weights),
     )
 
 

@@ -93,8 +93,8 @@ SAVED = {"gated": (5, 4), "lean": (4, 2), "gpt2": (3, 5), "other": (5, 2)}
 NAMES: dict[str, tuple[str, ...]] = {
     "hidden": ("hidden_size", "n_embd", "dim", "d_model"),
     "intermediate": ("intermediate_size", "n_inner", "hidden_dim"),
-    "layers": ("num_hidden_layers", "n_layer", "n_layers"),
-    "heads": ("num_attention_heads", "n_head", "n_heads"),
+    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
 }
 UNGATED = ("gpt2", "gpt_neox", "gpt_neo", "opt", "bloom", "phi", "distilbert", "bert", "roberta")
 ENCODERS = ("distilbert", "bert", "roberta")

@@ -1,4 +1,4 @@
-"""Dropout on residual branches only (Ouyang et al. 2022, C.1: 0.2 in supervised fine-tuning), for any decoder family.
+"""Dropout on residual branches only (Ouyang et al. 2022, C.1: 0.2 in supervised fine-tuning), for any decoder family; and no dropout.
 
 Many families lack the dropout modules that GPT had. Forward hooks therefore apply dropout to the branch outputs. Weights, modules and
 names do not change, so the saved model is the same.
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stages.errors import ModelError
-from stages.models.loading import disable_dropout
 from stages.sampling.support import plain_model
 
 if TYPE_CHECKING:
@@ -70,3 +69,14 @@ def _drop(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]
     if isinstance(output, tuple):
         return (functional.dropout(output[0], getattr(module, RESIDUAL)), *output[1:])
     return functional.dropout(output, getattr(module, RESIDUAL))
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability in ``model`` to 0. The config is not changed, so the saved model is the same."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            # attention modules pass a float to scaled_dot_product_attention
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)

@@ -18,6 +18,7 @@ from stages.errors import ModelError
 from stages.models.adapters import FRESH, attach_lora, lora_config, quantization_config
 from stages.models.attention import attention_of
 from stages.models.causality import require_causal
+from stages.models.dropout import disable_dropout
 from stages.models.embeddings import grow_embedding
 from stages.models.failures import explained
 from stages.models.families import no_linear_layers, refuse_quantization, refuse_unfit, unquantized_modules
@@ -377,17 +378,6 @@ def _check_finite(model: nn.Module, source: ResolvedModel) -> None:
                 f"the weight {name} of {source.ref!r} contains NaN or infinity; use an earlier version of it, or train it again "
                 "with a lower learning rate"
             )
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability in ``model`` to 0. The config is not changed, so the saved model is the same."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            # attention modules pass a float to scaled_dot_product_attention
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,6 +1,6 @@
 """Check saved files before publishing: the saved model must compute the same outputs as the model in memory.
 
-An adapter is always loaded again on the base in memory. Models with up to ``SMALL`` parameters are also loaded completely, as the
+An adapter is always loaded again on the base in memory. Models with up to ``CHECKED_WEIGHTS`` parameters are also loaded completely, as the
 next step would load them (adapters merged). For larger full weights only the number of values and the tying of weights are checked.
 Sharded models are not checked by computation.
 """
@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.config import ModelInput
+from stages.config import CHECKED_WEIGHTS, ModelInput
 from stages.errors import ModelError
 from stages.models.adapters import activate, active_adapters, add_adapter, remove_adapter, source_of
 from stages.models.saved_adapters import base_of
@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from stages.model_types import TransformersModel
-SMALL = 300_000_000
-"""Maximum parameters of a base that is loaded a second time for the check."""
+
 NUM_ROWS, NUM_TOKENS = 4, 64
 """Maximum number and length of the rows used in the check."""
 SAME = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -128,7 +127,7 @@ def _check_adapter(
         for parameter in model.parameters():
             parameter.requires_grad_(parameter in trainable)
     _compare(outputs, expected, SAME[dtype], scale, "read again and put on its base")
-    if saved.base is None or _size_of(model) > SMALL:
+    if saved.base is None or _size_of(model) > CHECKED_WEIGHTS:
         return
     is_int8 = any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
     _compare(reload(saved), expected, max(ROUNDED[dtype], ROUNDED_INT8 if is_int8 else 0.0), scale, "merged into its base")
@@ -148,7 +147,7 @@ def check_saved_weights(
     """Raise ModelError unless the full weights in ``folder`` equal those of ``model``. Arguments as in ``check_saved_adapter``."""
     _check_sharing(model)
     _check_value_count(model, folder)
-    if _size_of(model) > SMALL:
+    if _size_of(model) > CHECKED_WEIGHTS:
         return
     saved = ResolvedModel(folder.name, "folder", str(folder), "", _as_it_runs(model, folder))
     dtype = next(parameter.dtype for parameter in model.parameters())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from stages.config import SCORING_ROWS
@@ -11,7 +11,6 @@ from stages.memory.estimate import (
     FP32,
     Machine,
     Memory,
-    chunked_logits,
     dtype_bytes,
     fillable,
     kv_cache,
@@ -20,13 +19,14 @@ from stages.memory.estimate import (
     trained,
 )
 from stages.memory.lengths import Counter, Lengths, prompt_texts
-from stages.memory.models import Phase, View, cast_bytes, inference_bytes, reading, training_phase
+from stages.memory.models import Phase, View, cast_bytes, inference_bytes, largest_pass, policy_logits, reading, saving, training_phase
 from stages.ppo.config import PPOStepConfig
 
 
 def lengths_of(config: PPOStepConfig, counter: Counter) -> Lengths:
     """The longest texts of the step's data, in tokens."""
-    return Lengths(prompt=counter.longest(prompt_texts(config.data, config.prompt_words, split="train")))
+    texts = prompt_texts(config.data, config.prompt_words, split="train")
+    return Lengths(prompt=counter.longest(texts), examples=counter.examples(texts))
 
 
 def estimate(config: PPOStepConfig, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory:
@@ -51,15 +51,16 @@ def estimate(config: PPOStepConfig, models: Mapping[str, View], lengths: Lengths
     other = 0.0 if value is None or config.lora is not None else cast_bytes(min(shape.linear_weights, value.shape.linear_weights), compute)
 
     def trained_on(view: View, rows: float, columns: int, positions: float) -> Phase:
-        logits = chunked_logits(shape, positions, machine, trains_output=trains_output, compute=compute)
+        logits = policy_logits(shape, rows * columns, positions, machine, trains_output=trains_output, compute=compute)
         _, layers, loss = training_phase(config, view, rows, columns, machine, logits=logits, masked=False)
         return kept, layers + other, loss
 
-    def update(rows: int) -> Phase:
+    def update(rows: float) -> Phase:
         return trained_on(bigger, rows, prompt + new, rows * new)
 
     share = -(-config.minibatch_size // processes)
-    updating = update(_update_rows(config, prompt + new, machine, share, lambda rows: held.total + sum(update(rows))))
+    episodes = [min(tokens, prompt) + new for _, tokens in lengths.examples] or [prompt + new]
+    updating = update(_update_rows(config, episodes, prompt + new, machine, share, lambda rows: held.total + sum(update(rows))))
     own = max(1, config.rollout_batch_size // processes)
     judges = [view for field_path, view in models.items() if field_path.startswith(("reward", "monitors"))]
     scored = min(SCORING_ROWS, own)
@@ -67,13 +68,16 @@ def estimate(config: PPOStepConfig, models: Mapping[str, View], lengths: Lengths
     measured = _measured_rows(config, prompt + new, machine, own)
     casts = other + (cast_bytes(shape.linear_weights, compute) if config.lora is None else 0.0)
     read = inference_bytes(bigger.shape, measured, prompt + new, compute, machine)
-    measuring = (kept, read + casts, chunked_logits(shape, measured * new, machine, trains_output=False))
+    read_logits = policy_logits(
+        shape, measured * (prompt + new), measured * new, machine, trains_output=False, compute=compute, trains=False
+    )
+    measuring = (kept, read + casts, read_logits)
     mixing = []
     if config.pretraining_mix is not None:
         block = config.pretraining_mix.block_size
         rows = rows_per_batch(config.rows_per_pass, block, device_type=machine.kind)
         mixing.append(trained_on(policy, rows, block, rows * block))
-    return held + phases(sampling, updating, measuring, *scoring, *mixing)
+    return held + phases(sampling, updating, measuring, *scoring, *mixing, saving(shape.weights))
 
 
 def _measured_rows(config: PPOStepConfig, length: int, machine: Machine, own: int) -> int:
@@ -83,14 +87,18 @@ def _measured_rows(config: PPOStepConfig, length: int, machine: Machine, own: in
     return rows_per_batch(min(own, config.measuring_rows), length, device_type=machine.kind)
 
 
-def _update_rows(config: PPOStepConfig, length: int, machine: Machine, share: int, needed: Callable[[int], float]) -> int:
-    """The number of episodes of ``length`` tokens in one pass of the update.
+def _update_rows(
+    config: PPOStepConfig, episodes: Sequence[int], length: int, machine: Machine, share: int, needed: Callable[[int], float]
+) -> float:
+    """The number of episodes of ``length`` tokens in one pass of the update. On a CPU it is a fraction, because passes fill up with tokens.
 
-    ``share``: episodes of a minibatch on one process. ``needed(rows)``: memory in bytes with ``rows`` episodes per pass. With ``auto`` on a
-    GPU, the number is as large as the memory allows, and at least one.
+    ``episodes``: the tokens of some episodes. ``share``: episodes of a minibatch on one process. ``needed(rows)``: memory in bytes with
+    ``rows`` episodes per pass. With ``auto`` on a GPU, the number is as large as the memory allows, and at least one.
     """
-    if config.microbatch_size != "auto" or machine.kind == "cpu":
-        return rows_per_batch(min(config.rows_per_pass, share), length, device_type=machine.kind)
+    if machine.kind == "cpu":
+        return largest_pass(episodes, share, config.rows_per_pass) / length
+    if config.microbatch_size != "auto":
+        return min(config.rows_per_pass, share)
     rows = max(1, min(share, GPU_TOKENS // length))
     while rows > 1 and needed(rows) > fillable(machine):
         rows -= 1

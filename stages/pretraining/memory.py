@@ -17,4 +17,5 @@ def lengths_of(config: PretrainingConfig, counter: Counter) -> Lengths:
 
 def estimate(config: PretrainingConfig, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory:
     """The peak memory of the step, per process."""
-    return language_model(config, models["model"], rows_per_pass(config, processes, config.block_size, machine), config.block_size, machine)
+    rows = rows_per_pass(config, processes, config.block_size, machine, [(1, config.block_size)])
+    return language_model(config, models["model"], rows, config.block_size, machine)

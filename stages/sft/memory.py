@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from stages.memory.estimate import Machine, Memory
-from stages.memory.lengths import Counter, Lengths, demonstration_texts
+from stages.memory.lengths import Counter, Lengths, demonstration_lengths
 from stages.memory.models import View, language_model, rows_per_pass
 from stages.sft.config import SFTStepConfig
 
 
 def lengths_of(config: SFTStepConfig, counter: Counter) -> Lengths:
     """The longest texts of the step's data, in tokens."""
-    return Lengths(demonstration=counter.longest(demonstration_texts(config.data.train)))
+    return demonstration_lengths(config.data.train, counter)
 
 
 def estimate(config: SFTStepConfig, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory:
     """The peak memory of the step, per process."""
     longest = config.max_length or models["model"].shape.positions
     columns = longest if config.packing else min(longest, lengths.demonstration)
-    return language_model(config, models["model"], rows_per_pass(config, processes, columns, machine), columns, machine, tiled=True)
+    examples = [(1, columns)] if config.packing else [one for one in lengths.examples if one[1] <= columns]  # longer ones are left out
+    rows = rows_per_pass(config, processes, columns, machine, examples)
+    return language_model(config, models["model"], rows, columns, machine, tiled=True)

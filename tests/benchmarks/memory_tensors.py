@@ -1,4 +1,4 @@
-"""Compares the planned bytes of a step's tensors with the measured bytes, on a CPU, for four model families.
+"""Compares the planned bytes of a step's tensors with the measured bytes, on a CPU, for six model families.
 
     .venv/bin/python tests/benchmarks/memory_tensors.py [--only WORDS] [--markdown FILE]
 
@@ -6,7 +6,7 @@ Each step runs with a small model of random weights. The measured value is the l
 every tensor operation. The memory that an operation uses inside is not measured. The planned value does not include the overhead of an
 allocator (``HEAP``).
 
-Time: not measured; twelve short steps. Result: printed, and written to --markdown; docs/gpu.md.
+Time: about 80 s of one core; seventeen short steps. Result: printed, and written to --markdown; docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -29,11 +29,16 @@ SHAPES = {
     "Llama": {"model_type": "llama", **COMMON, "intermediate_size": 688, "tie_word_embeddings": True},
     "GPT-NeoX": {"model_type": "gpt_neox", **COMMON, "intermediate_size": 1024},
     "Qwen2": {"model_type": "qwen2", **COMMON, "intermediate_size": 688, "num_key_value_heads": 2, "tie_word_embeddings": False},
-    "Gemma2": {"model_type": "gemma2", **COMMON, "intermediate_size": 688, "num_key_value_heads": 2, "head_dim": 64},
+    "Gemma 2": {"model_type": "gemma2", **COMMON, "intermediate_size": 688, "num_key_value_heads": 2, "head_dim": 64},
+    "DistilBERT": {
+        "model_type": "distilbert",
+        **{"vocab_size": 4096, "dim": 256, "hidden_dim": 1024, "n_layers": 4, "n_heads": 4, "max_position_embeddings": 256},
+    },
+    "Gemma 3": {"model_type": "gemma3_text", **COMMON, "intermediate_size": 688, "num_key_value_heads": 1, "head_dim": 64},
 }
 SCALE = Scale(
     shapes=SHAPES,
-    words=4096,
+    tokens=4096,
     batch=16,
     iterations=2,
     epochs=1,
@@ -69,7 +74,11 @@ SETUPS: dict[str, dict[str, Any]] = {
         "quantization": "nf4",
     },
     "Qwen2, reward model": {"shape": "Qwen2", "stage": "reward_model"},
-    "Gemma2, PPO, full": {"shape": "Gemma2"},
+    "Gemma 2 (capped scores and logits), PPO, full": {"shape": "Gemma 2"},
+    "Gemma 3, PPO, LoRA": {"shape": "Gemma 3", "fields": LORA, "learned": False},
+    "Llama, DPO, full": {"shape": "Llama", "stage": "dpo"},
+    "Llama, DPO, LoRA, bf16": {"shape": "Llama", "stage": "dpo", "fields": {**LORA, "precision": "bf16"}},
+    "DistilBERT, classifier": {"shape": "DistilBERT", "stage": "sentiment", "fields": {"max_length": 128}},
 }
 
 

@@ -11,13 +11,21 @@ import pytest
 import torch
 
 from stages.memory import counting, fake_passes
-from stages.memory.counting import kept_in, pass_memory
+from stages.memory.counting import has_plain_logits, kept_in, pass_memory
 from stages.memory.fake_passes import LiveBytes
 from stages.memory.passes import PassKind, Polynomial
 from stages.memory.shapes import shape_of
 
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 5, "num_attention_heads": 4, "max_position_embeddings": 256}
-EXTRA = {"gemma2": {"head_dim": 16, "num_key_value_heads": 2}, "qwen2": {"num_key_value_heads": 2}}
+EXTRA: dict[str, dict[str, Any]] = {
+    "gemma2": {"head_dim": 16, "num_key_value_heads": 2},
+    "qwen2": {"num_key_value_heads": 2},
+    "lfm2": {
+        "num_key_value_heads": 2,
+        "layer_types": ["conv", "full_attention", "conv", "full_attention", "full_attention"],
+        "block_auto_adjust_ff_dim": False,
+    },
+}
 
 
 def kind(family: str, **fields: Any) -> PassKind:
@@ -66,26 +74,78 @@ def test_a_polynomial_by_hand() -> None:
     ids=str,
 )
 def test_memory_of_five_layers_is_extrapolated_from_three(family: str, fields: dict[str, Any]) -> None:
+    compare_with_a_real_pass(kind(family, **fields), 5)
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "changes"),
+    [
+        ("qwen2", 2, {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}),
+        ("llama", 1, {"num_hidden_layers": 1}),
+        ("lfm2", 5, {}),  # two kinds of layers
+    ],
+    ids=str,
+)
+def test_short_models_and_those_of_unlike_layers_are_counted_with_all_layers(family: str, layers: int, changes: dict[str, Any]) -> None:
+    shape = shape_of({"model_type": family, "vocab_size": 90, **SIZES, **EXTRA.get(family, {}), **changes})
+    assert shape is not None
+    wanted = PassKind(shape.config, 90, "cpu", weights=4, compute=4, trains=True)
+    assert fake_passes._numbers_of_layers(wanted, fake_passes._config(wanted)) == (layers,)
+    compare_with_a_real_pass(wanted, layers)
+
+
+def compare_with_a_real_pass(wanted: PassKind, layers: int) -> None:
     """A real pass over another size, with weights; within 3 % (gradients of norms and other small tensors)."""
-    counted = pass_memory(kind(family, **fields))
+    counted = pass_memory(wanted)
     assert counted is not None
-    own = fake_passes._model(kind(family, **fields), 5)
+    own = fake_passes._model(wanted, layers)
     model = own.to_empty(device="cpu")
     for module in model.modules():
         if "forward" in vars(module) and hasattr(module, "lean"):
             del module.forward  # the lean layers take real tensors
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-        if parameter.requires_grad and fields.get("trains", True):
+        if parameter.requires_grad and wanted.trains:
             parameter.grad = torch.zeros_like(parameter)
     ids = torch.ones(3, 120, dtype=torch.long)
-    with LiveBytes() as live, fake_passes._precision(kind(family, **fields)), torch.set_grad_enabled(fields.get("trains", True)):
+    with LiveBytes() as live, fake_passes._precision(wanted), torch.set_grad_enabled(wanted.trains):
         hidden = model(input_ids=ids, use_cache=False)[0]
         kept = live.now
         if hidden.requires_grad:
             hidden.backward(torch.ones_like(hidden))
-    assert counted.kept.at(5, 3, 120) == pytest.approx(kept, rel=0.03)
-    assert counted.peak.at(5, 3, 120) == pytest.approx(live.peak, rel=0.03)
+    assert counted.kept.at(layers, 3, 120) == pytest.approx(kept, rel=0.03)
+    assert counted.peak.at(layers, 3, 120) == pytest.approx(live.peak, rel=0.03)
+
+
+UNUSUAL: dict[str, dict[str, Any]] = {
+    "mixtral": {**SIZES, "num_key_value_heads": 2, "num_local_experts": 4},
+    "gpt_neo": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+    "falcon": {**SIZES, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "phi3": {**SIZES, "pad_token_id": 32000},  # beyond the vocabulary of a tokenizer that the step trains
+    "deberta-v2": SIZES,
+}
+
+
+@pytest.mark.parametrize("family", UNUSUAL)
+def test_unusual_families_are_counted(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    shape = shape_of({"model_type": family, "vocab_size": 90, **UNUSUAL[family]})
+    assert shape is not None
+    assert pass_memory(PassKind(shape.config, 90, "cpu", 4, 4, True)) is not None
+    assert "estimated by constants" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "plain"),
+    [
+        ("llama", {}, True),
+        ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64}, True),
+        ("gemma2", {"head_dim": 16}, False),  # a cap
+        ("gemma2", {"head_dim": 16, "final_logit_softcapping": None}, True),
+        ("cohere", {"logit_scale": 0.25}, False),
+    ],
+)
+def test_capped_and_scaled_logits_are_recognized(family: str, fields: dict[str, Any], plain: bool) -> None:
+    assert has_plain_logits(json.dumps({"model_type": family, **SIZES, **fields}), 90) is plain
 
 
 @pytest.mark.parametrize(("quantization", "kept"), [("nf4", 0), ("int8", 3 * 64 * 2)])
@@ -140,13 +200,6 @@ def test_short_models_are_counted_within_their_positions_and_without_a_traceback
     distilbert = {"model_type": "distilbert", "dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 2}  # 512 positions by default
     assert pass_memory(PassKind(json.dumps(distilbert), 90, "cpu", 4, 4, True, masked=True)) is not None
     assert caplog.text == ""
-
-
-def test_a_model_of_two_layers_whose_config_lists_their_types_is_counted(caplog) -> None:
-    shape = shape_of({"model_type": "qwen2", "vocab_size": 90, **SIZES, **EXTRA["qwen2"], "num_hidden_layers": 2})
-    assert shape is not None
-    assert pass_memory(PassKind(shape.config, 90, device="cpu", weights=4, compute=4, trains=True)) is not None
-    assert caplog.messages == []
 
 
 def test_no_tensor_outlives_a_count() -> None:

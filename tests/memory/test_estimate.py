@@ -11,6 +11,7 @@ from stages.memory.estimate import (
     chunked_logits,
     dtype_bytes,
     frozen_weights,
+    full_logits,
     kv_cache,
     moments,
     phases,
@@ -92,27 +93,48 @@ def test_logits_in_chunks_and_all_together() -> None:
     assert many == 4 * (2 << 20) + 2 * 10**6 * 64 * 4 + 100 * 64 * 4  # a chunk is never more than 2 MiB
 
 
-@pytest.mark.parametrize("trains_output", [True, False])
-def test_tiled_logits_take_what_the_loss_of_trl_takes(trains_output: bool) -> None:
+@pytest.mark.parametrize(("trains_output", "compute"), [(True, 4), (False, 4), (False, 2)])
+def test_tiled_logits_take_what_the_loss_of_trl_takes(trains_output: bool, compute: int) -> None:
     import torch
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     from stages.memory.fake_passes import LiveBytes
 
     shape, tokens = llama(vocab_size=3000), 500
-    hidden = torch.randn(tokens, shape.hidden, requires_grad=True)
-    weight = torch.randn(shape.vocabulary, shape.hidden, requires_grad=trains_output)
+    dtype = torch.float32 if compute == 4 else torch.bfloat16
+    hidden = torch.randn(tokens, shape.hidden, requires_grad=True, dtype=dtype)
+    weight = torch.randn(shape.vocabulary, shape.hidden, requires_grad=trains_output, dtype=dtype)
     targets = torch.randint(0, shape.vocabulary, (tokens,))
     with LiveBytes() as live:
         logprobs, *_ = ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 3000, None, 1.0, ("entropy", "is_top1"))
         logprobs.sum().backward()
-    expected = tiled_logits(shape, tokens, CPU, trains_output=trains_output)
-    copied = tokens * shape.hidden * 4  # the states of the model, which are a slice, are copied before the function
+    expected = tiled_logits(shape, tokens, CPU, trains_output=trains_output, compute=compute)
+    copied = tokens * shape.hidden * compute  # the states of the model, which are a slice, are copied before the function
     assert live.peak + copied == pytest.approx(expected, rel=0.02)
     gpu = Machine("cuda", 8 << 30, 2, "a GPU")
     # 500 rows of 32,768 logits in bf16, hidden states and their gradients, a cast of the output layer
     by_hand = 500 * 32768 * 2 + 500 * 64 * (2 + 4) + 3000 * 64 * 2
     assert tiled_logits(shape, tokens, gpu, trains_output=False, compute=2) == by_hand
+
+
+def test_capped_logits_take_what_the_loss_of_a_policy_takes() -> None:
+    """Gemma 2's cap, and the log-probabilities and entropies of half of the positions, on real tensors."""
+    import torch
+
+    from stages.memory.fake_passes import LiveBytes
+    from stages.rl.logprobs import entropy, token_logprobs
+
+    shape, rows, columns = llama(vocab_size=3000), 4, 60
+    hidden = torch.randn(rows, columns, shape.hidden, requires_grad=True)
+    weight = torch.randn(shape.vocabulary, shape.hidden, requires_grad=True)
+    weight.grad = torch.zeros_like(weight)
+    targets = torch.zeros(rows * columns // 2, dtype=torch.long)
+    with LiveBytes() as live:
+        logits = (hidden @ weight.T) / 30
+        logits = (torch.tanh(logits) * 30)[:, columns // 2 :].flatten(0, 1)[torch.arange(len(targets))]
+        (token_logprobs(logits, targets).sum() + entropy(logits).sum()).backward()
+    expected = full_logits(shape, rows * columns, rows * columns / 2)
+    assert live.peak == pytest.approx(expected, rel=0.02)
 
 
 def test_phases_follow_each_other() -> None:

@@ -84,12 +84,12 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("small", [published.SMALL, 0])
+@pytest.mark.parametrize("small", [published.CHECKED_WEIGHTS, 0])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_adapter_saved_with_a_fault_is_not_published(
     fault: str, small: int, tied_folder: Path, tiny_tokenizer: Any, step_context: Any, resolve_folder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(published, "SMALL", small)
+    monkeypatch.setattr(published, "CHECKED_WEIGHTS", small)
     base = resolve_folder(tied_folder)
     model = disturb(load_language_model(base, dtype=torch.float32, lora=LoraSettings(r=2)))
     context = step_context(models={"model": base})

@@ -1,12 +1,14 @@
 """Models of random weights, texts, and PPO settings for the GPU table: the shapes of known models, or toy shapes of the same families.
 
-Tokens are words, so text and tokens correspond. No token ends a response, so every response has its full length.
+The prompts are strings of letters, and each letter is one token, so text and tokens correspond. No token ends a response, so every response
+has its full length.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import string
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ class Scale:
     """The amount of work of one table. Lengths are in tokens. ``microbatches``: the sizes that TRL runs with."""
 
     shapes: dict[str, dict[str, Any]]  # name -> fields of a transformers config
-    words: int  # size of the vocabulary that texts are made of
+    tokens: int  # size of the tokenizer's vocabulary
     batch: int  # prompts per iteration
     iterations: int
     epochs: int
@@ -82,6 +84,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
+ENCODERS = ("distilbert",)
 HALF_ON_DISK = ("7B",)  # saved in bf16, as large models are
 TINY_FIELDS = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -95,7 +98,7 @@ def _tiny(fields: dict[str, Any]) -> dict[str, Any]:
 
 FULL = Scale(
     shapes=SHAPES,
-    words=48_000,
+    tokens=48_000,
     batch=64,
     iterations=5,
     epochs=4,
@@ -111,7 +114,7 @@ FULL = Scale(
 )
 TINY = Scale(
     shapes={name: _tiny(fields) for name, fields in SHAPES.items()},
-    words=320,
+    tokens=320,
     batch=4,
     iterations=3,
     epochs=1,
@@ -141,13 +144,14 @@ def model_config(fields: dict[str, Any]) -> Any:
 
 
 def random_model(fields: dict[str, Any], device: str, dtype: Any) -> Any:
-    """A causal language model of random weights in evaluation mode."""
+    """A causal language model (or an encoder for masked words) of random weights in evaluation mode."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     torch.manual_seed(0)
+    auto = AutoModelForMaskedLM if fields["model_type"] in ENCODERS else AutoModelForCausalLM
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(model_config(fields), dtype=dtype, attn_implementation="sdpa").eval()
+        return auto.from_config(model_config(fields), dtype=dtype).eval()
 
 
 def random_prompts(scale: Scale, number: int, vocabulary: int) -> list[list[int]]:
@@ -157,35 +161,55 @@ def random_prompts(scale: Scale, number: int, vocabulary: int) -> list[list[int]
     return [[draw.randrange(1, vocabulary) for _ in range(length)] for length in lengths]
 
 
+def letter_tokens(size: int) -> Any:
+    """A tokenizer of ``size`` tokens: padding, letters (from 1 on), the other bytes, and tokens that only random completions contain.
+
+    transformers replaces the tokenizer of some families (Qwen2) by one that splits texts at spaces and digits. In it, too, each letter is a
+    token.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    others = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(string.ascii_letters))
+    named = ["[PAD]", *string.ascii_letters, *others]
+    ends = ["<|endoftext|>"]  # Qwen2's tokenizer would add it
+    fillers = [f"<{index}>" for index in range(len(named), size - len(ends))]
+    vocabulary = {name: index for index, name in enumerate([*named, *fillers, *ends])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
 def prepare(scale: Scale, shape: str, folder: Path, device: str) -> Path:
     """The folder of a shape's files, which are made once.
 
     ``policy`` and ``reward_model`` are models. ``trl_tokenizer`` has an end token, which TRL needs; no logit belongs to it. The texts are
-    ``prompts.jsonl``, ``pairs.jsonl`` (prompt, chosen, rejected), and ``prompt_ids.json`` (token ids, for TRL).
+    ``prompts.jsonl``, ``pairs.jsonl`` (prompt, chosen, rejected), ``reviews.jsonl`` (text,
+    label), and ``prompt_ids.json`` (token ids, for TRL).
     """
     workdir = folder / shape.replace(" ", "-")
     if (workdir / "ready").exists():
         return workdir
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     from stages.models.heads import RewardModel
 
     workdir.mkdir(parents=True, exist_ok=True)
-    words = Tokenizer(models.WordLevel({"[PAD]": 0, **{f"w{index}": index for index in range(1, scale.words)}}, unk_token="w1"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]")
+    letters = letter_tokens(scale.tokens)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="[PAD]")
     half = shape in HALF_ON_DISK
     random_model(scale.shapes[shape], device, torch.bfloat16 if half else torch.float32).save_pretrained(workdir / "policy")
     tokenizer.save_pretrained(workdir / "policy")
-    if not half:
+    if not half and scale.shapes[shape]["model_type"] not in ENCODERS:
         RewardModel.from_language_model(str(workdir / "policy"), dtype=torch.float32).save(workdir / "reward_model", tokenizer)
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", eos_token="[END]").save_pretrained(workdir / "trl_tokenizer")
-    rows = random_prompts(scale, scale.batch * scale.iterations, scale.words)
-    texts = [" ".join(f"w{token}" for token in row) for row in rows]
+    PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="[PAD]", eos_token="[END]").save_pretrained(workdir / "trl_tokenizer")
+    rows = random_prompts(scale, scale.batch * scale.iterations, 1 + len(string.ascii_letters))
+    texts = ["".join(string.ascii_letters[token - 1] for token in row) for row in rows]
     (workdir / "prompt_ids.json").write_text(json.dumps(rows))
     (workdir / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    reviews = [{"text": text, "label": index % 2} for index, text in enumerate(texts)]
+    (workdir / "reviews.jsonl").write_text("".join(json.dumps(review) + "\n" for review in reviews))
     pairs = [{"prompt": text, "chosen": text, "rejected": text[::-1]} for text in texts]
     (workdir / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (workdir / "counting_reward.py").write_text("def words(prompts, completions):\n    return [float(len(text)) for text in completions]\n")
@@ -200,7 +224,8 @@ def settings_of(
     policy = {"ref": str(workdir / "policy"), "quantization": quantization}
     common = {"stage": stage, "name": "step", "precision": "bf16"}
     if stage != "ppo":
-        data = {"train": str(workdir / "pairs.jsonl"), "validation": {"path": str(workdir / "pairs.jsonl"), "limit": scale.batch // 4}}
+        rows = str(workdir / ("reviews.jsonl" if stage == "sentiment" else "pairs.jsonl"))
+        data = {"train": rows, "validation": {"path": rows, "limit": scale.batch // 4}}
         training = {"max_steps": 2, "batch_size": scale.batch, **fields.get("training", {})}
         return {**common, "model": policy, "data": data, **fields, "training": training}
     reward: dict[str, Any] = {"function": "counting_reward:words"}

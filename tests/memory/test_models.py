@@ -1,0 +1,65 @@
+"""How full the passes of a step get, by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.memory.estimate import Machine
+from stages.memory.lengths import Counter, Lengths, comparison_lengths, demonstration_lengths
+from stages.memory.models import largest_pass, rows_per_pass
+from stages.sft.config import SFTStepConfig
+
+CPU, GPU = Machine("cpu", 8 << 30, 4, "a CPU"), Machine("cuda", 8 << 30, 2, "a GPU")
+
+
+@pytest.mark.parametrize(
+    ("examples", "batch_size", "rows", "tokens"),
+    [
+        ([100], 8, 32, 800),  # all rows in one pass
+        ([100], 16, 4, 400),  # four rows in a pass
+        ([128], 8, 32, 512),  # six rows would fit; two passes of four are more even
+        ([300], 3, 32, 600),
+        ([1000], 2, 32, 1000),  # longer than the budget
+    ],
+)
+def test_the_largest_pass_of_a_step(examples: list[int], batch_size: int, rows: int, tokens: int) -> None:
+    assert largest_pass(examples, batch_size, rows) == tokens
+
+
+def test_rows_of_a_pass_follow_from_the_lengths_of_the_examples() -> None:
+    config = SFTStepConfig.model_validate(
+        {
+            "stage": "sft",
+            "name": "sft",
+            "model": "base",
+            "data": {"train": "rows.jsonl"},
+            "training": {"batch_size": 8, "microbatch_size": 8},
+        }
+    )
+    assert rows_per_pass(config, 1, 200, CPU, [(1, 50)]) == 8 * 50 / 200
+    assert rows_per_pass(config, 1, 200, CPU, []) == 4  # 800 tokens, if the lengths are unknown
+    assert rows_per_pass(config, 1, 400, CPU, [(3, 200)], texts=4) == 3 * 200 / (4 * 400)  # a pass of one example with three texts
+    assert rows_per_pass(config, 1, 200, GPU, [(1, 50)]) == 8
+    assert rows_per_pass(config, 4, 200, CPU, [(1, 50)]) == 2
+
+
+def test_examples_have_the_lengths_of_the_data(tmp_path: Path) -> None:
+    """Without a tokenizer, three characters are a token; an end token and one for the rest are added."""
+    rows: list[dict[str, Any]] = [{"prompt": "a" * 10, "completion": "b" * (19 + 30 * index)} for index in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json_line(row) for row in rows))
+    data = SFTStepConfig.model_validate(
+        {"stage": "sft", "name": "s", "model": "m", "data": {"train": str(tmp_path / "rows.jsonl")}}
+    ).data.train
+    assert demonstration_lengths(data, Counter(None)) == Lengths(demonstration=32, examples=((1, 12), (1, 22), (1, 32)))
+    compared = {"prompt": "a" * 10, "completions": ["b" * 19, "b" * 49, "b" * 79], "ranks": [0, 1, 2]}
+    (tmp_path / "rows.jsonl").write_text(json_line(compared))
+    assert comparison_lengths(data, None, Counter(None), pairs=False) == Lengths(comparison=32, completions=3, examples=((3, 32),))
+    assert comparison_lengths(data, None, Counter(None), pairs=True).examples == ((2, 22), (2, 32), (2, 32))
+
+
+def json_line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"
