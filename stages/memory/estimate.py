@@ -135,7 +135,7 @@ def unchunked_logits(shape: Shape, positions: float) -> float:
 
 
 def full_logits(shape: Shape, tokens: float, positions: float, *, compute: int = FP32) -> float:
-    """The loss of a policy whose model caps or scales its logits, and so makes them for all ``tokens`` of a pass at once.
+    """The loss of a policy whose model caps or scales its logits, and so makes them for all ``tokens`` of a pass.
 
     ``positions``: those that the loss reads. At the peak of the backward pass there are three copies of the logits, and the gradient of the
     positions in fp32.
