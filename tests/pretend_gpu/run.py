@@ -49,7 +49,9 @@ def library() -> Path:
 def environment() -> dict[str, str]:
     """The environment of a process that has the device. Raises RuntimeError like ``library``."""
     paths = [str(HERE / "site"), str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PRETEND_GPU": str(library()), "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    programs = os.pathsep.join([str(HERE / "bin"), os.environ.get("PATH", os.defpath)])  # nvidia-smi
+    own = {"PRETEND_GPU": str(library()), "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": os.pathsep.join(paths), "PATH": programs}
+    return {**os.environ, **own}
 
 
 if __name__ == "__main__":
