@@ -96,6 +96,16 @@ class PassBudget:
             room / GPU_SHARE / 2**30,
         )
 
+    @property
+    def settled(self) -> int | None:
+        """The number of tokens that ``settle`` has set, for a checkpoint; None before that, and without such a number."""
+        return None if self.measures or self.tokens == float("inf") else int(self.tokens)
+
+    def resume(self, tokens: int | None) -> None:
+        """Continue with the value of ``settled`` from a checkpoint, so that a resumed run has the same passes and the same rounding."""
+        if self.measures and tokens is not None:
+            self.tokens, self.measures = tokens, False
+
     def retreat(self, error: BaseException) -> None:
         """Halve the budget after memory ran out in the current pass. Raises ``error`` if it is another error, or if the pass had a single
         sequence.

@@ -42,13 +42,14 @@ class RunState:
     """The state of a run.
 
     ``rollout`` is None between iterations and during collection. ``sampled``: episodes that an engine outside this process has sampled for
-    an iteration without a rollout so far.
+    an iteration without a rollout so far. ``pass_tokens``: the token budget of update passes that was measured on a GPU.
     """
 
     iteration: int = 0  # completed iterations
     kl_coef: float = 0.0  # of the current iteration
     optimizer_steps: int = 0
     pretraining_draws: int = 0
+    pass_tokens: int | None = None
     history: RunHistory = field(default_factory=lambda: RunHistory())  # completed iterations
     rollout: Rollout | None = None
     sampled: SampledSoFar | None = None
@@ -94,6 +95,7 @@ class RunKeeper:
                     "kl_coef": state.kl_coef,
                     "optimizer_steps": state.optimizer_steps,
                     "pretraining_draws": state.pretraining_draws,
+                    "pass_tokens": state.pass_tokens,
                     "history": self.log.append(state.history.take_new()),
                     "progress": vars(state.progress),
                 }

@@ -24,6 +24,7 @@ class PassesByTokens(StepTrainer):
     """
 
     budget: PassBudget | None = None
+    pass_tokens: int | None = None  # of the checkpoint that the training continues from
     on_cpu: ClassVar[tuple[str, ...]] = ()
     """The tensors of a batch from which the loss reads values."""
 
@@ -39,6 +40,7 @@ class PassesByTokens(StepTrainer):
         """``training_step`` in passes by tokens."""
         if self.budget is None:
             self.budget = PassBudget("training", self.args.device, self.args.microbatch_size, rows=self.args.rows_per_pass, trains=True)
+            self.budget.resume(self.pass_tokens)
         metrics = _MetricCounts(self)
         while True:
             try:

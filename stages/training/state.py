@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from stages.training.checkpoints import load_optimizer, load_tensors, save_generators, save_optimizer, save_tensors, trainable
+from stages.training.microbatches import PassesByTokens
 from stages.training.pass_metrics import WeightedMetrics
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def save_state(trainer: StepTrainer) -> Callable[[Path], None]:
         "logged": trainer.context.recorded,
         "metrics": getattr(trainer, "_metrics", {}).get("train"),  # TRL's sums since the last line of the log
         "tokens": getattr(trainer, "_total_train_tokens", 0),
+        "pass_tokens": trainer.budget.settled if isinstance(trainer, PassesByTokens) and trainer.budget is not None else None,
     }
 
     def write(folder: Path) -> None:
@@ -68,6 +70,8 @@ def restore_state(trainer: StepTrainer, folder: Path) -> list[tuple[int, dict[st
     trainer.lr_scheduler.load_state_dict(state["scheduler"])
     if state["scaler"] is not None:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
+    if isinstance(trainer, PassesByTokens):
+        trainer.pass_tokens = state.get("pass_tokens")
     trainer.generators_of = folder
     trainer._tr_loss.fill_(state["loss"])
     trainer._total_loss_scalar, trainer._globalstep_last_logged = state["total_loss"], state["last_logged"]

@@ -69,6 +69,16 @@ def test_on_a_gpu_auto_begins_small_and_then_fills_the_free_memory(gpu, caplog) 
     assert budget.tokens == 8 * 1024  # only once in a run
 
 
+def test_a_resumed_run_has_the_passes_of_the_checkpoint(gpu) -> None:
+    budget = PassBudget("update", "cuda", "auto", rows=16, trains=True)
+    assert budget.settled is None  # nothing was measured yet
+    budget.resume(5_120)
+    assert budget.groups([0, 1], [5_000, 200]) == [[0], [1]] and not budget.measures and budget.settled == 5_120
+    by_rows = PassBudget("update", "cuda", 4, rows=16, trains=True)
+    by_rows.resume(5_120)
+    assert by_rows.settled is None and by_rows.groups([0, 1], [5_000, 200]) == [[0, 1]]
+
+
 @pytest.mark.parametrize(("free", "tokens"), [(10**15, 32_768), (0, 1_024)])
 def test_budget_has_an_upper_and_a_lower_bound(gpu, free: int, tokens: int) -> None:
     budget = PassBudget("update", "cuda", "auto", rows=16, trains=True)

@@ -13,7 +13,17 @@ from trl import DPOTrainer, SFTTrainer
 from stages.training.microbatches import PassesByTokens
 from stages.training.reproducible import BatchesByRow, LosslessCheckpoints, ShardedGradients, reproducible
 
-NEW = ("blank", "restore_generators", "_sharded_grad_norm", "_all_passes", "sizes_of", "part_of", "lengths_of", "_pending_moments")
+NEW = (
+    "blank",
+    "restore_generators",
+    "_sharded_grad_norm",
+    "_step_by_tokens",
+    "_all_passes",
+    "sizes_of",
+    "part_of",
+    "lengths_of",
+    "_pending_moments",
+)
 OVERRIDDEN = [
     (mixin, name)
     for mixin in (BatchesByRow, PassesByTokens, ShardedGradients, LosslessCheckpoints)
