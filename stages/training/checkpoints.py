@@ -32,6 +32,8 @@ from stages.registry.contents import file_sha256, files_of
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
+KERNELS = ("foreach", "fused", "capturable")
+"""Settings of torch's optimizers that depend on the device. A resumed run keeps its own."""
 COST_SHARE = 20  # minimum pause as a multiple of the write time, so that writing takes at most 5 % of the time
 
 
@@ -237,7 +239,7 @@ def _settings(group: Mapping[str, object]) -> JsonObject:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], path: Path) -> None:
-    """Load what ``save_optimizer`` saved. Raises ModelError if the parameters differ."""
+    """Load what ``save_optimizer`` saved. ``optimizer`` keeps its own kernels (fused or foreach). Raises ModelError if the parameters differ."""
     kept = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     settings = {name: group["settings"] for group in kept["groups"] for name in group["parameters"]}
     if settings.keys() != parameters.keys():
@@ -247,6 +249,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Te
         if not group["params"]:
             continue
         for key, value in settings[names[group["params"][0]]].items():
+            if key in KERNELS:
+                continue
             group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
     # Fused kernels need step counts on the weights' device, others need them on the CPU.
     kinds = [(group.get("fused") or group.get("capturable"), group["params"]) for group in optimizer.param_groups]

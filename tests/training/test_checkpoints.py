@@ -162,6 +162,17 @@ def test_optimizers_round_trip_with_their_settings(tmp_path: Path) -> None:
     assert torch.equal(weight, other_weight)
 
 
+@pytest.mark.parametrize(("saved_by", "read_by"), [("fused", "foreach"), ("foreach", "fused")])
+def test_a_resumed_run_uses_the_kernels_of_its_own_device(tmp_path: Path, saved_by: str, read_by: str) -> None:
+    weights = [torch.ones(4, requires_grad=True) for _ in range(2)]
+    saved, read = (torch.optim.AdamW([weight], **{kind: True}) for weight, kind in zip(weights, (saved_by, read_by), strict=True))
+    weights[0].grad = torch.arange(4.0)
+    saved.step()
+    save_optimizer(saved, {"w": weights[0]}, tmp_path / "o.safetensors")
+    load_optimizer(read, {"w": weights[1]}, tmp_path / "o.safetensors")
+    assert read.param_groups[0][read_by] is True and not read.param_groups[0][saved_by]
+
+
 @pytest.mark.parametrize("kind", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 def test_optimizers_of_bitsandbytes_round_trip(tmp_path: Path, kind: Any) -> None:
