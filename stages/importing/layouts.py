@@ -19,6 +19,8 @@ from stages.json_types import JsonObject
 Role = Literal["language_model", "reward_model", "value_model", "classifier"]
 CLASSIFIERS = ("score", "classifier", "classification_head")
 """First parts of the names that transformers gives to the heads of sequence classifiers."""
+IN_LAYER = re.compile(r"\.\d+\.")
+"""Matches the names of tensors in a numbered layer: model.layers.0.mlp..."""
 HEADS_ONLY = ("v_head.", "ilql_heads.")
 """Prefixes of the tensors that TRL and trlX save next to an adapter."""
 DEEPSPEED_CHAT = ("rwtransformer.", "rwtranrsformer.")
@@ -268,7 +270,10 @@ def _number(value: object, name: str) -> float:
 
 
 def _unknown_head(weights: Mapping[str, Tensor]) -> str | None:
-    """The name of the only linear layer from d to 1 of a model without an output matrix; None if there is no such layer."""
+    """The name of the only linear layer from d to 1 of a model without an output matrix; None if there is no such layer.
+
+    Weights of the transformer's layers (the gate of an expert that all tokens share) and embeddings of one row are not heads.
+    """
     if any(name.split(".")[0] in (*CLASSIFIERS, "lm_head", "embed_out", "output") for name in weights):
         return None
     candidates = [
@@ -276,11 +281,16 @@ def _unknown_head(weights: Mapping[str, Tensor]) -> str | None:
         for name, value in weights.items()
         if name.endswith(".weight") and value.dim() == 2 and value.shape[0] == 1 and value.shape[1] > 1
     ]
-    return candidates[0] if len(candidates) == 1 else None
+    heads = [name for name in candidates if not IN_LAYER.search(name) and "embed" not in name]
+    return heads[0] if len(heads) == 1 else None
 
 
 def _unknown_library(weights: dict[str, Tensor], prefix: str) -> Layout:
-    head = linear_head(weights, prefix)
+    group = f"{prefix.rpartition('.')[0] or prefix}."
+    own = {name: value for name, value in weights.items() if name.startswith(group)}
+    if any(IN_LAYER.search(name.rpartition(".")[0]) for name in own):  # the head is a part of the transformer's module
+        own = {name: value for name, value in own.items() if name.startswith(f"{prefix}.")}
+    head = linear_head(own, prefix)
     body = {name: value for name, value in weights.items() if not name.startswith(f"{prefix}.")}
     return Layout("an unknown library", body, head, "reward_model", notes=[_assumed_reward(prefix)])
 

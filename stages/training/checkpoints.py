@@ -239,7 +239,10 @@ def _settings(group: Mapping[str, object]) -> JsonObject:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], path: Path) -> None:
-    """Load what ``save_optimizer`` saved. ``optimizer`` keeps its own kernels (fused or foreach). Raises ModelError if the parameters differ."""
+    """Load what ``save_optimizer`` saved. The kernels of ``optimizer`` (fused or foreach) do not change.
+
+    Raises ModelError if the parameters differ.
+    """
     kept = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     settings = {name: group["settings"] for group in kept["groups"] for name in group["parameters"]}
     if settings.keys() != parameters.keys():

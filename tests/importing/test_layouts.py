@@ -76,6 +76,18 @@ def test_a_single_output_under_an_unknown_name_is_a_head() -> None:
     assert layout_of({**BODY, "lm_head.weight": torch.ones(1, 2)}).role == "language_model"
 
 
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.shared_expert_gate", "embeddings.token_type_embeddings"])
+def test_one_row_in_a_layer_or_an_embedding_is_not_a_head(name: str) -> None:
+    assert layout_of({**BODY, f"{name}.weight": WEIGHT}).library == "transformers"
+
+
+def test_an_unknown_head_may_be_in_the_module_of_the_transformer_but_has_one_layer() -> None:
+    layers = {"model.layers.0.mlp.weight": torch.ones(2, 2)}
+    assert layout_of({**BODY, **layers, "model.reward_head.weight": WEIGHT}).head_name == "model.reward_head, linear from 2 to 1"
+    with pytest.raises(ModelError, match=r"expected head\.2\.weight"):
+        layout_of({**BODY, "head.0.weight": torch.ones(2, 2), "head.2.weight": WEIGHT})
+
+
 def test_trlx_says_which_heads_it_leaves_out() -> None:
     layout = layout_of({"base_model.norm.weight": torch.ones(2), "ilql_heads.q_heads.0.weight": WEIGHT})
     assert layout.notes == ["not kept: ilql_heads"]
