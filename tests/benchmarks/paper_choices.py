@@ -29,6 +29,7 @@ from learning_curves import RESULTS, quickstart_ppo, run_steps  # noqa: E402
 
 T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # of Student's t
 MEASURES = ("monitors/gold", "rewards/score_mean", "policy/kl", "responses/length_mean")
+DECIMALS = (3, 3, 2, 1)  # of each measure in the table
 
 
 def variants() -> dict[str, tuple[str, dict[str, Any]]]:
@@ -75,19 +76,18 @@ def table(chosen: dict[str, tuple[str, dict[str, Any]]], results: dict[str, list
     return rows
 
 
-def signed(value: float) -> str:
-    return f"{value:+.3f}"
-
-
 def as_markdown(rows: list[dict[str, Any]]) -> str:
     """The table of docs/results.md: the default's means, then the differences of each variant with half the width of their intervals."""
     head = ["choice", "gold score", "trained score", "KL (nats)", "tokens"]
-    lines = [head, ["---"] * len(head)]
+    lines = [head, ["-" * 3] * len(head)]
     for row in rows:
         if row["variant"] == "default":
-            cells = [f"{row[measure]['mean']:.3f}" for measure in MEASURES]
+            cells = [f"{row[measure]['mean']:.{digits}f}" for measure, digits in zip(MEASURES, DECIMALS, strict=True)]
         else:
-            cells = [f"{signed(row[measure]['difference'])} ± {row[measure]['half']:.3f}" for measure in MEASURES]
+            cells = [
+                f"{row[measure]['difference']:+.{digits}f} ± {row[measure]['half']:.{digits}f}"
+                for measure, digits in zip(MEASURES, DECIMALS, strict=True)
+            ]
         lines.append([row["what"], *cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
