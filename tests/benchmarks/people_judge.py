@@ -10,7 +10,7 @@ people preferred a list.
 No answer is written again: the candidates are the completions of the evaluation that assistant.py ran. The win rates are also computed
 separately for the prompts whose aligned answer begins with "1.", and for the others.
 
-Time: 8 minutes on one core. Result: results/people_judge.json; docs/assistant.md, section "A judge of another kind".
+Time: 14 minutes of one busy core. Result: results/people_judge.json; docs/assistant.md, "A judge of another kind".
 """
 
 from __future__ import annotations
