@@ -1,6 +1,7 @@
-"""The memory of a forward and backward pass, counted once per kind of pass and kept in a file.
+"""A model's weights, and the memory of a forward and backward pass: counted once per model and kind of pass, and kept in a file.
 
-R rows (sequences), C columns (tokens of a row). A count imports torch (``fake_passes``); a later plan reads the file and imports nothing.
+R rows (sequences), C columns (tokens of a row). A count imports torch (``fake_passes``, ``fake_weights``); a later
+plan reads the file and imports nothing.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypedDict, cast, final
 
+from stages.errors import StagesError
 from stages.memory.passes import PassKind, PassMemory, Polynomial
+from stages.memory.weights import ModelWeights
 
 logger = logging.getLogger(__name__)
 
 _file: ContextVar[Path | None] = ContextVar("file", default=None)  # where counts are kept
+_messages: ContextVar[list[str] | None] = ContextVar("messages", default=None)  # what could not be counted
 
 
 @contextmanager
@@ -34,16 +38,48 @@ def kept_in(path: Path) -> Iterator[None]:
         _file.reset(token)
 
 
+@contextmanager
+def uncounted() -> Iterator[list[str]]:
+    """Context manager that collects what could not be counted and why, one sentence each, instead of logging it."""
+    messages: list[str] = []
+    token = _messages.set(messages)
+    try:
+        yield messages
+    finally:
+        _messages.reset(token)
+
+
 def pass_memory(kind: PassKind) -> PassMemory | None:
-    """The memory of a pass; None if its layers cannot be counted. The log then says why, once."""
+    """The memory of a pass; None if its layers cannot be counted. The log (or ``uncounted``) then says why, once."""
     if not kind.config:
         return None
     known = _known(_key(kind), partial(_count_or_explain, kind))
     if "kept" in known:
         return PassMemory(_polynomial(known["kept"]), _polynomial(known["peak"]))
     if "reason" in known:
-        _warn(str(json.loads(kind.config).get("model_type", "this model")), known["reason"])
+        _say(f"the activations of {_family(kind)} are estimated by constants, because its layers cannot be counted: {known['reason']}")
     return None
+
+
+def model_weights(config: str, vocabulary: int) -> ModelWeights | None:
+    """The weights of a model; None if they cannot be counted. The log (or ``uncounted``) then says why, once.
+
+    ``config``: the transformers config as JSON.
+    """
+    if not config:
+        return None
+    kind = PassKind(config, vocabulary, "cpu", weights=4, compute=4, trains=False)
+    known = _known(f"weights {_key(kind)}", partial(_weights_or_explain, kind))
+    if "linear" in known:
+        return ModelWeights(**known)
+    if "reason" in known:
+        family, reason = _family(kind), known["reason"]
+        _say(f"the weights of {family} are computed as those of a plain transformer, because they cannot be counted: {reason}")
+    return None
+
+
+def _family(kind: PassKind) -> str:
+    return str(json.loads(kind.config).get("model_type", "this model"))
 
 
 def has_plain_logits(config: str, vocabulary: int) -> bool:
@@ -67,9 +103,18 @@ def _known(key: str, count: Callable[[], _Kept]) -> _Kept:
     return _counts[key]
 
 
+def _say(message: str) -> None:
+    """Add what could not be counted to the list of ``uncounted``, or log it."""
+    messages = _messages.get()
+    if messages is None:
+        _log_once(message)
+    elif message not in messages:
+        messages.append(message)
+
+
 @cache
-def _warn(family: str, reason: str) -> None:
-    logger.warning("the activations of %s are estimated by constants, because its layers cannot be counted: %s", family, reason)
+def _log_once(message: str) -> None:
+    logger.warning("%s", message)
 
 
 @final
@@ -94,7 +139,17 @@ class _Logits(TypedDict):
     plain: bool
 
 
-_Kept = _Count | _NoCount | _Logits
+@final
+class _Weights(TypedDict):
+    """The fields of ModelWeights."""
+
+    linear: int
+    other: int
+    output: int
+    adapter: int
+
+
+_Kept = _Count | _NoCount | _Logits | _Weights
 _counts: dict[str, _Kept] = {}  # by ``_key``
 
 
@@ -106,7 +161,10 @@ def _polynomial(content: dict[str, Sequence[float]]) -> Polynomial:
 def _key(kind: PassKind) -> str:
     """The key of a count: it depends on the pass, the libraries, and the code that counts."""
     libraries = [version(name) for name in ("torch", "transformers", "peft")]
-    code = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("counting.py", "passes.py", "fake_passes.py")]
+    code = [
+        Path(__file__).with_name(name).read_text(encoding="utf-8")
+        for name in ("counting.py", "passes.py", "weights.py", "fake_passes.py", "fake_weights.py")
+    ]
     content = json.dumps([asdict(kind), libraries, code], sort_keys=True)
     return sha256(content.encode()).hexdigest()[:32]
 
@@ -140,7 +198,23 @@ def _count_or_explain(kind: PassKind) -> _Count | _NoCount:
         try:
             return cast("_Count", asdict(count(kind)))
         except Exception as error:
-            return {"reason": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+            return {"reason": _reason(error)}
+
+
+def _weights_or_explain(kind: PassKind) -> _Weights | _NoCount:
+    """The numbers of weights, or the reason why there are none: any error of a family's own code."""
+    from stages.memory.fake_weights import weights_of
+
+    with _silent():
+        try:
+            return cast("_Weights", asdict(weights_of(kind)))
+        except Exception as error:
+            return {"reason": _reason(error)}
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())[:200]
+    return text if isinstance(error, StagesError) else f"{type(error).__name__}: {text}"
 
 
 def _plain_logits(kind: PassKind) -> _Logits:

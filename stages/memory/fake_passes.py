@@ -26,6 +26,7 @@ from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, PreTra
 from transformers.integrations import moe
 
 from stages.config import LoraSettings, ModelInput
+from stages.errors import ModelError
 from stages.memory.passes import PassKind, PassMemory, Polynomial
 from stages.models.attention import attention_of, class_of
 from stages.models.dropout import disable_dropout
@@ -39,14 +40,16 @@ if TYPE_CHECKING:
     from stages.model_types import TransformersModel
 
 COLUMNS = 512  # of the passes that are counted; the positions of the model if those are fewer
+LOOP_COLUMNS = 16  # the same for models that compute one token after the other: minutes become seconds
 HALF = 2  # bytes
 WHOLE = 3  # a model of up to this many layers is counted with all of them
 
 
 def count(kind: PassKind) -> PassMemory:
     """Run the passes and fit the polynomials. Raises the errors of the model's code on fake tensors."""
-    config = _config(kind)
-    columns = min(COLUMNS, (model_length(config) or 2 * COLUMNS) // 2)
+    config = config_of(kind)
+    most = LOOP_COLUMNS if _loops_over_tokens(kind, config) else COLUMNS
+    columns = min(most, (model_length(config) or 2 * most) // 2)
     # With sdpa and no mask, nothing grows with pairs of tokens, and two sizes are enough.
     has_pairs = kind.masked or _attention(kind, config) == "eager"
     sizes = [(2, columns), (4, columns), *([(2, 2 * columns)] if has_pairs else [])]
@@ -57,7 +60,7 @@ def count(kind: PassKind) -> PassMemory:
 
 def has_plain_logits(kind: PassKind) -> bool:
     """Whether the model's logits are its last hidden states times its output layer, without a cap or a scale before or after it."""
-    config = _config(kind, 1, vocab_size=kind.vocabulary)
+    config = config_of(kind, 1, vocab_size=kind.vocabulary)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=_attention(kind, config))
     hidden: list[Tensor] = []
@@ -74,6 +77,12 @@ def has_plain_logits(kind: PassKind) -> bool:
 
 def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
+
+
+def _loops_over_tokens(kind: PassKind, config: PretrainedConfig) -> bool:
+    """Whether a layer computes its recurrent state token by token (Mamba, Jamba, RWKV). Mamba 2 computes it in chunks of tokens."""
+    layers = plain_model(_bare_model(kind, config.num_hidden_layers)).modules()
+    return config.model_type == "rwkv" or any(getattr(layer, "A_log", torch.empty(0)).ndim > 1 for layer in layers)
 
 
 def _numbers_of_layers(kind: PassKind, config: PretrainedConfig) -> tuple[int, ...]:
@@ -165,9 +174,14 @@ def _is_encoder(model: TransformersModel) -> bool:
     return "use_cache" not in inspect.signature(plain_model(model).forward).parameters
 
 
-def _config(kind: PassKind, layers: int | None = None, **sizes: int) -> PretrainedConfig:
-    """The transformers config with the first ``layers`` layers (None: all) and other ``sizes``. A list with a value per layer is cut."""
+def config_of(kind: PassKind, layers: int | None = None, **sizes: int) -> PretrainedConfig:
+    """The transformers config with the first ``layers`` layers (None: all) and other ``sizes``. A list with a value per layer is cut.
+
+    Raises ModelError for a model type that transformers does not have.
+    """
     fields = json.loads(kind.config)
+    if fields["model_type"] not in CONFIG_MAPPING:
+        raise ModelError(f"transformers has no model type {fields['model_type']!r}")
     left_out = {"model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "quantization_config"}
     kept = {name: value for name, value in fields.items() if name not in left_out}
     config: PretrainedConfig = CONFIG_MAPPING[fields["model_type"]](**kept)
@@ -179,14 +193,14 @@ def _config(kind: PassKind, layers: int | None = None, **sizes: int) -> Pretrain
     for name, size in sizes.items():
         if not isinstance(getattr(type(config), name, None), property):  # computed from other sizes
             setattr(config, name, size)
-    if (config.pad_token_id or 0) >= config.vocab_size:
+    if (getattr(config, "pad_token_id", None) or 0) >= config.vocab_size:
         config.pad_token_id = None
     return config
 
 
 def _bare_model(kind: PassKind, layers: int) -> TransformersModel:
     """The transformer with its first layers on the meta device, without adapters and quantization."""
-    config = _config(kind, layers, vocab_size=kind.vocabulary)
+    config = config_of(kind, layers, vocab_size=kind.vocabulary)
     dtype = torch.float32 if kind.weights > HALF else torch.bfloat16
     with torch.device("meta"):
         model: TransformersModel = AutoModel.from_config(config, dtype=dtype, attn_implementation=_attention(kind, config))
@@ -223,10 +237,10 @@ def _attention(kind: PassKind, config: PretrainedConfig) -> str:
 
 def _use_lean_layers(model: nn.Module, kind: PassKind) -> None:
     """Use the lean layers of ``models/lean.py``. They are chosen on a small real model, because the choice compares outputs."""
-    config = _config(kind)
-    width = 8 * config.num_attention_heads
+    config = config_of(kind)
+    width = 8 * getattr(config, "num_attention_heads", 1)
     sizes = {"hidden_size": width, "intermediate_size": width, "head_dim": 8, "vocab_size": 16}
-    small = AutoModel.from_config(_config(kind, 1, **{name: size for name, size in sizes.items() if hasattr(config, name)}))
+    small = AutoModel.from_config(config_of(kind, 1, **{name: size for name, size in sizes.items() if hasattr(config, name)}))
     usual = {name: type(module).__name__ for name, module in small.named_modules()}
     use_lean_layers(small)
     lean = {usual[name]: type(module) for name, module in small.named_modules() if hasattr(module, "lean")}

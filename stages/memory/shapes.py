@@ -1,4 +1,4 @@
-"""The sizes of a transformer from its config: number of weights, and activations stored per token."""
+"""The sizes of a model from its config: number of weights, and activations stored per token."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from types import SimpleNamespace
 from ruamel.yaml import YAML
 
 from stages.json_types import JsonObject
+from stages.memory.counting import model_weights
+from stages.memory.weights import ModelWeights
 from stages.tokens.positions import model_length
 
 KNOWN_MODELS = Path(__file__).parent / "known_models.yaml"
@@ -19,7 +21,8 @@ KNOWN_MODELS = Path(__file__).parent / "known_models.yaml"
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a transformer."""
+    """Sizes of a transformer, or of a state-space model, which has no heads. Its weights are counted on a model without memory; if that is
+    impossible, they are those of ``formula``."""
 
     family: str  # transformers' model_type
     hidden: int
@@ -47,23 +50,18 @@ class Shape:
 
     @property
     def linear_weights(self) -> int:
-        """Weights of the layers' linear modules, which quantization and adapters apply to."""
-        attention = 2 * self.hidden * self.query_width + 2 * self.hidden * self.kv_width
-        return self.layers * (attention + (3 if self.gated else 2) * self.hidden * self.intermediate)
+        """Weights of the linear modules that quantization and adapters apply to."""
+        return self._weights.linear
 
     @property
     def other_weights(self) -> int:
-        """Embeddings, norms and biases, without the output layer."""
-        norms = (2 * self.layers + 1) * self.hidden * (2 if self.biases == "all" else 1)
-        of_attention = self.query_width + 2 * self.kv_width
-        each = {"all": of_attention + 2 * self.hidden + self.intermediate, "qkv": of_attention, "none": 0}[self.biases]
-        biases = self.layers * each
-        return (self.vocabulary + (self.positions if self.learned_positions else 0)) * self.hidden + norms + biases
+        """Embeddings, norms, biases, and experts that are one tensor; without the output layer."""
+        return self._weights.other
 
     @property
     def output_weights(self) -> int:
         """The output layer, unless it is tied to the embedding."""
-        return 0 if self.tied else self.vocabulary * self.hidden
+        return self._weights.output
 
     @property
     def weights(self) -> int:
@@ -72,9 +70,25 @@ class Shape:
 
     def lora_weights(self, rank: int) -> int:
         """Weights of an adapter on every linear module of the layers."""
+        return rank * self._weights.adapter
+
+    @property
+    def _weights(self) -> ModelWeights:
+        return model_weights(self.config, self.vocabulary) or self.formula
+
+    @property
+    def formula(self) -> ModelWeights:
+        """The weights of a plain transformer of these sizes: one feed-forward layer per layer, and attention in it."""
         d, q, kv, i = self.hidden, self.query_width, self.kv_width, self.intermediate
-        pairs = [(d, q), (d, kv), (d, kv), (q, d), *([(d, i), (d, i), (i, d)] if self.gated else [(d, i), (i, d)])]
-        return self.layers * rank * sum(a + b for a, b in pairs)
+        matrices = [(d, q), (d, kv), (d, kv), (q, d), *([(d, i), (d, i), (i, d)] if self.gated else [(d, i), (i, d)])]
+        norms = (2 * self.layers + 1) * d * (2 if self.biases == "all" else 1)
+        biases = self.layers * {"all": q + 2 * kv + 2 * d + i, "qkv": q + 2 * kv, "none": 0}[self.biases]
+        return ModelWeights(
+            linear=self.layers * sum(rows * columns for rows, columns in matrices),
+            other=(self.vocabulary + (self.positions if self.learned_positions else 0)) * d + norms + biases,
+            output=0 if self.tied else self.vocabulary * d,
+            adapter=self.layers * sum(rows + columns for rows, columns in matrices),
+        )
 
     def saved_per_token(self, *, lean: bool = False) -> int:
         """Values that one layer stores per token for the backward pass, as counted on transformers' modules.
@@ -98,6 +112,8 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 UNGATED = ("gpt2", "gpt_neox", "gpt_neo", "opt", "bloom", "phi", "distilbert", "bert", "roberta")
 ENCODERS = ("distilbert", "bert", "roberta")
+STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
+"""Families with a recurrent state instead of attention."""
 
 
 def shape_of(config: Mapping[str, object]) -> Shape | None:
@@ -107,9 +123,11 @@ def shape_of(config: Mapping[str, object]) -> Shape | None:
         value = next((config[name] for name in names if config.get(name) is not None), None)
         if isinstance(value, int | float):
             sizes[size] = int(value)
+    family = str(config.get("model_type", config.get("type", "llama")))
+    if family in STATE_SPACE:
+        sizes["heads"] = 0
     if not {"hidden", "layers", "heads"} <= sizes.keys():
         return None
-    family = str(config.get("model_type", config.get("type", "llama")))
     hidden, heads = sizes["hidden"], sizes["heads"]
     return Shape(
         family=family,
@@ -117,8 +135,8 @@ def shape_of(config: Mapping[str, object]) -> Shape | None:
         intermediate=sizes.get("intermediate", 4 * hidden),
         layers=sizes["layers"],
         heads=heads,
-        kv_heads=_number(config.get("num_key_value_heads")) or heads,
-        head_width=_number(config.get("head_dim")) or hidden // heads,
+        kv_heads=(_number(config.get("num_key_value_heads")) or heads) if heads else 0,
+        head_width=_number(config.get("head_dim")) or (hidden // heads if heads else 0),
         vocabulary=_number(config.get("vocab_size")),
         positions=model_length(SimpleNamespace(**{**config, "model_type": family})) or 2048,
         tied=bool(config.get("tie_word_embeddings", family in ("gpt2", "distilbert", "bert", "roberta", "opt", "bloom"))),

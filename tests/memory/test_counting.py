@@ -90,7 +90,7 @@ def test_short_models_and_those_of_unlike_layers_are_counted_with_all_layers(fam
     shape = shape_of({"model_type": family, "vocab_size": 90, **SIZES, **EXTRA.get(family, {}), **changes})
     assert shape is not None
     wanted = PassKind(shape.config, 90, "cpu", weights=4, compute=4, trains=True)
-    assert fake_passes._numbers_of_layers(wanted, fake_passes._config(wanted)) == (layers,)
+    assert fake_passes._numbers_of_layers(wanted, fake_passes.config_of(wanted)) == (layers,)
     compare_with_a_real_pass(wanted, layers)
 
 
@@ -124,6 +124,14 @@ UNUSUAL: dict[str, dict[str, Any]] = {
     "phi3": {**SIZES, "pad_token_id": 32000},  # beyond the vocabulary of a tokenizer that the step trains
     "deberta-v2": SIZES,
 }
+
+
+@pytest.mark.parametrize(("family", "loops"), [("mamba", True), ("rwkv", True), ("mamba2", False), ("llama", False)])
+def test_models_that_loop_over_tokens_are_recognized(family: str, loops: bool) -> None:
+    """They are counted with few tokens, because their layers run once per token."""
+    fields = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_heads": 8, "head_dim": 8, "n_groups": 1}
+    wanted = PassKind(json.dumps({"model_type": family, **fields}), 90, "cpu", 4, 4, True)
+    assert fake_passes._loops_over_tokens(wanted, fake_passes.config_of(wanted)) is loops
 
 
 @pytest.mark.parametrize("family", UNUSUAL)
@@ -190,7 +198,7 @@ def test_a_failed_count_is_kept_and_its_reason_is_logged_in_each_process(tmp_pat
     with kept_in(tmp_path / "activations.json"):
         assert pass_memory(unknown) is None
         monkeypatch.setattr(counting, "_counts", {})  # as in another process
-        counting._warn.cache_clear()
+        counting._log_once.cache_clear()
         monkeypatch.setattr(fake_passes, "count", lambda wanted: pytest.fail("counted again"))
         assert pass_memory(unknown) is None
     assert caplog.text.count("the activations of nobody-made-this-either are estimated by constants") == 2

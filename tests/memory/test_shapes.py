@@ -1,11 +1,13 @@
-"""The sizes computed from a config equal those of the models that transformers and peft make."""
+"""The sizes counted or computed from a config equal those of the models that transformers and peft make."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from stages.memory.counting import model_weights, uncounted
 from stages.memory.shapes import KNOWN_MODELS, Shape, shape_of, shape_of_folder, shape_of_hub
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -40,7 +42,53 @@ def test_every_weight_is_counted(name: str) -> None:
     config = AutoConfig.for_model(family, vocab_size=200, **{**common, **FAMILIES[name]})
     shape = shape_of(config.to_dict())
     assert shape is not None
-    assert shape.weights == weights_of(built(config))
+    made = weights_of(built(config))
+    assert shape.weights == made
+    counted = model_weights(shape.config, 200)
+    # A fused layer for queries, keys and values has one adapter; the formula has three.
+    assert counted == (replace(shape.formula, adapter=counted.adapter) if family.startswith("gpt") else shape.formula)
+
+
+UNUSUAL: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 88, "num_local_experts": 4},
+    "qwen3_moe": {"num_attention_heads": 4, "head_dim": 8, "moe_intermediate_size": 24, "num_experts": 6, "intermediate_size": 88},
+    "mamba": {"state_size": 4},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1},
+    "rwkv": {"attention_hidden_size": 32, "intermediate_size": 64},
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_weights_of_experts_and_state_space_models_are_counted(name: str) -> None:
+    from transformers import AutoConfig
+
+    fields = {"hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 200, **UNUSUAL[name]}
+    shape = shape_of({"model_type": name, **fields})
+    assert shape is not None
+    assert shape.weights == weights_of(built(AutoConfig.for_model(name, **fields)))
+
+
+def test_experts_in_one_tensor_are_neither_quantized_nor_adapted() -> None:
+    shape = shape_of({"model_type": "mixtral", "vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 3, **UNUSUAL["mixtral"]})
+    assert shape is not None
+    assert shape.linear_weights == 3 * (32 * 32 + 32 * 16 + 32 * 16 + 32 * 32)  # query, key, value, output
+    assert shape.lora_weights(2) == 2 * 3 * (64 + 48 + 48 + 64)
+    experts, router, embedding, norms = 3 * 4 * 3 * 32 * 88, 3 * 4 * 32, 200 * 32, 7 * 32
+    assert shape.other_weights == experts + router + embedding + norms
+
+
+def test_without_a_count_the_weights_are_those_of_the_formula() -> None:
+    shape = shape_of(
+        {"model_type": "nobody-made-this", "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 9}
+    )
+    assert shape is not None
+    with uncounted() as messages:
+        assert shape.linear_weights == shape.formula.linear
+        assert shape.lora_weights(2) == 2 * shape.formula.adapter
+    assert messages == [
+        "the weights of nobody-made-this are computed as those of a plain transformer, because they cannot be counted: "
+        "transformers has no model type 'nobody-made-this'"
+    ]
 
 
 def known() -> list[tuple[str, dict[str, Any]]]:
