@@ -14,7 +14,7 @@ from rich.table import Table
 from stages.config import LoraSettings, ModelInput, StepConfig
 from stages.errors import RecipeError
 from stages.json_types import JsonObject
-from stages.memory.counting import kept_in
+from stages.memory.counting import kept_in, uncounted
 from stages.memory.estimate import Machine, Memory
 from stages.memory.lengths import Lengths
 from stages.memory.models import View
@@ -32,13 +32,17 @@ PROCESS = {"cpu": 450 << 20, "cuda": 700 << 20}
 
 @dataclass(frozen=True)
 class StepMemory:
-    """The memory need of a step. ``memory`` is None if it is unknown; ``note`` gives the reason."""
+    """The memory need of a step. ``memory`` is None if it is unknown; ``note`` gives the reason.
+
+    ``uncounted``: what the estimate leaves out or takes from constants, and why; one sentence each.
+    """
 
     name: str
     stage: str
     memory: Memory | None
     note: str = ""
     advice: list[str] = field(default_factory=list)  # overrides that make it fit
+    uncounted: list[str] = field(default_factory=list)
 
     def as_json(self) -> JsonObject:
         return {
@@ -46,6 +50,7 @@ class StepMemory:
             "bytes": self.memory.as_json() if self.memory is not None else None,
             "note": self.note,
             "advice": self.advice,
+            "uncounted": self.uncounted,
         }
 
 
@@ -61,17 +66,29 @@ def _plan_memory(recipe: Recipe, registry: Registry, machine: Machine, reused: M
     made: dict[str, View] = {}
     estimates = []
     for step in recipe.steps:
-        views, missing = _views(step, made, registry)
-        folder = _folder(step, registry, reused)
-        lengths = lengths_of(step.config, folder)
-        if missing:
-            estimates.append(StepMemory(step.name, step.stage, None, f"the size of {', '.join(missing)} is unknown until it is downloaded"))
-        elif step.name not in reused:
-            memory = memory_of(step.config, _loaded(views, step.config), lengths, machine, processes)
-            estimates.append(_advised(step, views, lengths, machine, processes, memory))
-        if (view := _made_by(step, views)) is not None:
-            made[step.name] = view
+        with uncounted() as messages:
+            views, missing = _views(step, made, registry)
+            folder = _folder(step, registry, reused)
+            lengths = lengths_of(step.config, folder)
+            if missing:
+                note = f"the size of {', '.join(missing)} is unknown until it is downloaded"
+                estimates.append(StepMemory(step.name, step.stage, None, note))
+            elif step.name not in reused:
+                loaded = _loaded(views, step.config)
+                memory = memory_of(step.config, loaded, lengths, machine, processes)
+                said = [*messages, *_uncounted_states(step.config, loaded)]
+                estimates.append(replace(_advised(step, views, lengths, machine, processes, memory), uncounted=said))
+            if (view := _made_by(step, views)) is not None:
+                made[step.name] = view
     return estimates
+
+
+def _uncounted_states(config: StepConfig, models: Mapping[str, View]) -> list[str]:
+    """What a step that decodes says about state-space models: the memory of their states is not in the plan."""
+    if not hasattr(config, "generation"):
+        return []
+    families = sorted({view.shape.family for view in models.values() if view.shape.heads == 0})
+    return [f"the states that {family} keeps while it decodes are not counted; they do not grow with the length" for family in families]
 
 
 # The models that a step reads
@@ -291,13 +308,16 @@ def memory_table(steps: Sequence[StepMemory], machine: Machine) -> Table:
 
 
 def advice_lines(steps: Sequence[StepMemory]) -> list[str]:
-    """Advice for each step that does not fit."""
+    """Advice for each step that does not fit; and what the estimates leave out or take from constants, with the steps."""
     lines = []
     for step in steps:
         if step.advice:
             lines.append(f"{step.name} would fit ({step.note.removeprefix('with these settings ')} GiB) with: {' '.join(step.advice)}")
         elif step.memory is not None and step.note:
             lines.append(f"{step.name}: {step.note}")
+    for message in dict.fromkeys(message for step in steps for message in step.uncounted):
+        names = [step.name for step in steps if message in step.uncounted]
+        lines.append(f"{', '.join(names)}: {message}")
     return lines
 
 

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from stages.cli import app
+from stages.memory import counting, fake_passes
 from stages.memory.estimate import Machine
 from stages.planning.plan import PROCESS, StepMemory, advice_lines, plan_memory
 from stages.recipe.schema import load_recipe
@@ -98,6 +99,44 @@ def test_unknown_sizes_are_not_guessed(recipe: Any, tmp_path: Path) -> None:
     step = planned(recipe(policy="nobody/secret", value="shared"), tmp_path, 24)["aligned"]
     assert step.memory is None
     assert "the size of nobody/secret is unknown until it is downloaded" in step.note
+
+
+def folder_of(folder: Path, tokenizer: Path, **config: Any) -> str:
+    """A model folder with a config and a tokenizer, without weights."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    for file in tokenizer.glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return str(folder)
+
+
+def test_the_plan_says_what_it_cannot_count(recipe: Any, tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As text and as JSON; also in a second plan, which reads the counts from the file."""
+    monkeypatch.setenv("COLUMNS", "200")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 90, "max_position_embeddings": 64}
+    unknown = folder_of(tmp_path / "unknown", tiny_llama_folder, model_type="nobody-made-this", **sizes)
+    path = str(recipe(policy=unknown, value="shared", precision="fp32", generation={"max_new_tokens": 8}))
+    command = ["plan", path, "--home", str(tmp_path), "--device-memory", "24"]
+    reason = "cannot be counted: transformers has no model type 'nobody-made-this'"
+    weights = f"the weights of nobody-made-this are computed as those of a plain transformer, because they {reason}"
+    layers = f"the activations of nobody-made-this are estimated by constants, because its layers {reason}"
+    for _ in range(2):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+        assert result.output.count(f"aligned: {weights}") == result.output.count(f"aligned: {layers}") == 1
+        counting._counts.clear()  # as in another process
+    (step,) = json.loads(CliRunner().invoke(app, [*command, "--json"]).output)["memory"]
+    assert sorted(step["uncounted"]) == [layers, weights]
+
+
+def test_a_state_space_model_has_a_plan(recipe: Any, tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake_passes, "LOOP_COLUMNS", 4)  # faster
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 90, "attention_hidden_size": 32, "intermediate_size": 64}
+    path = recipe(policy=folder_of(tmp_path / "rwkv", tiny_llama_folder, model_type="rwkv", **sizes), value="shared", precision="fp32")
+    step = planned(path, tmp_path, 24)["aligned"]
+    assert step.memory is not None
+    assert step.memory.kv_cache == 0 and step.memory.activations > 0
+    assert step.uncounted == ["the states that rwkv keeps while it decodes are not counted; they do not grow with the length"]
 
 
 def test_lengths_come_from_the_data(recipe: Any, tmp_path: Path, tiny_llama_folder: Path) -> None:
