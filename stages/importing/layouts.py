@@ -128,7 +128,7 @@ def _adapter_layout(weights: dict[str, Tensor], head_file: dict[str, Tensor], ad
     if not heads:
         return Layout("trlX (with an adapter)" if weights else "peft", {}, notes=notes)
     (name, weight), *more = heads.items()
-    if more or weight.shape[0] != 1:
+    if more or weight.shape[0] != 1 or short_name(name).startswith("classifier"):  # an encoder's, even with one output
         shown = ", ".join(f"{short_name(name)} {list(value.shape)}" for name, value in heads.items())
         return Layout("peft", {}, role="classifier", notes=notes, head_name=shown)
     bias = adapter.get(name.removesuffix("weight") + "bias")

@@ -22,6 +22,7 @@ from stages.importing.notes import on_precision, on_tokenizer, unused, value_fol
 from stages.importing.source import WEIGHT_SUFFIXES, find_source, no_weights, read_json
 from stages.importing.weights import ADAPTER_FILES, read_file, read_head_file, read_weights, unquantized, unread_files
 from stages.json_types import JsonObject
+from stages.models.adapters import HEAD_FILE
 from stages.models.heads import RewardModel, ScalarModel, ValueModel, read_head
 from stages.models.loading import as_resolved, load_classifier, load_language_model, load_tokenizer, save_model
 from stages.registry.ledger import check_name
@@ -162,6 +163,9 @@ def _convert_adapter(
     tensors = read_file(file, allow_pickle)
     for name in [name for name in tensors if name.startswith("v_head.")]:  # TRL's head, which is not a part of the adapter
         weights[name] = tensors.pop(name)
+    if (source / HEAD_FILE).exists():  # of an adapter from `stages models export --adapter`
+        weight, bias = read_head(as_resolved(source))
+        tensors |= {"base_model.model.score.weight": weight, "base_model.model.score.bias": torch.tensor([bias])}
     layout = recognise(weights, head_file, {}, adapter=tensors)
     if layout.head is not None:
         drop = {name.removesuffix("weight") for name in heads_of_adapter(tensors)}

@@ -99,6 +99,7 @@ def test_an_adapter_with_one_output_has_a_reward_head_and_with_two_a_classifier(
     assert (layout.role, layout.head_name) == ("reward_model", "score, linear from 2 to 1")
     layout = layout_of({}, adapter={**lora, "base_model.model.score.modules_to_save.weight": torch.ones(2, 2)})
     assert (layout.role, layout.head_name) == ("classifier", "score.weight [2, 2]")
+    assert layout_of({}, adapter={**lora, "base_model.model.classifier.weight": WEIGHT}).role == "classifier"  # BERT's, with one label
     assert layout_of({}, adapter=lora).role is None
 
 

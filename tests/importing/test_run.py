@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from stages.config import LoraSettings
 from stages.errors import ModelError
 from stages.importing.run import import_model
 from stages.models.heads import RewardModel, ValueModel
@@ -255,6 +256,23 @@ def test_import_adapter_of_a_reward_trainer_is_a_reward_model(folder: Path, regi
     assert [record.role for record in imported.records] == ["reward_model"]
     with torch.no_grad():
         expected_score = adapted(input_ids=IDS, attention_mask=MASK).logits[:, 0]
+    torch.testing.assert_close(score_of(imported.records[0].path), expected_score, rtol=1e-4, atol=1e-5)
+
+
+def test_import_exported_adapter_of_a_reward_model_keeps_its_head(
+    language_model: Any, folder: Path, registry: Registry, tmp_path: Path
+) -> None:
+    language_model.save_pretrained(folder)
+    model = RewardModel.from_language_model(folder, dtype=torch.float32, lora=LoraSettings(r=2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        model.score_head.bias.fill_(0.7)
+        expected_score = model.eval().score(IDS, MASK)
+    model.save(tmp_path / "adapter")
+    imported = import_model(tmp_path / "adapter", registry, "old/reward")
+    assert [record.role for record in imported.records] == ["reward_model"]
     torch.testing.assert_close(score_of(imported.records[0].path), expected_score, rtol=1e-4, atol=1e-5)
 
 
