@@ -133,9 +133,16 @@ def policy_logits(
     return (2 * tokens * compute + 2 * positions * FP32) * shape.vocabulary
 
 
-def saving(weights: float) -> Phase:
-    """The comparison of a small saved model with the model in memory: the saved one, in fp32."""
-    return 0.0, FP32 * weights if weights <= CHECKED_WEIGHTS else 0.0, 0.0
+def saving(shape: Shape, *, output: bool = True) -> Phase:
+    """The comparison of a small saved model with the model in memory: the saved one, in fp32, and the search for infinite weights in it.
+
+    The search makes a copy in fp32 and three masks of one byte per weight. The embedding counts as the largest weight. ``output``: with the
+    output layer.
+    """
+    weights = shape.weights - (0 if output else shape.output_weights)
+    if weights > CHECKED_WEIGHTS:
+        return 0.0, 0.0, 0.0
+    return 0.0, FP32 * weights + (FP32 + 3) * shape.vocabulary * shape.hidden, 0.0
 
 
 def cast_bytes(weights: float, compute: int) -> float:
@@ -182,7 +189,7 @@ def language_model(config: TrainingStepConfig, view: View, rows: float, columns:
         logits = tiled_logits(view.shape, rows * columns, machine, trains_output=not lora_rank(config), compute=compute)
     return trained_model(config, view, machine) + phases(
         training_phase(config, view, rows, columns, machine, logits=logits, masked=has_padding(config)),
-        saving(view.shape.weights),
+        saving(view.shape),
     )
 
 

@@ -77,7 +77,7 @@ def estimate(config: PPOStepConfig, models: Mapping[str, View], lengths: Lengths
         block = config.pretraining_mix.block_size
         rows = rows_per_batch(config.rows_per_pass, block, device_type=machine.kind)
         mixing.append(trained_on(policy, rows, block, rows * block))
-    return held + phases(sampling, updating, measuring, *scoring, *mixing, saving(shape.weights))
+    return held + phases(sampling, updating, measuring, *scoring, *mixing, saving(shape))
 
 
 def _measured_rows(config: PPOStepConfig, length: int, machine: Machine, own: int) -> int:

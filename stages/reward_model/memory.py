@@ -28,4 +28,4 @@ def estimate(config: RewardModelConfig, models: Mapping[str, View], lengths: Len
             (0.0, inference_bytes(view.shape, rows, columns, compute, machine), FP32 * tokens * view.shape.vocabulary)
         )
     training = training_phase(config, view, rows, columns, machine, logits=0.0, masked=True)
-    return trained_model(config, view, machine, output=False) + phases(training, saving(view.shape.weights - view.shape.output_weights))
+    return trained_model(config, view, machine, output=False) + phases(training, saving(view.shape, output=False))

@@ -22,8 +22,7 @@ def estimate(config: SentimentConfig, models: Mapping[str, View], lengths: Lengt
     columns = min(config.max_length, lengths.text)
     rows = rows_per_pass(config, processes, columns, machine, lengths.examples)
     training = training_phase(config, view, rows, columns, machine, logits=0.0, masked=True)
-    weights = view.shape.weights - view.shape.output_weights
-    step = trained_model(config, view, machine, output=False) + phases(training, saving(weights))
+    step = trained_model(config, view, machine, output=False) + phases(training, saving(view.shape, output=False))
     if config.masked is None:
         return step
     masked = config.model_copy(update={"training": config.masked.training, "lora": None})

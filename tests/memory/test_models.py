@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from stages.memory.estimate import Machine
+from stages.memory.fake_passes import LiveBytes
 from stages.memory.lengths import Counter, Lengths, comparison_lengths, demonstration_lengths
-from stages.memory.models import largest_pass, rows_per_pass
+from stages.memory.models import largest_pass, rows_per_pass, saving
+from stages.memory.shapes import shape_of
 from stages.sft.config import SFTStepConfig
 
 CPU, GPU = Machine("cpu", 8 << 30, 4, "a CPU"), Machine("cuda", 8 << 30, 2, "a GPU")
@@ -45,6 +49,19 @@ def test_rows_of_a_pass_follow_from_the_lengths_of_the_examples() -> None:
     assert rows_per_pass(config, 1, 400, CPU, [(3, 200)], texts=4) == 3 * 200 / (4 * 400)  # a pass of one example with three texts
     assert rows_per_pass(config, 1, 200, GPU, [(1, 50)]) == 8
     assert rows_per_pass(config, 4, 200, CPU, [(1, 50)]) == 2
+
+
+def test_the_check_of_a_saved_model_takes_it_in_fp32_and_what_the_search_for_infinite_weights_takes() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": False}
+    shape = shape_of({"model_type": "llama", "vocab_size": 200, **sizes})
+    assert shape is not None
+    saved = torch.ones(200, 32)  # the embedding
+    with LiveBytes() as live:
+        torch.isfinite(saved).all()
+    layers, norms, embedding = 2 * (4 * 32 * 32 + 3 * 32 * 88), 5 * 32, 200 * 32
+    assert saving(shape) == (0.0, 4 * (layers + norms + 2 * embedding) + live.peak, 0.0)
+    assert saving(shape, output=False) == (0.0, 4 * (layers + norms + embedding) + live.peak, 0.0)
+    assert saving(replace(shape, vocabulary=10_000_000)) == (0.0, 0.0, 0.0)  # so large a model is not checked
 
 
 def test_examples_have_the_lengths_of_the_data(tmp_path: Path) -> None:
