@@ -80,12 +80,16 @@ def recognise(
     """
     settings = cast("HeadConfig", config)
     layout = _adapter_layout(weights, head_file, adapter) if adapter is not None else _full_layout(weights, head_file, settings)
-    if layout.head is not None and not bool(torch.isfinite(layout.head.weight).all()):
-        raise ModelError(f"the head {layout.head.name} contains NaN or infinity; use an earlier checkpoint")
     if layout.head is not None:
+        _require_finite(layout.head.name, layout.head.weight)
         width, bias = layout.head.weight.shape[1], " with a bias" if layout.head.bias else ""
         return replace(layout, head_name=layout.head_name or f"{layout.head.name}, linear from {width} to 1{bias}")
     return layout
+
+
+def _require_finite(name: str, weight: Tensor) -> None:
+    if not bool(torch.isfinite(weight.float()).all()):
+        raise ModelError(f"the head {name} contains NaN or infinity; use an earlier checkpoint")
 
 
 def _full_layout(weights: dict[str, Tensor], head_file: dict[str, Tensor], config: HeadConfig) -> Layout:
@@ -153,9 +157,11 @@ def _transformers(weights: dict[str, Tensor], config: HeadConfig) -> Layout:
     heads = {name: value for name, value in weights.items() if name.split(".")[0] in CLASSIFIERS and name.endswith("weight")}
     if not heads:
         return Layout("transformers", weights, role="language_model")
+    for name, weight in heads.items():
+        _require_finite(name.removesuffix(".weight"), weight)
     labels = config.get("num_labels") or len(config.get("id2label") or {}) or 2
-    if (weight := heads.get("score.weight")) is not None and weight.dim() == 2:
-        labels = weight.shape[0]
+    if (score := heads.get("score.weight")) is not None and score.dim() == 2:
+        labels = score.shape[0]
     role: Role = "reward_model" if labels == 1 and "score.weight" in heads else "classifier"
     shown = ", ".join(f"{name} {list(value.shape)}" for name, value in sorted(heads.items()))
     return Layout("transformers", weights, role=role, head_name=f"{shown}, {labels} label{'s' if labels != 1 else ''}")
@@ -300,9 +306,12 @@ def linear_head(tensors: Mapping[str, Tensor], prefix: str) -> Head:
     tensors_of_head = {name: value for name, value in tensors.items() if name.startswith(f"{prefix.split('.')[0]}.")}
     weight, bias = tensors.get(f"{prefix}.weight"), tensors.get(f"{prefix}.bias")
     shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in sorted(tensors_of_head.items())) or "none"
-    if weight is None or set(tensors_of_head) - {f"{prefix}.weight", f"{prefix}.bias"} or weight.dim() != 2 or weight.shape[0] != 1:
-        raise ModelError(f"the head is not a linear layer with one output: expected {prefix}.weight [1, d]; the file has {shapes}")
-    return Head(weight.float(), 0.0 if bias is None else float(torch.as_tensor(bias).reshape(-1)[0]), prefix)
+    others = set(tensors_of_head) - {f"{prefix}.weight", f"{prefix}.bias"}
+    if weight is None or others or weight.dim() != 2 or weight.shape[0] != 1 or (bias is not None and bias.numel() != 1):
+        raise ModelError(
+            f"the head is not a linear layer with one output: expected {prefix}.weight [1, d], a bias [1] or none; the file has {shapes}"
+        )
+    return Head(weight.float(), 0.0 if bias is None else float(bias.reshape(-1)[0]), prefix)
 
 
 def _split(weights: dict[str, Tensor], prefix: str, head: Head) -> tuple[dict[str, Tensor], list[str]]:

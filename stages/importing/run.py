@@ -164,6 +164,7 @@ def _convert_adapter(
     for name in [name for name in tensors if name.startswith("v_head.")]:  # TRL's head, which is not a part of the adapter
         weights[name] = tensors.pop(name)
     if (source / HEAD_FILE).exists():  # of an adapter from `stages models export --adapter`
+        read_file(source / HEAD_FILE, allow_pickle)  # raises ModelError if it is damaged
         weight, bias = read_head(as_resolved(source))
         tensors |= {"base_model.model.score.weight": weight, "base_model.model.score.bias": torch.tensor([bias])}
     layout = recognise(weights, head_file, {}, adapter=tensors)

@@ -114,6 +114,12 @@ def test_a_head_without_a_transformer_is_refused(weights: dict[str, Tensor]) -> 
         layout_of(weights)
 
 
-def test_a_head_with_nan_is_refused() -> None:
+@pytest.mark.parametrize("name", ["v_head.summary", "score"])
+def test_a_head_with_nan_is_refused(name: str) -> None:
     with pytest.raises(ModelError, match="NaN"):
-        layout_of({**BODY, "v_head.summary.weight": WEIGHT * float("nan")})
+        layout_of({**BODY, f"{name}.weight": WEIGHT * float("nan")})
+
+
+def test_a_head_with_an_empty_bias_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"a bias \[1\] or none"):
+        layout_of({**BODY, "v_head.summary.weight": WEIGHT, "v_head.summary.bias": torch.zeros(0)})

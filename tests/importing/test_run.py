@@ -274,6 +274,9 @@ def test_import_exported_adapter_of_a_reward_model_keeps_its_head(
     imported = import_model(tmp_path / "adapter", registry, "old/reward")
     assert [record.role for record in imported.records] == ["reward_model"]
     torch.testing.assert_close(score_of(imported.records[0].path), expected_score, rtol=1e-4, atol=1e-5)
+    (tmp_path / "adapter/head.safetensors").write_bytes(b"cut")
+    with pytest.raises(ModelError, match=r"head\.safetensors is damaged"):
+        import_model(tmp_path / "adapter", registry, "old/reward")
 
 
 def test_import_says_which_tensors_it_does_not_keep(language_model: Any, folder: Path, registry: Registry) -> None:
