@@ -240,7 +240,8 @@ def _use_lean_layers(model: nn.Module, kind: PassKind) -> None:
     config = config_of(kind)
     width = 8 * getattr(config, "num_attention_heads", 1)
     sizes = {"hidden_size": width, "intermediate_size": width, "head_dim": 8, "vocab_size": 16}
-    small = AutoModel.from_config(config_of(kind, 1, **{name: size for name, size in sizes.items() if hasattr(config, name)}))
+    layers = min(2, config.num_hidden_layers)  # RWKV cannot be made with one layer
+    small = AutoModel.from_config(config_of(kind, layers, **{name: size for name, size in sizes.items() if hasattr(config, name)}))
     usual = {name: type(module).__name__ for name, module in small.named_modules()}
     use_lean_layers(small)
     lean = {usual[name]: type(module) for name, module in small.named_modules() if hasattr(module, "lean")}

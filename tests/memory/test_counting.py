@@ -123,6 +123,8 @@ UNUSUAL: dict[str, dict[str, Any]] = {
     "falcon": {**SIZES, "new_decoder_architecture": True, "num_kv_heads": 2},
     "phi3": {**SIZES, "pad_token_id": 32000},  # beyond the vocabulary of a tokenizer that the step trains
     "deberta-v2": SIZES,
+    "rwkv": {"hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4},
+    "mamba": {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 4},
 }
 
 
@@ -135,7 +137,8 @@ def test_models_that_loop_over_tokens_are_recognized(family: str, loops: bool) -
 
 
 @pytest.mark.parametrize("family", UNUSUAL)
-def test_unusual_families_are_counted(family: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_unusual_families_are_counted(family: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake_passes, "LOOP_COLUMNS", 4)  # faster
     shape = shape_of({"model_type": family, "vocab_size": 90, **UNUSUAL[family]})
     assert shape is not None
     assert pass_memory(PassKind(shape.config, 90, "cpu", 4, 4, True)) is not None
