@@ -67,8 +67,8 @@ class Memo:
             self._is_new = True
 
     def save(self) -> None:
-        """Write the cache. Does nothing if the home folder does not exist and no check passed, and ignores write errors."""
-        if not self._is_new or not (self.passed or self.path.parent.parent.is_dir()):
+        """Write the cache. Does nothing if the home folder does not exist, because a plan creates nothing, and ignores write errors."""
+        if not self._is_new or not self.path.parent.parent.is_dir():
             return
         content = {"hashes": dict(list(self.hashes.items())[-MEMO_ENTRIES:]), "passed": self.passed[-MEMO_ENTRIES:]}
         try:

@@ -60,8 +60,9 @@ class LogOdds(nn.Module):
         self.first, self.second = first, second
         self.config = self.language_model.config
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Scores [B] (fp32) of right-padded texts [B, T]."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, *, right_padded: bool = True) -> Tensor:
+        """Scores [B] (fp32) of right-padded texts [B, T]. ``right_padded`` is an argument only because ``RewardModel.forward`` has it."""
+        assert right_padded
         logits = self.language_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         last = logits[torch.arange(len(input_ids), device=logits.device), attention_mask.sum(dim=1) - 1].float()
         return last[:, self.first] - last[:, self.second]

@@ -285,7 +285,8 @@ def test_dead_process_ends_the_others_and_one_process_can_resume(workdir: Path, 
     stopped = start(workdir, "cut", *TWO, AT_CALL="2", IN_PROCESS="0", WHAT="stops")
     assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
     assert "resuming after iteration 2" in stopped.stdout
-    assert "stopped by SIGTERM; completed work is kept. To continue: stages run pair.yaml --home cut" in stopped.stderr
+    command = "accelerate launch --cpu --num_processes 2 -m stages run pair.yaml --home cut"
+    assert f"stopped by SIGTERM; completed work is kept. To continue: {command}" in stopped.stderr
 
     resumed = start(workdir, "cut", *ONE)  # with another number of processes
     assert resumed.returncode == 0, resumed.stderr
