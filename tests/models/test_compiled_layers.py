@@ -198,7 +198,8 @@ def test_without_a_compiler_layers_compute_as_usual_and_one_line_says_why(
     assert len(said) == 1 and said[0].startswith("layers are not compiled: Block: ") and "compiler" in said[0]
     facts = compiler.facts()
     assert not facts["compiled"] and facts["reason"] == said[0].removeprefix("layers are not compiled: ")
-    assert caplog.records == []
+    # PyTorch's scheduler logs one line, depending on what the process has compiled before.
+    assert [record for record in caplog.records if record.name != "torch._inductor.scheduler"] == []
 
 
 def test_too_many_graphs_end_the_compilation(said: list[str], traced: None, monkeypatch: pytest.MonkeyPatch) -> None:
