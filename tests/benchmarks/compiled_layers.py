@@ -24,37 +24,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from small_llama import raw_texts, save_small_llama  # noqa: E402
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 SIDES = ("not compiled", "compiled")
-
-
-def base_model(folder: Path, width: int, layers: int) -> None:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from stages.config import DataInput
-    from stages.corpora.text import load_text
-    from stages.pretraining.config import TokenizerSettings
-    from stages.pretraining.tokenizer import train_tokenizer
-
-    corpus = load_text(DataInput.model_validate({"train": {"path": "world:raw", "limit": 2000}}))
-    tokenizer = train_tokenizer(corpus.train, TokenizerSettings(vocab_size=2048))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=width * 11 // 4,
-        num_hidden_layers=layers,
-        num_attention_heads=max(2, width // 64),
-        max_position_embeddings=512,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def step(stage: str, model: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -194,7 +169,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|")
     for width in options.widths:
         with tempfile.TemporaryDirectory() as model:
-            base_model(Path(model), width, options.layers)
+            save_small_llama(Path(model), raw_texts(), vocab_size=2048, width=width, layers=options.layers)
             for stage in options.stages:
                 print(row(stage, width, model, options), flush=True)
 

@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from learning_curves import RESULTS, quickstart_ppo, run_steps  # noqa: E402
 
 T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # of Student's t
-MEASURES = ("monitors/gold", "rewards/score_mean", "policy/kl", "responses/length_mean")
-DECIMALS = (3, 3, 2, 1)  # of each measure in the table
+MEASURES = {"monitors/gold": 3, "rewards/score_mean": 3, "policy/kl": 2, "responses/length_mean": 1}
+"""Metric -> its decimals in the table."""
 
 
 def variants() -> dict[str, tuple[str, dict[str, Any]]]:
@@ -82,11 +82,10 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
     lines = [head, ["-" * 3] * len(head)]
     for row in rows:
         if row["variant"] == "default":
-            cells = [f"{row[measure]['mean']:.{digits}f}" for measure, digits in zip(MEASURES, DECIMALS, strict=True)]
+            cells = [f"{row[measure]['mean']:.{digits}f}" for measure, digits in MEASURES.items()]
         else:
             cells = [
-                f"{row[measure]['difference']:+.{digits}f} ± {row[measure]['half']:.{digits}f}"
-                for measure, digits in zip(MEASURES, DECIMALS, strict=True)
+                f"{row[measure]['difference']:+.{digits}f} ± {row[measure]['half']:.{digits}f}" for measure, digits in MEASURES.items()
             ]
         lines.append([row["what"], *cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

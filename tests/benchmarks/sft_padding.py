@@ -21,36 +21,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from small_llama import save_small_llama  # noqa: E402
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
 
-def base_model(folder: Path, data: Path, width: int, layers: int) -> None:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+def texts_of(data: Path) -> list[str]:
+    """The first 1,000 demonstrations, for the tokenizer."""
     from stages.config import DataInput
     from stages.corpora.demonstrations import load_demonstrations
-    from stages.pretraining.config import TokenizerSettings
-    from stages.pretraining.tokenizer import train_tokenizer
 
     rows = load_demonstrations(DataInput.model_validate({"train": {"path": str(data), "limit": 1000}})).train
-    tokenizer = train_tokenizer([f"{row['prompt']}\n{row['completion']}" for row in rows], TokenizerSettings(vocab_size=4096))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=width * 11 // 4,
-        num_hidden_layers=layers,
-        num_attention_heads=max(2, width // 64),
-        max_position_embeddings=1024,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    return [f"{row['prompt']}\n{row['completion']}" for row in rows]
 
 
 def one_run(model: Path, data: Path, options: argparse.Namespace, *, splits: bool) -> dict[str, float]:
@@ -132,7 +116,7 @@ def main() -> None:
 
     runs: dict[bool, list[dict[str, float]]] = {False: [], True: []}
     with tempfile.TemporaryDirectory() as folder:
-        base_model(Path(folder), options.data, options.width, options.layers)
+        save_small_llama(Path(folder), texts_of(options.data), vocab_size=4096, width=options.width, layers=options.layers, positions=1024)
         for number in range(options.rounds):
             for splits in (False, True) if number % 2 else (True, False):
                 runs[splits].append(one_run(Path(folder), options.data, options, splits=splits))

@@ -26,6 +26,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from small_llama import raw_texts, save_small_llama  # noqa: E402
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = {"sft": 200, "reward_model": 60, "sentiment": 200}
 TRAINING = {"learning_rate": 1e-3, "batch_size": 8, "microbatch_size": 8}
@@ -34,34 +37,6 @@ DATA = {
     "reward_model": {"train": "world:comparisons", "validation": {"path": "world:comparisons/validation", "limit": 8}},
     "sentiment": {"train": "world:reviews", "validation": {"path": "world:reviews/validation", "limit": 8}},
 }
-
-
-def base_model(folder: Path) -> None:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from stages.config import DataInput
-    from stages.corpora.text import load_text
-    from stages.pretraining.config import TokenizerSettings
-    from stages.pretraining.tokenizer import train_tokenizer
-
-    corpus = load_text(DataInput.model_validate({"train": {"path": "world:raw", "limit": 2000}}))
-    tokenizer = train_tokenizer(corpus.train, TokenizerSettings(vocab_size=1024))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def step(kind: str) -> dict[str, Any]:
@@ -194,7 +169,7 @@ def main() -> None:
         return
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryDirectory() as scratch:
-        base_model(Path(scratch))
+        save_small_llama(Path(scratch), raw_texts(), vocab_size=1024, heads=4)
         for kind in STEPS:
             speeds: dict[str, list[float]] = {"ours": [], "theirs": []}
             for _ in range(options.rounds):

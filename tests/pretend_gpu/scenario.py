@@ -24,13 +24,13 @@ from stages.kernels.casts import kept_casts
 from stages.models.likelihood import measure_likelihood
 from stages.models.packing import packing_kernel
 from stages.models.responses import Policy, sequence_batch
-from stages.process.runtime import Runtime
 from stages.recipe.schema import load_recipe
 from stages.registry.ledger import Registry
-from stages.registry.references import ResolvedModel
 from stages.sampling import graphs, workspace
 from stages.sampling.generation import generate
-from stages.step import StepContext
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "gpu"))
+from measures import step_context  # noqa: E402
 
 pretend_cuda: Any = sys.modules["pretend_cuda"]
 OWN = str(Path(graphs.__file__).parents[1]) + os.sep  # this project's files
@@ -157,16 +157,7 @@ def run_step(step: dict[str, Any], home: Path) -> None:
     recipe_file.write_text(json.dumps({"name": "test", "steps": [step]}))  # JSON is YAML
     registry = Registry(home / "registry")
     (loaded,) = load_recipe(recipe_file, [], registry).steps
-    models = {
-        path: ResolvedModel(reference.input.ref, "folder", reference.target, reference.target, reference.input)
-        for path, reference in loaded.models.items()
-    }
-    folders = {"folder": home / "run", "checkpoint_folder": home / "work"}
-    for folder in folders.values():
-        folder.mkdir()
-    runtime = Runtime(quiet=True)
-    runtime.begin_step(0)
-    run_function(step["stage"])(loaded.config, StepContext("test/step", 0, runtime, registry, models, trackers=(), **folders))
+    run_function(step["stage"])(loaded.config, step_context(loaded, home, registry))
 
 
 def decoding_waits() -> dict[str, int]:

@@ -82,8 +82,8 @@ class Clock:
         self.lines.append(metrics)
 
 
-def _context(step: Any, home: Path, registry: Any) -> tuple[Any, Clock]:
-    """A step context without a chain, whose log also goes to a clock."""
+def step_context(step: Any, home: Path, registry: Any) -> Any:
+    """The context of a recipe step that runs without a chain. Makes its folders in ``home``."""
     from stages.process.runtime import Runtime
     from stages.registry.references import ResolvedModel
     from stages.step import StepContext
@@ -97,7 +97,12 @@ def _context(step: Any, home: Path, registry: Any) -> tuple[Any, Clock]:
     folders = {"folder": home / "run", "checkpoint_folder": home / "work"}
     for folder in folders.values():
         folder.mkdir()
-    context = StepContext("table/step", 0, runtime, registry, models, trackers=(), **folders)
+    return StepContext("test/step", 0, runtime, registry, models, trackers=(), **folders)
+
+
+def _context(step: Any, home: Path, registry: Any) -> tuple[Any, Clock]:
+    """A step context whose log also goes to a clock."""
+    context = step_context(step, home, registry)
     clock, log = Clock(), context.log
 
     def noted(number: int, metrics: dict[str, float]) -> None:
