@@ -149,17 +149,19 @@ def make_trainer(
 @contextmanager
 def _gathering_unequal_shares(accelerator: Accelerator, own: torch.Tensor) -> Iterator[None]:
     """Let TRL gather its per-pair metrics although processes may have different numbers of pairs. ``own``: of this process, maybe 0."""
-    gather = accelerator.gather
+    if accelerator.num_processes == 1:
+        yield
+        return
+    gather, counts = accelerator.gather, bool(own > 0)  # read once, because the CPU waits for it
 
     def unequal(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.dim() == 0:
             return gather(tensor)
-        padded = accelerator.pad_across_processes(tensor if own > 0 else torch.full_like(tensor, torch.nan), pad_index=torch.nan)
+        padded = accelerator.pad_across_processes(tensor if counts else torch.full_like(tensor, torch.nan), pad_index=torch.nan)
         gathered = gather(padded)
         return gathered[~gathered.isnan()]
 
-    if accelerator.num_processes > 1:
-        accelerator.gather = unequal
+    accelerator.gather = unequal
     try:
         yield
     finally:

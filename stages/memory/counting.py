@@ -53,7 +53,7 @@ def pass_memory(kind: PassKind) -> PassMemory | None:
     """The memory of a pass; None if its layers cannot be counted. The log (or ``uncounted``) then says why, once."""
     if not kind.config:
         return None
-    known = _known(_key(kind), partial(_count_or_explain, kind))
+    known = _known(_key(kind), partial(_or_reason, partial(_count, kind)))
     if "kept" in known:
         return PassMemory(_polynomial(known["kept"]), _polynomial(known["peak"]))
     if "reason" in known:
@@ -69,7 +69,7 @@ def model_weights(config: str, vocabulary: int) -> ModelWeights | None:
     if not config:
         return None
     kind = PassKind(config, vocabulary, "cpu", weights=4, compute=4, trains=False)
-    known = _known(f"weights {_key(kind)}", partial(_weights_or_explain, kind))
+    known = _known(f"weights {_key(kind)}", partial(_or_reason, partial(_count_weights, kind)))
     if "linear" in known:
         return ModelWeights(**known)
     if "reason" in known:
@@ -160,13 +160,19 @@ def _polynomial(content: dict[str, Sequence[float]]) -> Polynomial:
 @cache
 def _key(kind: PassKind) -> str:
     """The key of a count: it depends on the pass, the libraries, and the code that counts."""
-    libraries = [version(name) for name in ("torch", "transformers", "peft")]
-    code = [
-        Path(__file__).with_name(name).read_text(encoding="utf-8")
-        for name in ("counting.py", "passes.py", "weights.py", "fake_passes.py", "fake_weights.py")
-    ]
-    content = json.dumps([asdict(kind), libraries, code], sort_keys=True)
+    content = json.dumps([asdict(kind), _libraries(), _code()], sort_keys=True)
     return sha256(content.encode()).hexdigest()[:32]
+
+
+@cache
+def _libraries() -> list[str]:
+    return [version(name) for name in ("torch", "transformers", "peft")]
+
+
+@cache
+def _code() -> list[str]:
+    names = ("counting.py", "passes.py", "weights.py", "fake_passes.py", "fake_weights.py")
+    return [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in names]
 
 
 def _read(path: Path | None) -> dict[str, _Kept]:
@@ -190,26 +196,25 @@ def _write(path: Path | None, key: str) -> None:
         logger.info("the counts of activations cannot be saved: %s", error)
 
 
-def _count_or_explain(kind: PassKind) -> _Count | _NoCount:
-    """The count as fields, or the reason why there is none: any error of a family's own code. The plan then uses constants."""
+def _or_reason(count: Callable[[], PassMemory | ModelWeights]) -> _Kept:
+    """The fields of a count, or the reason why there is none: any error of a family's own code."""
+    with _silent():
+        try:
+            return cast("_Kept", asdict(count()))
+        except Exception as error:
+            return {"reason": _reason(error)}
+
+
+def _count(kind: PassKind) -> PassMemory:
     from stages.memory.fake_passes import count
 
-    with _silent():
-        try:
-            return cast("_Count", asdict(count(kind)))
-        except Exception as error:
-            return {"reason": _reason(error)}
+    return count(kind)
 
 
-def _weights_or_explain(kind: PassKind) -> _Weights | _NoCount:
-    """The numbers of weights, or the reason why there are none: any error of a family's own code."""
+def _count_weights(kind: PassKind) -> ModelWeights:
     from stages.memory.fake_weights import weights_of
 
-    with _silent():
-        try:
-            return cast("_Weights", asdict(weights_of(kind)))
-        except Exception as error:
-            return {"reason": _reason(error)}
+    return weights_of(kind)
 
 
 def _reason(error: Exception) -> str:

@@ -72,7 +72,7 @@ class Memo:
             return
         content = {"hashes": dict(list(self.hashes.items())[-MEMO_ENTRIES:]), "passed": self.passed[-MEMO_ENTRIES:]}
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(exist_ok=True)
             write_json(self.path, content)
         except OSError:
             pass

@@ -13,6 +13,7 @@ import torch
 from stages.kernels.token_budget import tokens_of
 from stages.models.budget import PassBudget
 from stages.models.compiled_layers import compiled_passes
+from stages.models.responses import sent
 from stages.training.step_trainer import Batch, StepTrainer
 
 
@@ -72,8 +73,12 @@ class PassesByTokens(StepTrainer):
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         """Move a pass to the device without making the CPU wait for a GPU. The tensors of ``on_cpu`` stay on the CPU."""
         kept = {name: inputs[name] for name in self.on_cpu if name in inputs}
-        sent = {name: _sent(value, self.args.device) for name, value in inputs.items() if name not in kept}
-        return {**super()._prepare_inputs(sent), **kept}
+        others = {
+            name: sent(value, self.args.device) if isinstance(value, torch.Tensor) else value
+            for name, value in inputs.items()
+            if name not in kept
+        }
+        return {**super()._prepare_inputs(others), **kept}
 
     def sizes_of(self, batch: Batch) -> list[int]:
         """Number of tokens of each example of a collated batch."""
@@ -89,12 +94,6 @@ class PassesByTokens(StepTrainer):
             return 0
         each = 2 if "8bit" in self.args.optim else 8
         return sum(each * parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def _sent(value: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if device.type != "cuda" or not isinstance(value, torch.Tensor) or value.is_cuda:
-        return value
-    return value.pin_memory().to(device, non_blocking=True)
 
 
 class _MetricCounts:
