@@ -304,7 +304,7 @@ def _sample(
 
     def work(own: list[int]) -> list[Sample]:
         seeds = [episode_seed(context.seed, *stream_keys[row]) for row in own]
-        generated = sampler.sample([prompt_ids[row] for row in own], config.generation, seeds)
+        generated = sampler.sample([prompt_ids[row] for row in own], config.generation, seeds).cpu()
         mask = generated.response_mask
         return [
             Sample(text, prompt_ids[row], ids[kept].tolist(), values[kept].tolist(), stopped)

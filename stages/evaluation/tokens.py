@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -74,7 +75,8 @@ def _logprobs(config: EvaluationConfig, model: TransformersModel, pad_token_id: 
 
     size, order = config.generation.batch_size, range(len(samples))
     with torch.inference_mode():
-        each_group("evaluation", [order[start : start + size] for start in range(0, len(samples), size)], measure)
+        groups = [order[start : start + size] for start in range(0, len(samples), size)]
+        each_group("log-probabilities of completions", groups, measure, known_by=model)
     return logprobs
 
 
@@ -85,12 +87,15 @@ def token_details(config: EvaluationConfig, context: StepContext, asked: Asked, 
         return []
 
     rows = [row for row, question in enumerate(asked.questions) if question.prompt_number < settings.num_prompts and question.sample == 0]
+    network = _load_value_network(config, context) if settings.value is not None else None
     details = []
     for name, answer in answers.items():
         if config.candidates[name].model is None:
             continue
         tokenizer = load_tokenizer(context.models[f"candidates.{name}"])
-        values = _values(config, context, tokenizer, [answer.samples[row] for row in rows]) if settings.value is not None else None
+        values = None
+        if network is not None and network.vocabulary == tokenizer.get_vocab():
+            values = _values(network.model, config, tokenizer.pad_token_id, [answer.samples[row] for row in rows])
         for index, row in enumerate(rows):
             sample = answer.samples[row]
             if sample is None or (answer.token_kl is None and values is None):
@@ -101,6 +106,8 @@ def token_details(config: EvaluationConfig, context: StepContext, asked: Asked, 
             if values is not None:
                 detail["value"] = [round(value, 4) for value in values[index]]
             details.append(detail)
+    del network
+    gc.collect()
     return details
 
 
@@ -131,22 +138,34 @@ def value_network(context: StepContext) -> ResolvedModel:
     return ResolvedModel(value.ref, "registry", str(value.path), value.digest, ModelInput(ref=value.ref), value)
 
 
-def _values(
-    config: EvaluationConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, samples: list[Sample | None]
-) -> list[list[float]] | None:
-    """The value network's prediction before each response token; None if its vocabulary differs."""
+@dataclass(frozen=True)
+class _ValueNetwork:
+    model: ValueModel
+    vocabulary: dict[str, int]
+
+
+def _load_value_network(config: EvaluationConfig, context: StepContext) -> _ValueNetwork:
     source = value_network(context)
-    if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
-        return None
     model = ValueModel.from_pretrained(source, dtype=context.runtime.dtype(config.precision)).to(context.runtime.device)
-    values: list[list[float]] = []
+    return _ValueNetwork(model, load_tokenizer(source).get_vocab())
+
+
+def _values(model: ValueModel, config: EvaluationConfig, pad_token_id: int, samples: Sequence[Sample | None]) -> list[list[float]]:
+    """The prediction of ``model`` before each response token of each sample; an empty list where the sample is None."""
+    device = next(model.parameters()).device
+    values: list[list[float]] = [[] for _ in samples]
+    known = [(row, sample) for row, sample in enumerate(samples) if sample is not None]
+
+    def measure(indices: Sequence[int]) -> None:
+        chosen = [known[index] for index in indices]
+        prompts, responses = [sample.prompt_ids for _, sample in chosen], [sample.response_ids for _, sample in chosen]
+        batch = sequence_batch(prompts, responses, pad_token_id, device)
+        parts = sequence_values(model, batch, nullcontext()).float().cpu().split([len(response) for response in responses])
+        for (row, _), part in zip(chosen, parts, strict=True):
+            values[row] = part.tolist()
+
+    size = config.generation.batch_size
     with torch.inference_mode():
-        for sample in samples:
-            if sample is None:
-                values.append([])
-                continue
-            batch = sequence_batch([sample.prompt_ids], [sample.response_ids], tokenizer.pad_token_id, context.runtime.device)
-            values.append(sequence_values(model, batch, nullcontext()).float().cpu().tolist())
-    del model
-    gc.collect()
+        groups = [range(start, min(start + size, len(known))) for start in range(0, len(known), size)]
+        each_group("values of completions", groups, measure, known_by=model)
     return values

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stages.models.responses import moved_together
 from stages.sampling.padding import right_pad
 
 
@@ -29,4 +30,5 @@ def padded(rows: Sequence[list[int]], pad_token_id: int, device: torch.device) -
     """Token rows as right-padded ids and attention mask, both [B, T]."""
     ids = right_pad([torch.tensor(row) for row in rows], pad_token_id)
     lengths = torch.tensor([len(row) for row in rows])
-    return ids.to(device), (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device)
+    ids, mask = moved_together([ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()], device)
+    return ids, mask

@@ -19,6 +19,7 @@ from stages.errors import ModelError
 from stages.models.budget import each_group
 from stages.models.loading import load_classifier, load_tokenizer
 from stages.models.parts import moved_to
+from stages.models.responses import moved_together
 from stages.registry.references import ResolvedModel
 from stages.rewards.batching import like_length_batches
 from stages.rewards.config import RewardInput
@@ -156,7 +157,8 @@ class ClassifierSource:
         batch["attention_mask"] = (torch.arange(width) < lengths[:, None]).long()
         self.model.config.pad_token_id = pad
         try:
-            output: Tensor = self.model(**{name: value.to(self.model.device) for name, value in batch.items()}).logits
+            moved = moved_together(list(batch.values()), self.model.device)
+            output: Tensor = self.model(**dict(zip(batch, moved, strict=True))).logits
         finally:
             self.model.config.pad_token_id = own
         return output.float()

@@ -17,9 +17,10 @@ from stages.errors import ModelError, TrainingError
 from stages.models.budget import each_group
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.models.parts import moved_to
+from stages.models.responses import sequence_batch
 from stages.models.reward_question import RewardQuestion, read_question
 from stages.registry.references import ResolvedModel
-from stages.rewards.batching import like_length_batches, padded
+from stages.rewards.batching import like_length_batches
 from stages.rewards.config import RewardInput
 from stages.rewards.details import NOTHING, Details, Judgement
 from stages.tokens.positions import readable_length
@@ -139,13 +140,13 @@ class GenerativeSource:
         logprobs, device = torch.empty(len(rows)), next(self.model.parameters()).device
 
         def score(indices: Sequence[int]) -> None:
-            ids, mask = padded([rows[index][0] for index in indices], self.tokenizer.pad_token_id, device)
-            logits = self.model(input_ids=ids, attention_mask=mask).logits
-            for row, index in enumerate(indices):
-                tokens, length = rows[index]
-                span = slice(len(tokens) - length - 1, len(tokens) - 1)
-                steps = logits[row, span].float().log_softmax(dim=-1).cpu()
-                logprobs[index] = steps.gather(1, torch.tensor(tokens[-length:])[:, None]).sum()
+            texts = [(ids[: len(ids) - length], ids[len(ids) - length :]) for ids, length in (rows[index] for index in indices)]
+            questions, answers = [question for question, _ in texts], [answer for _, answer in texts]
+            batch = sequence_batch(questions, answers, self.tokenizer.pad_token_id, device)
+            mask = (torch.arange(batch.input_ids.shape[1], device=device) < batch.lengths[:, None]).long()
+            logits = self.model(input_ids=batch.input_ids, attention_mask=mask).logits[batch.rows, batch.columns]
+            chosen = logits.float().log_softmax(dim=-1).gather(1, batch.tokens[:, None]).squeeze(1).cpu()  # the CPU waits once
+            logprobs[list(indices)] = torch.stack([part.sum() for part in chosen.split([len(answer) for answer in answers])])
 
         each_group(f"scoring by {self.name}", like_length_batches([len(ids) for ids, _ in rows], self.batch_size), score, model=self.model)
         return logprobs
