@@ -8,6 +8,7 @@
     |- ModelError       a model, tokenizer, head or adapter that cannot be used as requested
     |- RegistryError    the registry: an unknown reference, a damaged version, a refused removal
     |- TrainingError    a run that must stop (NaN, a reward function with invalid output)
+    |- MemoryExhausted  a single sequence does not fit into memory
     |- StorageError     a full disk, a folder without write permission
     |- HubError         a model or data set of the Hub that cannot be used
     |  |- HubMissing        the Hub does not have it
@@ -49,6 +50,10 @@ class RegistryError(StagesError):
 
 class TrainingError(StagesError):
     """Training was stopped on purpose. Earlier results are kept."""
+
+
+class MemoryExhausted(StagesError):
+    """Memory ran out in work that cannot be divided. The message names the work, its size and the settings to lower."""
 
 
 class StorageError(StagesError):

@@ -39,7 +39,8 @@ def completion_logprobs(
         sums[list(indices)] = torch.stack([part.sum() for part in parts])
 
     with torch.inference_mode(), unsharded(model):
-        each_group(f"{context.name}: measuring", [order[start : start + size] for start in range(0, len(order), size)], measure_rows)
+        groups = [order[start : start + size] for start in range(0, len(order), size)]
+        each_group(f"{context.name}: measuring", groups, measure_rows, known_by=model)
     model.train(training)
     return sums.view(-1, 2)
 

@@ -98,7 +98,8 @@ def score_choices(
             scores[index][choice_index] = float(part.sum()) / size
 
     with torch.inference_mode():
-        each_group("evaluation", [order[start : start + batch_size] for start in range(0, len(order), batch_size)], score)
+        groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        each_group("scoring the choices of tasks", groups, score, known_by=model)
     return scores
 
 

@@ -2,12 +2,12 @@
 
 ``microbatch_size: auto`` is a fixed number of rows on a CPU, where more rows are not faster. On a GPU it is a number of tokens: the first
 passes are small, their memory per token is measured, and the budget is set to what fits into the free memory. If memory still runs out, the
-budget is halved and the work is repeated. The sum over all passes (a loss or a gradient) does not depend on the budget.
+budget is halved and the work is repeated (see sampling/retreats.py). The sum over all passes (a loss, a gradient) does not depend on the
+budget.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from stages.errors import TrainingError, is_out_of_memory
 from stages.kernels.token_budget import GPU_SHARE, GPU_TOKENS, rows_per_batch, token_budget_batches, tokens_of
 from stages.models.sharding import in_lockstep, sharded_blocks
 from stages.process.gpus import free_gpu_memory, own_peak
-from stages.sampling.workspace import drop_kept_workspace
+from stages.sampling.retreats import ADVICE, SAME_RESULT, LastAttempt, row_limit
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +31,10 @@ STEP_TOKENS = 1_024  # budgets are multiples of this, so that equal machines get
 class PassBudget:
     """The maximum number of sequences and tokens of a pass, for one kind of work (update, measuring) on one device."""
 
-    def __init__(self, what: str, device: torch.device | str, size: Microbatch, *, rows: int, trains: bool) -> None:
+    def __init__(self, what: str, device: torch.device | str, size: Microbatch, *, rows: int, trains: bool, advice: str = ADVICE) -> None:
         """``what`` is the name of the work in the log. ``rows``: sequences per pass on a CPU if ``size`` is auto. ``trains``: whether
-        passes keep activations for a backward pass, so that their memory must be measured."""
+        passes keep activations for a backward pass, so that their memory must be measured. ``advice``: a sentence that names the settings
+        to lower if a single sequence does not fit."""
         self.what, self.device = what, torch.device(device)
         by_tokens = size == "auto" and self.device.type != "cpu"
         self.rows: int | None = rows if size == "auto" else size
@@ -41,10 +42,12 @@ class PassBudget:
         if by_tokens:
             self.rows, self.tokens = None, FIRST_TOKENS if trains else GPU_TOKENS
         self.measures = by_tokens and trains  # until ``settle``
-        self.retreats = 0  # number of times that memory ran out
+        self.retreats = 0  # number of times that memory ran out; callers that report it set it to 0
         self.largest = 0  # tokens of the largest pass that succeeded
         self._taken: list[tuple[int, int]] = []  # (tokens, bytes) of each measured pass
         self._current: tuple[int, int] = (0, 0)  # sequences and tokens of the current pass
+        self._said = False  # whether the log says that memory ran out
+        self._last_attempt = LastAttempt(what, advice)
 
     def groups(self, order: Sequence[int], lengths: Sequence[int], *, packed: bool = False) -> list[list[int]]:
         """Divide the sequences of ``order`` into passes. ``lengths``: tokens of all sequences, indexed by the entries of ``order``."""
@@ -107,28 +110,41 @@ class PassBudget:
             self.tokens, self.measures = tokens, False
 
     def retreat(self, error: BaseException) -> None:
-        """Halve the budget after memory ran out in the current pass. Raises ``error`` if it is another error, or if the pass had a single
-        sequence.
+        """Halve the budget after memory ran out in the current pass. The log says so once.
 
-        Call it in the ``except`` clause, and ``release`` after that clause, when the tensors of the failed pass are freed.
+        Raises ``error`` if it is another error, and MemoryExhausted if a single sequence did not fit twice. Call it in the ``except``
+        clause, and ``release`` after that clause, when the tensors of the failed pass are freed.
         """
         sequences, tokens = self._current
-        if not is_out_of_memory(error) or sequences <= 1:
+        if not is_out_of_memory(error):
             raise error
-        if not self.retreats:
+        if sequences <= 1:
+            self._last_attempt.begin(error, tokens)
+            return
+        if not self._said:
+            self._said = True
             logger.warning(
-                "%s: memory ran out in a pass of %d tokens (%d sequences); it is repeated with at most half as many. "
-                "The result is the same. The metric passes/retreats counts later repetitions",
+                "%s: memory ran out in a pass of %d tokens (%d sequences); it is repeated with at most half as many. %s",
                 self.what,
                 tokens,
                 sequences,
+                SAME_RESULT,
             )
         self.retreats += 1
         self.tokens = min(self.tokens, tokens) // 2
 
+    @property
+    def sequences(self) -> int:
+        """The number of sequences of the current pass."""
+        return self._current[0]
+
     def release(self) -> None:
         """Free the memory of a failed pass, and the workspace that decoding keeps for its next call."""
-        release_memory()
+        self._last_attempt.release()
+
+    def succeeded(self) -> None:
+        """All passes have succeeded since the last ``retreat``."""
+        self._last_attempt.succeeded()
 
     def each(self, order: Sequence[int], lengths: Sequence[int], work: Callable[[list[int]], None], *, packed: bool = False) -> None:
         """Call ``work(rows)`` for every pass over ``order``. If memory runs out, the rows of the failed pass and of later ones are divided
@@ -142,6 +158,7 @@ class PassBudget:
             except Exception as error:
                 self.retreat(error)
             else:
+                self.succeeded()
                 del waiting[0]
                 continue
             self.release()
@@ -162,46 +179,45 @@ def each_group_together(groups: Iterable[Sequence[int]], work: Callable[[list[in
 
 
 def each_group(
-    what: str, groups: Iterable[Sequence[int]], work: Callable[[Sequence[int]], None], *, model: nn.Module | None = None
+    what: str,
+    groups: Iterable[Sequence[int]],
+    work: Callable[[Sequence[int]], None],
+    *,
+    model: nn.Module | None = None,
+    known_by: nn.Module | None = None,
+    advice: str = ADVICE,
 ) -> None:
     """Call ``work(rows)`` for every group of rows, in order.
 
     If memory runs out, the group is repeated in halves, and later groups are split to that size. The log says so once and names ``what``.
-    ``work`` must have no side effects if it fails.
+    ``work`` must have no side effects if it fails. Raises MemoryExhausted with ``advice`` if a single row does not fit.
 
     ``model``: the model of the passes. If its weights are sharded, call this on every process with at least one group. All processes then
     make the same number of passes, and memory that runs out is an error. Call it with ``torch.no_grad``: FSDP keeps buffers of a pass, and
     tensors of the inference mode are not allowed there.
+
+    ``known_by``: the model for which later calls know the smaller size; ``model`` if it is not given.
     """
     if model is not None and sharded_blocks(model):
         each_group_together(groups, work, next(model.parameters()).device)
         return
-    waiting, most = [list(group) for group in groups], 0  # 0: no limit yet
+    limit = row_limit(model if known_by is None else known_by, what, advice)
+    waiting = [list(group) for group in groups]
     while waiting:
         rows = waiting.pop(0)
-        if most and len(rows) > most:
+        most = limit.within(len(rows))
+        if len(rows) > most:
             waiting.insert(0, rows[most:])
             rows = rows[:most]
         try:
             work(rows)
-            continue
         except Exception as error:
-            if not is_out_of_memory(error) or len(rows) <= 1:
-                raise
-        if not most:
-            said = "%s: memory ran out in a forward pass over %d sequences; continuing with half as many. The result is the same"
-            logger.warning(said, what, len(rows))
-        most = -(-len(rows) // 2)
+            limit.retreat(error, len(rows))
+        else:
+            limit.succeeded()
+            continue
         waiting.insert(0, rows)
-        release_memory()
-
-
-def release_memory() -> None:
-    """Free the memory of a failed pass, and the workspace that decoding keeps for its next call."""
-    drop_kept_workspace()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        limit.release()
 
 
 def refuse_alone(error: BaseException, advice: str = "microbatch_size to fewer episodes") -> None:

@@ -90,7 +90,8 @@ def measure_likelihood(
                 if index < len(batches):
                     add(sums)
         else:
-            each_group("held-out likelihood", batches[state.process_index :: state.num_processes], lambda indices: add(one_pass(indices)))
+            own = batches[state.process_index :: state.num_processes]
+            each_group("held-out likelihood", own, lambda indices: add(one_pass(indices)), known_by=model)
     finally:
         model.train(training)
     if state.num_processes > 1:

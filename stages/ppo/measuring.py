@@ -17,11 +17,16 @@ from stages.models.responses import sequence_batch
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.roles import Roles
 
+ADVICE = (
+    "Lower max_prompt_tokens or generation.max_new_tokens, set offload: true, or use lora, a quantized policy (quantization: nf4) or a "
+    "smaller one"
+)
+
 
 def measuring_budget(config: PPOStepConfig, device: torch.device) -> PassBudget:
     """Token budget of the passes that measure a rollout."""
     size = config.microbatch_size if config.microbatch_size == "auto" else config.measuring_rows
-    return PassBudget("PPO measuring", device, size, rows=config.measuring_rows, trains=False)
+    return PassBudget("PPO measuring", device, size, rows=config.measuring_rows, trains=False, advice=ADVICE)
 
 
 def measure(

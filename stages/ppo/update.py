@@ -6,6 +6,7 @@ every microbatch adds its sum divided by the number of tokens of the full miniba
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-from stages.errors import TrainingError
+from stages.errors import MemoryExhausted, TrainingError, is_out_of_memory
 from stages.kernels.token_budget import tokens_of
 from stages.metric_names import (
     APPROX_KL,
@@ -43,6 +44,13 @@ from stages.ppo.targets import Targets, all_targets, targets
 from stages.ppo.totals import Totals, policy_metrics, value_metrics
 from stages.rl.losses import policy_clipped, policy_terms, value_terms
 from stages.training.checkpoints import trainable
+
+logger = logging.getLogger(__name__)
+
+ADVICE = (
+    "Lower max_prompt_tokens or generation.max_new_tokens, set training.gradient_checkpointing: true, or use lora, a quantized policy "
+    "(quantization: nf4) or a smaller one"
+)
 
 
 @dataclass
@@ -84,7 +92,10 @@ class Updater:
         self.process_index, self.num_processes = process_index, num_processes
         self.optimizer_steps = 0  # since the start of the run
         self.matmuls = MatmulCounter()
-        self.budget = PassBudget("PPO update", roles.policy.device, config.microbatch_size, rows=config.rows_per_pass, trains=True)
+        device, size = roles.policy.device, config.microbatch_size
+        self.budget = PassBudget("PPO update", device, size, rows=config.rows_per_pass, trains=True, advice=ADVICE)
+        self._is_joint = False  # whether the current passes are those of policy and value network together
+        self._may_join = True  # False: memory ran out in such a pass over one episode
 
     def update(
         self,
@@ -175,6 +186,7 @@ class Updater:
             for network in self.roles.networks().values():
                 network.zero_grad(set_to_none=True)
             self.budget.release()
+        self.budget.succeeded()
         if self.num_processes > 1:
             for network in self.roles.networks().values():
                 reduce_gradients(network)
@@ -184,10 +196,20 @@ class Updater:
         return totals
 
     def _retreat(self, error: Exception) -> None:
-        """Reduce the token budget. Raises ``error`` if memory did not run out, or if a pass cannot be smaller."""
+        """Reduce the token budget, or separate policy and value network if a joint pass had a single episode.
+
+        Raises ``error`` if memory did not run out, MemoryExhausted if a pass cannot be smaller.
+        """
         if self.roles.are_sharded:
             refuse_alone(error)
-        self.budget.retreat(error)
+        if self._is_joint and is_out_of_memory(error) and self.budget.sequences == 1:
+            logger.warning(
+                "PPO update: memory ran out in a pass of policy and value network together; their passes are separate from now on"
+            )
+            self._may_join = False
+            self.budget.retreats += 1
+        else:
+            self.budget.retreat(error)
 
     def _passes(self, episodes: Minibatch, texts: Tensor | None, kernel: str | None, train_policy: bool) -> Totals:
         """Run this process's forward and backward passes of a minibatch; returns the sums over its tokens, not yet read."""
@@ -196,10 +218,11 @@ class Updater:
         totals.add(states=float(episodes.num_states if roles.has_value else episodes.num_tokens))
         packed = kernel is not None
         joint = roles.joint_adapters if train_policy and self._joins(episodes, packed=packed) else None
+        self._is_joint = joint is not None
         copies = 1 if joint is None else 2
         with roles.casts_kept(), compiled_passes():
             for rows, counts in self._microbatches(episodes, packed=packed, copies=copies):
-                with self.budget.one_pass(copies * len(rows), copies * tokens_of(rows, episodes.lengths, packed=packed)):
+                with self.budget.one_pass(len(rows), copies * tokens_of(rows, episodes.lengths, packed=packed)):
                     one = episodes.pick(rows, kernel=kernel)
                     if joint is None:
                         self._pass(one, episodes, counts, train_policy, totals)
@@ -300,7 +323,7 @@ class Updater:
         A joint pass needs the memory of twice the tokens. So with a full token budget, their number would be the same. A number of
         episodes in the recipe is a decision about memory, which a joint pass would double.
         """
-        if self.roles.joint_adapters is None:
+        if self.roles.joint_adapters is None or not self._may_join:
             return False
         if self.roles.joins:
             return True
@@ -367,11 +390,27 @@ class Updater:
             scale_gradients(list(trainable(network).values()), norms[name], self.config.training.max_grad_norm)
         for name, optimizer in self.optimizers.items():
             if name == "value" or train_policy:
-                optimizer.step()
+                self._optimizer_step(name, optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.optimizer_steps += 1
         if train_policy and self.config.ema.cadence == "optimizer_step":
             self._update_average()
+
+    def _optimizer_step(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        """Make the optimizer step of one network. It cannot be repeated, because a part of the weights may have changed.
+
+        Raises MemoryExhausted if memory runs out.
+        """
+        try:
+            optimizer.step()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            moments = self._pending_moments() / 2**30
+            raise MemoryExhausted(
+                f"PPO update: memory ran out in the optimizer step of the {name}, whose moments take {moments:.1f} GiB more. "
+                "Set training.optimizer: adamw_8bit or offload: true, or use lora or a smaller model"
+            ) from error
 
     def _update_average(self) -> None:
         if self.average is not None:

@@ -80,6 +80,7 @@ def measure(
     model.eval()
     rows = [row for item in comparisons for row in item.rows]
     with unsharded(model):
-        scores = score_rows(rows, inference(model), pad_token_id, batch_size, device=next(model.parameters()).device)
+        device = next(model.parameters()).device
+        scores = score_rows(rows, inference(model), pad_token_id, batch_size, device=device, known_by=model)
     model.train(training)
     return agreement(scores, comparisons, gain=gain)

@@ -208,7 +208,8 @@ def _normalise(
 ) -> tuple[float, float]:
     """Normalise the scores on the texts ``rows``. Returns (gain, previous standard deviation of the scores)."""
     with unsharded(model):
-        scores = score_rows(rows, inference(model.eval()), **scoring, device=context.runtime.device).double()
+        pad, size = scoring["pad_token_id"], scoring["batch_size"]
+        scores = score_rows(rows, inference(model.eval()), pad, size, context.runtime.device, known_by=model).double()
     mean, deviation = float(scores.mean()), float(scores.std(correction=0))
     if config.normalization.to == "standardize":
         return model.standardize(mean, deviation), deviation

@@ -83,7 +83,7 @@ class RewardModelSource:
         pairs = self._encode(prompts, completions)
         rows = [self._kept(ids) for ids, _ in pairs]
         cut, completion_cut = self._cuts(pairs)
-        scores = score_rows(rows, self.model, self.tokenizer.pad_token_id, self.batch_size)
+        scores = score_rows(rows, self.model, self.tokenizer.pad_token_id, self.batch_size, name=self.name)
         return Judgement(scores, cut=cut, completion_cut=completion_cut)
 
     @torch.no_grad()
@@ -92,7 +92,7 @@ class RewardModelSource:
         end = self.tokenizer.eos_token_id
         rows = [list(self.tokenizer(text, verbose=False)["input_ids"]) for text in texts]
         rows = [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in rows]
-        return score_rows([self._kept(ids) for ids in rows], self.model, self.tokenizer.pad_token_id, self.batch_size)
+        return score_rows([self._kept(ids) for ids in rows], self.model, self.tokenizer.pad_token_id, self.batch_size, name=self.name)
 
     def _encode(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[tuple[list[int], int]]:
         """(token ids of prompt and completion, prompt length in tokens) of every pair, not yet cut."""
@@ -167,8 +167,14 @@ def score_rows(
     pad_token_id: int,
     batch_size: int,
     device: torch.device | None = None,
+    *,
+    name: str = "",
+    known_by: torch.nn.Module | None = None,
 ) -> Tensor:
-    """Apply ``scorer(input_ids, attention_mask) -> [B]`` to N token rows in batches of similar length; returns [N] fp32 on the CPU."""
+    """Apply ``scorer(input_ids, attention_mask) -> [B]`` to N token rows in batches of similar length; returns [N] fp32 on the CPU.
+
+    ``name``: of the reward, for messages. ``known_by``: as in ``each_group``; ``scorer`` itself if it is a module.
+    """
     if device is None:
         assert isinstance(scorer, torch.nn.Module)
         device = next(scorer.parameters()).device
@@ -177,5 +183,6 @@ def score_rows(
     def score(indices: Sequence[int]) -> None:
         scores[list(indices)] = scorer(*padded([rows[index] for index in indices], pad_token_id, device)).float().cpu()
 
-    each_group("scoring", like_length_batches([len(row) for row in rows], batch_size), score, model=model)
+    what = f"scoring by {name}" if name else "scoring"
+    each_group(what, like_length_batches([len(row) for row in rows], batch_size), score, model=model, known_by=known_by)
     return scores

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from stages.sampling.continuous import SlotDecoder
 from stages.sampling.decoding import Decoded, decode
 from stages.sampling.padding import left_pad, right_pad
 from stages.sampling.probe import fits_slots, usable_support
+from stages.sampling.retreats import RowLimit, row_limit
 from stages.sampling.support import DecodingSupport, plain_model
 from stages.sampling.workspace import workspace_for
 from stages.tokens.continuation import CONTEXT, continuation_text
@@ -36,6 +37,11 @@ if TYPE_CHECKING:
     from stages.model_types import TransformersModel
 
 logger = logging.getLogger(__name__)
+ADVICE = (
+    "Lower generation.max_new_tokens, leave out long prompts, quantize the model (quantization: nf4), or use a smaller one; PPO: set "
+    "offload: true"
+)
+ONLY_ROUNDING = "Every completion has its own random numbers, so only rounding depends on this"
 _said: set[str] = set()  # model classes for which the log already says that they are decoded batch by batch
 
 
@@ -59,6 +65,10 @@ class Generated:
     def lengths(self) -> Tensor:
         """Response tokens of each row [B], including the stop token."""
         return self.response_mask.sum(dim=1)
+
+    def cpu(self) -> Generated:
+        """The same on the CPU, so that reading single rows does not wait for a GPU each time."""
+        return Generated(**{part.name: getattr(self, part.name).cpu() for part in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -173,8 +183,10 @@ def generate(
     ``on_finished`` gets every completion once, soon after it has ended, while others are still running. It must return quickly and must not
     use ``model``. An exception in it ends the sampling.
 
+    If memory runs out, the unfinished completions start again with half as many decoded together. Only rounding depends on that number.
+
     Raises ValueError if the counts of prompts and seeds differ. Raises ModelError if a prompt leaves too few positions for
-    ``settings.max_new_tokens``, or if the model is not causal.
+    ``settings.max_new_tokens``, or if the model is not causal. Raises MemoryExhausted if a single completion does not fit into memory.
     """
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds")
@@ -189,13 +201,32 @@ def generate(
     try:
         with without_cudnn_attention(next(model.parameters()).device.type):
             support = usable_support(model)
-            if decodes_in_slots(model, support, settings, prompts):
-                _decode_in_slots(model, support, prompts, order, settings, noise, made, pad_token_id)
-            else:
-                _decode_in_batches(model, support, prompts, order, settings, noise, made, pad_token_id)
+            decode_rows = _decode_in_slots if decodes_in_slots(model, support, settings, prompts) else _decode_in_batches
+            limit = row_limit(plain_model(model), "sampling", ADVICE, ONLY_ROUNDING)
+            while waiting := made.missing(order):
+                chosen = _fitting(settings, limit, len(waiting))
+                try:
+                    decode_rows(model, support, prompts, waiting, chosen, noise, made, pad_token_id)
+                except Exception as error:
+                    limit.retreat(error, chosen.batch_size)
+                else:
+                    limit.succeeded()
+                    continue
+                limit.release()
     finally:
         model.train(training)
     return made.generated(prompts, pad_token_id)
+
+
+def _fitting(settings: GenerationSettings, limit: RowLimit, number: int) -> GenerationSettings:
+    """``settings`` for ``number`` prompts, with as many sequences decoded together as memory allows.
+
+    The last attempt, with one sequence, has no recorded steps, because they take memory.
+    """
+    changes: dict[str, object] = {"batch_size": limit.within(min(settings.batch_size, number))}
+    if limit.last_attempt.begun:
+        changes["cuda_graphs"] = False
+    return settings.model_copy(update=changes)
 
 
 def joined(prompts: Sequence[Sequence[int]], finished: Sequence[Finished], pad_token_id: int) -> Generated:
@@ -232,6 +263,10 @@ class _Collected:
             stopped = self._stopped([self._responses[row] for row in made.rows]).tolist()
             logprobs = [values[:length] for values, length in zip(made.logprobs.tolist(), made.lengths, strict=True)]
             self._on_finished([Finished(*parts) for parts in zip(made.rows, responses, logprobs, stopped, strict=True)])
+
+    def missing(self, rows: Sequence[int]) -> list[int]:
+        """Those of ``rows`` that have no completion yet."""
+        return [row for row in rows if not len(self._responses[row])]
 
     def take_batch(self, rows: Sequence[int], made: Decoded) -> None:
         """Store finished responses of a batch. ``rows``: the row index of the prompt of each row of the batch."""
@@ -303,8 +338,8 @@ def _decode_in_slots(
     pad_token_id: int,
 ) -> None:
     """Decode all prompts in the slots of one workspace."""
-    slots = min(settings.batch_size, len(prompts))
-    longest = max(map(len, prompts))
+    slots = settings.batch_size
+    longest = max(len(prompts[row]) for row in order)
     with workspace_for(model, slots, longest, settings.max_new_tokens, cuda_graphs=settings.cuda_graphs) as workspace:
         decoder = SlotDecoder(
             model,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from stages.errors import is_out_of_memory
 from stages.kernels.token_budget import GRAPH_COLUMNS, KEPT_SHARE
 from stages.sampling.slots import Slots
 
@@ -143,7 +144,10 @@ class GraphPool:
         try:
             recording = checked_recording(self._recorder, lambda: compute(size), slots)
         except Exception as error:  # of any class: the step is then computed, which raises the error again if recording is not its cause
-            self._recorder = None
+            if is_out_of_memory(error):
+                self._refused.add(key)  # a smaller size may fit
+            else:
+                self._recorder = None
             refuse(f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:LONGEST_REASON])
             return None
         if recording is None:

@@ -12,6 +12,7 @@ from rich.table import Table
 from stages.config import SCORING_ROWS
 from stages.corpora.reviews import Review
 from stages.models.budget import each_group
+from stages.models.responses import moved_together
 from stages.models.sharding import unsharded
 from stages.sentiment.config import SentimentConfig
 from stages.sentiment.rows import Collator, EncodedReview
@@ -53,15 +54,15 @@ def predict(
     model.eval()
 
     def measure_rows(indices: Sequence[int]) -> None:
-        batch = {name: value.to(model.device) for name, value in collate([rows[index] for index in indices]).items() if name != "labels"}
+        batch = {name: value for name, value in collate([rows[index] for index in indices]).items() if name != "labels"}
+        batch = dict(zip(batch, moved_together(list(batch.values()), model.device), strict=True))
         for index, row in zip(indices, model(**batch).logits.float().softmax(dim=-1).cpu(), strict=True):
             probabilities[index] = row
 
     autocast = torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32)
     with unsharded(model), torch.inference_mode(), autocast:
-        each_group(
-            "measuring the classifier", [order[start : start + batch_size] for start in range(0, len(order), batch_size)], measure_rows
-        )
+        groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        each_group("measuring the classifier", groups, measure_rows, known_by=model, advice="Lower max_length, or use a smaller model")
     model.train(training)
     return torch.stack(probabilities)
 

@@ -16,6 +16,10 @@ from stages.models.compiled_layers import compiled_passes
 from stages.models.responses import sent
 from stages.training.step_trainer import Batch, StepTrainer
 
+ADVICE = (
+    "Lower max_length (pretraining: block_size), set training.gradient_checkpointing: true, or use lora, a quantized model or a smaller one"
+)
+
 
 class PassesByTokens(StepTrainer):
     """With ``args.by_tokens`` (one process) the loader gives a complete step as one batch, and ``training_step`` splits it into passes.
@@ -40,7 +44,8 @@ class PassesByTokens(StepTrainer):
     def _step_by_tokens(self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
         """``training_step`` in passes by tokens."""
         if self.budget is None:
-            self.budget = PassBudget("training", self.args.device, self.args.microbatch_size, rows=self.args.rows_per_pass, trains=True)
+            size, rows = self.args.microbatch_size, self.args.rows_per_pass
+            self.budget = PassBudget(f"{self.context.name}: training", self.args.device, size, rows=rows, trains=True, advice=ADVICE)
             self.budget.resume(self.pass_tokens)
         metrics = _MetricCounts(self)
         while True:
@@ -53,6 +58,7 @@ class PassesByTokens(StepTrainer):
             model.zero_grad(set_to_none=True)
             metrics.restore()
             self.budget.release()
+        self.budget.succeeded()
         if self.budget.measures:
             self.budget.settle(self._pending_moments(model))
         return loss

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from stages.errors import TrainingError
+from stages.errors import MemoryExhausted, TrainingError
 from stages.models import budget as module
 from stages.models.budget import PassBudget, each_group, refuse_alone
 from stages.process.gpus import Peak
@@ -118,7 +118,7 @@ def test_each_row_is_computed_once_even_if_memory_runs_out_repeatedly(error: Exc
 
 
 def test_other_errors_and_single_rows_are_not_retried() -> None:
-    budget = PassBudget("scoring", "cpu", 8, rows=8, trains=False)
+    budget = PassBudget("scoring", "cpu", 8, rows=8, trains=False, advice="Cut the texts")
 
     def wrong(rows: list[int]) -> None:
         raise RuntimeError("shapes do not match")
@@ -129,15 +129,27 @@ def test_other_errors_and_single_rows_are_not_retried() -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         budget.each(range(2), [10] * 2, wrong)
     assert budget.retreats == 0
-    with pytest.raises(torch.OutOfMemoryError):
+    said = r"scoring: memory ran out in a pass over one sequence of 10 tokens, which cannot be divided\. Cut the texts"
+    with pytest.raises(MemoryExhausted, match=said):
         budget.each(range(2), [10] * 2, too_long)
     assert budget.retreats == 1
 
 
-def test_decoding_workspace_is_freed_before_a_retry(monkeypatch) -> None:
-    monkeypatch.setattr(workspace, "_kept", object())
-    PassBudget("update", "cpu", "auto", rows=1, trains=True).release()
-    assert workspace._kept is None
+def test_one_row_fits_after_the_decoding_workspace_is_freed(monkeypatch, caplog) -> None:
+    done: list[int] = []
+
+    def work(rows: list[int]) -> None:
+        if workspace._kept is not None:
+            raise torch.OutOfMemoryError("x")
+        done.extend(rows)
+
+    budget = PassBudget("update", "cpu", 1, rows=1, trains=True)
+    for _ in range(2):  # a later call of ``generate`` keeps a workspace again
+        monkeypatch.setattr(workspace, "_kept", object())
+        budget.each(range(2), [10] * 2, work)
+        monkeypatch.setattr(workspace, "_kept", object())
+        each_group("scoring", [[2], [3]], work)
+    assert done == [0, 1, 2, 3] * 2 and not budget.retreats and not caplog.messages
 
 
 def test_groups_are_halved_and_every_row_is_computed_once(caplog) -> None:
@@ -153,8 +165,23 @@ def test_groups_are_halved_and_every_row_is_computed_once(caplog) -> None:
     each_group("scoring", [range(5), [5, 6, 7]], work)
     assert done == list(range(8)) and sizes == [5, 3, 2, 1, 2, 2, 1]
     assert [record.message.partition(":")[0] for record in caplog.records] == ["scoring"]
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(MemoryExhausted, match=r"scoring: memory ran out in a pass over one sequence, which .*divided\. Use shorter texts"):
         each_group("scoring", [[0]], lambda rows: (_ for _ in ()).throw(torch.OutOfMemoryError("x")))
+
+
+def test_later_calls_with_the_same_model_begin_with_the_smaller_size(caplog) -> None:
+    sizes: list[int] = []
+
+    def work(rows) -> None:
+        sizes.append(len(rows))
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("x")
+
+    model, other = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    for what, of in (("scoring", model), ("scoring", model), ("likelihood", model), ("scoring", other)):
+        each_group(what, [range(4)], work, known_by=of)
+    assert sizes == [4, 2, 2] + [2, 2] + [4, 2, 2] * 2
+    assert len(caplog.messages) == 3
 
 
 def test_out_of_memory_with_sharded_weights_gives_a_message_and_other_errors_propagate() -> None:

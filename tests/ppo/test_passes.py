@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stages.errors import TrainingError
+from stages.errors import MemoryExhausted, TrainingError
 from stages.models import compiled_layers
 from stages.ppo.data import load_pretraining_rows
 from stages.ppo.measuring import measure, measuring_budget
@@ -321,9 +321,45 @@ def test_one_episode_that_does_not_fit_ends_the_run(ppo_config, ppo_context, mak
     config = ppo_config()
     roles = load_roles(config, ppo_context)
     rollout = make_rollout(roles, config)
-    run_out_above(roles.policy.decoder, 0, monkeypatch)
-    with pytest.raises(torch.OutOfMemoryError):
+    failed = run_out_above(roles.policy.decoder, 0, monkeypatch)
+    longest = max(len(prompt) + int(length) for prompt, length in zip(rollout.prompt_ids, rollout.lengths, strict=True))
+    said = f"PPO update: memory ran out in a pass over one sequence of {longest} tokens, which cannot be divided. Lower max_prompt_tokens"
+    with pytest.raises(MemoryExhausted, match=said):
         make_updater(roles, config).accumulate(rollout, targets(rollout, config, kl_coef=0.1))
+    assert failed[-2:] == [longest, longest]  # repeated once, after memory was freed
+
+
+def test_a_pass_of_both_networks_over_one_episode_that_does_not_fit_is_divided_between_them(
+    ppo_config, ppo_context, make_rollout, monkeypatch, caplog
+) -> None:
+    config = ppo_config(microbatch_size="auto", lora={"r": 4})
+    roles = load_roles(config, ppo_context)
+    rollout = make_rollout(roles, config)
+    target = targets(rollout, config, kl_coef=0.1)
+    make_updater(roles, config).accumulate(rollout, target)
+    expected = taken_gradients(roles)
+    roles.joins = True
+    roles.__dict__.pop("joint_adapters", None)
+    longest = max(len(prompt) + int(length) for prompt, length in zip(rollout.prompt_ids, rollout.lengths, strict=True))
+    updater = make_updater(roles, config)
+    with monkeypatch.context() as patch:
+        run_out_above(roles.policy.decoder, 2 * longest - 1, patch)
+        updater.accumulate(rollout, target)
+        assert sum("passes are separate from now on" in message for message in caplog.messages) == 1
+        for name, gradient in taken_gradients(roles).items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-6)
+        retreats = updater.budget.retreats
+        updater.accumulate(rollout, target)
+    assert updater.budget.retreats == retreats  # later passes are separate from the start
+
+
+def test_optimizer_step_without_memory_ends_the_run_with_one_message(ppo_config, ppo_context, make_rollout, monkeypatch) -> None:
+    config = ppo_config()
+    roles = load_roles(config, ppo_context)
+    updater, rollout = make_updater(roles, config), make_rollout(roles, config)
+    monkeypatch.setattr(updater.optimizers["policy"], "step", lambda: raise_out_of_memory([], 0))
+    with pytest.raises(MemoryExhausted, match=r"in the optimizer step of the policy, whose moments take \d\.\d GiB more"):
+        updater.minibatch(rollout, targets(rollout, config, kl_coef=0.1))
 
 
 def test_sharded_weights_are_not_retried_because_other_processes_wait(ppo_config, ppo_context, make_rollout, monkeypatch) -> None:

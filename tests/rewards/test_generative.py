@@ -59,7 +59,7 @@ def test_a_pass_that_runs_out_of_memory_is_repeated_in_halves(tiny_tokenizer, ca
         "g", model, tiny_tokenizer, RewardQuestion("{completion}?", ("y", "n")), batch_size=4, max_length=None, ref="x"
     )
     assert source.score(["p", "q"], ["a", "b"]).tolist() == pytest.approx([math.log(4)] * 2)
-    assert model.sizes == [4, 2, 2] and "scoring by g: memory ran out in a forward pass over 4 sequences" in caplog.text
+    assert model.sizes == [4, 2, 2] and "scoring by g: memory ran out in a pass over 4 sequences" in caplog.text
 
 
 def test_placeholders_inside_a_text_are_not_replaced() -> None:

@@ -20,7 +20,7 @@ class Plain:
         self.args = SimpleNamespace(
             by_tokens=by_tokens, device=torch.device("cpu"), microbatch_size="auto", rows_per_pass=8, optim="adamw_torch_fused"
         )
-        self.optimizer = SimpleNamespace(state={})
+        self.optimizer, self.context = SimpleNamespace(state={}), SimpleNamespace(name="step")
         self.most, self.sizes = most, []
         self._metrics: Any = {"train": defaultdict(list, {"entropy": [0.5]})}
         self._total_train_tokens = 7
