@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import cast
 
 from stages.errors import ModelError
+from stages.hub.ids import is_hub_id
 from stages.json_types import JsonObject
 
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".zst")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
-HUB_ID = re.compile(r"(https?://[^/]+/)?(?P<id>[\w.-]+/[\w.-]+|[\w.-]+)/?")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 SHARD = re.compile(r"-\d{5}-of-(\d{5})\.gguf", re.IGNORECASE)
 
@@ -28,10 +28,10 @@ def find_source(source: str | Path) -> Path:
         return _whole_gguf(path)
     if path.is_file():
         raise ModelError(f"{source} is a file; {_move_for_file(path)}")
-    match = HUB_ID.fullmatch(str(source))
-    if match and path.suffix.lower() != ".gguf" and not str(source).startswith((".", "~", "/")):
+    identifier = re.sub(r"^https?://[^/]+/", "", str(source)).removesuffix("/")
+    if is_hub_id(identifier) and path.suffix.lower() != ".gguf" and not str(source).startswith((".", "~", "/")):
         raise ModelError(
-            f"{source}: no such folder. If it is a model of the Hub, download it: hf download {match['id']} --local-dir FOLDER. "
+            f"{source}: no such folder. If it is a model of the Hub, download it: hf download {identifier} --local-dir FOLDER. "
             "Then import FOLDER"
         )
     raise ModelError(f"{source}: no such folder or file")

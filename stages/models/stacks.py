@@ -12,6 +12,7 @@ from pathlib import Path
 
 from stages.config import ModelInput
 from stages.errors import ModelError
+from stages.hub.ids import is_hub_id
 from stages.json_types import JsonObject
 from stages.registry.ledger import Registry
 from stages.registry.references import ResolvedModel
@@ -164,7 +165,7 @@ def _named_base(adapter: ResolvedModel) -> ResolvedModel:
         if folder.is_dir():
             source = ModelInput(ref=named, trust_remote_code=trusted)
             return ResolvedModel(ref=named, kind="folder", path=str(folder), digest="", input=source)
-    if named.startswith((".", "/", "~")):
+    if not is_hub_id(named):
         raise ModelError(f"{source_field} is {named!r}, a folder that does not exist; set it to the folder or the Hub id of its base")
     revision = str(config["revision"]) if config.get("revision") else None
     source = ModelInput(ref=named, revision=revision, trust_remote_code=trusted)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from stages.config import HUB
 from stages.errors import RegistryError
+from stages.hub.ids import is_hub_id
 from stages.json_types import JsonObject
 from stages.registry.record import CardRow, StoredEvaluation, imported_from
 
@@ -26,7 +26,6 @@ PIPELINES = {
     "generative_reward_model": "text-generation",
     "classifier": "text-classification",
 }
-HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?")
 REWARDS = ("reward_model", "generative_reward_model")
 WHAT = {
     "language_model": "A causal language model",
@@ -209,7 +208,7 @@ def _bases_of_imports(lineage: Lineage, registry: Registry) -> list[str]:
         with suppress(RegistryError):  # a parent of a pulled version, which is not here
             imported = imported_from(registry.get(lineage["ref"]).manifest)
             base = imported.get("base") if imported is not None else None
-            bases = [base] if isinstance(base, str) and HUB_ID.fullmatch(base) and not Path(base).exists() else []
+            bases = [base] if isinstance(base, str) and is_hub_id(base) and not Path(base).exists() else []
     for parent in lineage["parents"]:
         bases += _bases_of_imports(parent, registry)
     return bases
