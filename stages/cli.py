@@ -108,7 +108,7 @@ def _report(error: BaseException, command: str, options: Mapping[str, object]) -
             raise RuntimeError(f"the program was ended by {error!r}") from error
         raise error
     home = options.get("home")
-    explained = explain(error, f"stages {command}", _home(home if isinstance(home, Path) else None))
+    explained = explain(error, f"stages {command}", _home_path(home if isinstance(home, Path) else None))
     _say(f"error: {explained}", is_echo=False)
     _end(explained.exit_status, error)
 
@@ -131,10 +131,19 @@ def _say(message: str, *, is_echo: bool) -> None:
     ending.print_error(f"process {rank}: {message}" if rank > 0 else message)
 
 
-def _home(home: Path | None) -> Path:
+def _home_path(home: Path | None) -> Path:
     from stages.process.environment import default_home
 
     return (home or default_home()).absolute()
+
+
+def _home(home: Path | None) -> Path:
+    """The folder for all results. Raises StorageError if it cannot be a folder."""
+    from stages.process.storage import check_home
+
+    path = _home_path(home)
+    check_home(path)
+    return path
 
 
 def _registry(home: Path | None) -> Registry:

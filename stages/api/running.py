@@ -14,6 +14,7 @@ from stages.chain.run import open_registry
 from stages.errors import Stopped
 from stages.process.environment import default_home
 from stages.process.runtime import Runtime
+from stages.process.storage import check_home
 from stages.recipe.schema import load_recipe
 from stages.run_summary import RunSummary
 
@@ -43,6 +44,7 @@ def run(
     Raises StagesError for invalid input, and KeyboardInterrupt if the run was stopped; the same call then continues it.
     """
     home_folder = Path(home or default_home()).absolute()
+    check_home(home_folder)
     file = recipe if isinstance(recipe, str | Path) else write_recipe(recipe, name, seed, home_folder / "inputs")
     plain = {path: as_field(path.rpartition(".")[2], value, home_folder / "inputs") for path, value in (overrides or {}).items()}
     changes = [f"{path}={json.dumps(value)}" for path, value in plain.items()]

@@ -24,6 +24,28 @@ STORAGE = {
 }
 
 
+def check_home(home: Path) -> None:
+    """Raise StorageError if results cannot be stored in the folder ``home``, because it or a folder above it is not a folder."""
+    try:
+        existing = next(path for path in (home, *home.parents) if path.is_symlink() or path.exists())
+        if existing.is_dir():
+            return
+        reason = f"{existing} is not a folder"
+    except (OSError, ValueError) as error:  # a name that is too long, a symbolic link to itself, a NUL byte
+        reason = getattr(error, "strerror", None) or str(error)
+    raise StorageError(f"results cannot be stored in {str(home)!r}: {reason}. Choose another --home (or STAGES_HOME)")
+
+
+def make_home(folder: Path) -> None:
+    """Create a folder of the home. Raises StorageError if the system refuses, as for a path below /proc."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(error) or StorageError(
+            f"results cannot be stored: {folder} cannot be created ({error.strerror}). Choose another --home (or STAGES_HOME)"
+        ) from error
+
+
 def write_json(path: Path, content: object) -> None:
     """Write JSON atomically: a reader, or a crash, sees either the old or the new file."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")

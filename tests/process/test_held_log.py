@@ -1,0 +1,26 @@
+"""Log records of an attempt are shown once, and only if it succeeds."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from stages.process.held_log import held_log
+
+logger = logging.getLogger("stages.test_held_log")
+
+
+def test_records_of_a_failed_attempt_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ValueError), held_log():
+        logger.warning("three rows")
+        raise ValueError
+    logger.warning("four rows")
+    assert caplog.messages == ["four rows"]
+
+
+def test_records_of_a_successful_attempt_are_shown_at_its_end(caplog: pytest.LogCaptureFixture) -> None:
+    with held_log():
+        logger.warning("three rows")
+        assert caplog.messages == []
+    assert caplog.messages == ["three rows"]
