@@ -314,6 +314,26 @@ def is_changed(block: BaseModel, path: str) -> bool:
     return bool(getattr(block, name) != type(block).model_fields[name].get_default(call_default_factory=True))
 
 
+def default_at(block: type[BaseModel], path: str) -> object:
+    """The default of the field at a dotted path below the class ``block``. Raises LookupError if a block on the path has none."""
+    *groups, name = path.split(".")
+    for group in groups:
+        default = block.model_fields[group].get_default(call_default_factory=True)
+        if not isinstance(default, BaseModel):
+            raise LookupError(f"{group} has no default")
+        block = type(default)
+    if block.model_fields[name].is_required():
+        raise LookupError(f"{path} has no default")
+    return block.model_fields[name].get_default(call_default_factory=True)
+
+
+def as_written(value: object) -> str:
+    """A field's value as written in a recipe."""
+    if value is None:
+        return "null"
+    return value.ref if isinstance(value, ModelInput) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 class CheckpointSettings(Strict):
     """When a step writes checkpoints, and which of them it keeps."""
 

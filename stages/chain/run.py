@@ -20,7 +20,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -37,6 +37,7 @@ from stages.chain.results import StoredResult, last_result, load_result, restore
 from stages.chain.texts import check_texts, tokenizer_digests
 from stages.config import StepConfig
 from stages.corpora.files import WORLD_ROWS, first_rows_of_world
+from stages.corpora.world.parts import PREFIX
 from stages.engines.checks import check_installed
 from stages.errors import DataError, RecipeError, doing
 from stages.json_types import JsonObject
@@ -47,10 +48,11 @@ from stages.process.announcing import announcing
 from stages.process.environment import launched_processes, wants_cpu
 from stages.process.gpus import peak_gpu_memory, visible_gpus
 from stages.process.hardware import cpu_name
+from stages.process.held_log import held_log
 from stages.process.packages import missing_attention_package, missing_quantization_package
 from stages.process.precision import AutoPrecision
 from stages.process.runtime import Runtime
-from stages.process.storage import write_json
+from stages.process.storage import check_home, make_home, write_json
 from stages.recipe.schema import STAGES, Recipe, RecipeStep, data_inputs, imported, model_inputs
 from stages.registry.contents import remembering
 from stages.registry.ledger import Registry, installed_packages
@@ -59,6 +61,7 @@ from stages.registry.references import ResolvedModel
 from stages.report.run_folder import read_run
 from stages.run_summary import Environment, RunSummary
 from stages.step import StepContext, StepResult
+from stages.tokens.dates import templates_at
 
 T = TypeVar("T")
 ACTION_STYLES = {"reuse": "green", "run": "yellow", "resume": "cyan"}
@@ -84,6 +87,8 @@ class StepPlan:
 
 
 def open_registry(home: Path) -> Registry:
+    """The registry of a home. Raises StorageError if the home cannot be a folder."""
+    check_home(home)
     return Registry(home / "registry")
 
 
@@ -125,10 +130,14 @@ def plan(recipe: Recipe, home: Path, *, download: bool = True) -> list[StepPlan]
 def _check_data(recipe: Recipe, step: RecipeStep, registry: Registry) -> None:
     """Raise RecipeError or DataError for data that a step or one of its models cannot read.
 
-    Of the embedded world, the first rows are enough to see that they can be read. If they fail, all rows decide.
+    Of the embedded world, the first rows are enough to see that they can be read. If they fail, all rows decide. Warnings of the failed
+    check are not shown, because the second one repeats them.
     """
+    if not any(source.path.startswith(PREFIX) for sources in data_inputs(step.config).values() for source in sources):
+        _check_rows(recipe, step, registry)
+        return
     try:
-        with first_rows_of_world(WORLD_ROWS):
+        with first_rows_of_world(WORLD_ROWS), held_log():
             _check_rows(recipe, step, registry)
     except (DataError, RecipeError):
         _check_rows(recipe, step, registry)
@@ -375,7 +384,11 @@ class _Run:
             trackers=self.recipe.trackers,
         )
         try:
-            with doing(f"step {step.name!r} ({step.stage})", folder), announcing(partial(self._announce, step)):
+            at, announced = (
+                templates_at(self.runtime.decide(lambda: first_beginning(_beside(work, ".began")))),
+                announcing(partial(self._announce, step)),
+            )
+            with doing(f"step {step.name!r} ({step.stage})", folder), announced, at:
                 result = run_function(step.stage)(step.config, context)
         finally:
             context.close()
@@ -421,6 +434,7 @@ class _Run:
         # A process that waits for the lock will find the step done, so removing the lock file is safe.
         _beside(work, ".lock").unlink(missing_ok=True)
         _beside(work, ".precision.json").unlink(missing_ok=True)
+        _beside(work, ".began").unlink(missing_ok=True)
 
     def _keep(self, step: RecipeStep, planned: StepPlan, result: StepResult) -> None:
         kept: StoredResult = {
@@ -491,7 +505,7 @@ class _Run:
 
     def _new_run_folder(self) -> Path:
         runs = self.home / "runs" / self.recipe.name
-        runs.mkdir(parents=True, exist_ok=True)
+        make_home(runs)
         stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
         suffix = 1
         while True:
@@ -501,6 +515,15 @@ class _Run:
                 return folder
             except FileExistsError:  # another run began in the same second
                 suffix += 1
+
+
+def first_beginning(kept: Path) -> datetime:
+    """The time at which a step began for the first time, for chat templates that write the date. It is stored in the file ``kept``."""
+    with suppress(OSError, ValueError):
+        return datetime.fromisoformat(kept.read_text(encoding="utf-8"))
+    now = datetime.now().replace(microsecond=0)
+    kept.write_text(now.isoformat(), encoding="utf-8")
+    return now
 
 
 def run_function(stage: str) -> Callable[[StepConfig, StepContext], StepResult]:

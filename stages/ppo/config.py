@@ -22,6 +22,7 @@ from stages.config import (
     ModelInput,
     Optimizer,
     Strict,
+    as_written,
     check_trainable,
     is_changed,
 )
@@ -308,11 +309,10 @@ class PPOStepConfig(CheckpointedStepConfig):
             raise ValueError(f"divide_by_deviation=false requires advantages: grpo, got {self.advantages!r}")
         if self.has_value:
             return self
-        for path in OF_THE_VALUE_NETWORK:
-            if is_changed(self, path):
-                raise ValueError(
-                    f"{path}={_shown(attrgetter(path)(self))} requires advantages: gae; {self.advantages} has no value network"
-                )
+        if changed := [path for path in OF_THE_VALUE_NETWORK if is_changed(self, path)]:
+            shown = ", ".join(f"{path}={as_written(attrgetter(path)(self))}" for path in changed)
+            requires = "requires" if len(changed) == 1 else "require"
+            raise ValueError(f"{shown} {requires} advantages: gae; {self.advantages} has no value network")
         if self.training.value_learning_rate is not None:
             raise ValueError(f"training.value_learning_rate requires advantages: gae; {self.advantages} has no value network")
         if self.gae.gamma != 1:
@@ -396,10 +396,3 @@ class PPOStepConfig(CheckpointedStepConfig):
         load_prompt_rows(self.data, prompt_words=self.prompt_words, curator=Curator(self.curation), columns=asked)
         if self.pretraining_mix is not None:
             check_texts(self.pretraining_mix.data)
-
-
-def _shown(value: object) -> str:
-    """A field's value as written in a recipe."""
-    if value is None:
-        return "null"
-    return value.ref if isinstance(value, ModelInput) else str(value).lower() if isinstance(value, bool) else str(value)

@@ -13,8 +13,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field
 
-from stages.config import HUB, LARGEST_SEED, DataSource, ModelInput, StepConfig, Strict
+from stages.config import HUB, LARGEST_SEED, DataSource, ModelInput, StepConfig, Strict, as_written, default_at
 from stages.errors import DataError, RecipeError, RegistryError, StagesError
+from stages.hub.ids import is_hub_id, names_hub_repository
 from stages.json_types import JsonObject
 from stages.process.redaction import find_secret
 from stages.process.trackers import Tracker, check_trackers
@@ -24,8 +25,6 @@ from stages.recipe.presets import Applied, apply_preset
 from stages.recipe.source import RecipeSource, Steps, find_recipe, named, nearest, parse_path, read, show
 from stages.registry.ledger import DIGEST, REFERENCE, Registry, check_name
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-OLD_HUB_ID = re.compile(r"(?=.*[0-9-])[A-Za-z0-9][\w.-]*")  # gpt2, bert-base-uncased: Hub models without an owner
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst", ".bz2", ".xz")
 
 
@@ -292,7 +291,23 @@ def _step_config(content: Mapping[str, object], index: int, source: RecipeSource
         raise source.error((*path, "stage"), f"got {content['stage']!r}, which is not a stage; {nearest(content['stage'], STAGES)}")
     schema = config_class(content["stage"])
     filled, preset = apply_preset(content, path, source) if "preset" in schema.model_fields else (content, None)
-    return validate(schema, filled, path, source), preset
+    try:
+        return validate(schema, filled, path, source), preset
+    except RecipeError as error:
+        raise RecipeError(f"{error}{_from_preset(str(error), preset, schema)}") from error
+
+
+def _from_preset(message: str, preset: Applied | None, schema: type[StepConfig]) -> str:
+    """The end of a message about settings (``value=shared``) that says which of them the preset made; empty if it made none of them."""
+    made = [path for path in (preset.values if preset is not None else ()) if re.search(rf"(?<![\w.]){re.escape(path)}=", message)]
+    if preset is None or not made:
+        return ""
+    comes = f"{made[0]} comes" if len(made) == 1 else f"{', '.join(made)} come"
+    try:
+        defaults = ", ".join(f"{path}: {as_written(default_at(schema, path))}" for path in made)
+    except LookupError:
+        return f". {comes} from preset: {preset.name}; set another value in the step"
+    return f". {comes} from preset: {preset.name}; to do without, write the default into the step ({defaults})"
 
 
 def _check_names(recipe: str, configs: list[StepConfig], source: RecipeSource) -> None:
@@ -388,7 +403,7 @@ def find_model(
     advice = f"did you mean {near[0]!r}?" if near else None
     if advice is None and bare_folder is not None:
         advice = f"the folder {bare_folder} has that name but no config.json"
-    if HUB_ID.fullmatch(ref) or OLD_HUB_ID.fullmatch(ref):
+    if names_hub_repository(ref):
         return Reference("hub", ref, model, advice)
     advice = advice or f"earlier steps: {', '.join(steps) or 'none'}; registry: {', '.join(sorted(names)[:10]) or 'empty'}"
     raise RecipeError(f"got {ref!r}, which is not an earlier step, folder, registry reference or Hub id; {advice}")
@@ -397,7 +412,7 @@ def find_model(
 def _hub_id(written: str) -> str:
     """The id in ``hub:owner/name``. Raises RecipeError if it is invalid."""
     identifier = written.removeprefix(HUB)
-    if not (HUB_ID.fullmatch(identifier) or OLD_HUB_ID.fullmatch(identifier) or identifier.isidentifier()):
+    if not is_hub_id(identifier):
         raise RecipeError(f"got {written!r}, expected hub:owner/name")
     return identifier
 
@@ -450,7 +465,7 @@ def _data_path(written: str, path: Steps, folders: Sequence[Path], source: Recip
         local = _local(folder, written)
         if local is not None and local.exists():
             return str(local)
-    if not written.endswith(DATA_SUFFIXES) and (HUB_ID.fullmatch(written) or OLD_HUB_ID.fullmatch(written) or written.isidentifier()):
+    if not written.endswith(DATA_SUFFIXES) and (names_hub_repository(written) or (is_hub_id(written) and written.isidentifier())):
         return written  # a data set of the Hub
     looked = " and ".join(str(folder) for folder in dict.fromkeys(folders))
     expected = "a file, a folder, a Hub id or world:PART"

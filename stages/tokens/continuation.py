@@ -75,6 +75,9 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def continuation_text(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]) -> str:
     """The text of ``ids`` after the tokens ``before``, without special tokens: the inverse of ``continued``."""
     context = list(before)[-CONTEXT:]
-    head = str(tokenizer.decode(context, skip_special_tokens=True))
-    both = str(tokenizer.decode([*context, *ids], skip_special_tokens=True))
-    return both[len(head) :] if both.startswith(head) else str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def decoded(tokens: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    head, both = decoded(context), decoded([*context, *ids])
+    return both[len(head) :] if both.startswith(head) else decoded(ids)

@@ -5,6 +5,7 @@ This gives the end of a reply, and the forms of content and tool calls that the 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ from weakref import WeakKeyDictionary
 
 from stages.errors import DataError
 from stages.tokens.continuation import segment_ids
+from stages.tokens.dates import dated
 from stages.tokens.plain import template_to_apply
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
 Messages = Sequence[Mapping[str, object]]
 """Messages of a conversation, each with at least ``role`` and ``content``."""
 Read = TypeVar("Read")
@@ -38,7 +41,7 @@ def apply_template(
         text = tokenizer.apply_chat_template(
             cast("list[dict[str, str]]", list(messages)),  # the annotation of transformers omits parts and tool calls
             tools=[dict(tool) for tool in tools] or None,
-            chat_template=template_to_apply(tokenizer),
+            chat_template=template_for(tokenizer, tools),
             tokenize=False,
             add_generation_prompt=generation_prompt,
         )
@@ -51,6 +54,12 @@ def apply_template(
     return str(text)
 
 
+def template_for(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Mapping[str, object]]) -> str:
+    """The template that renders a conversation with ``tools``, with the date of the step."""
+    listed = [dict(tool) for tool in tools] or None
+    return dated(template_to_apply(tokenizer) or str(tokenizer.get_chat_template(None, listed)))
+
+
 @dataclass(frozen=True)
 class TurnForm:
     """How a chat template frames a reply.
@@ -59,7 +68,8 @@ class TurnForm:
     that closes this block. ``ending``: the text after the last reply. ``turn_end``: the ending up to its first special token and following
     white space, without text that only closes the conversation. ``end_ids``: the first special token after a reply, where generation stops;
     empty if there is none. ``writes_end``: whether that token is part of the ending, not only of the next turn's beginning. ``parts``,
-    ``texts``: whether a message's content may be a list of text parts, or a text.
+    ``texts``: whether a message's content may be a list of text parts, or a text. ``surplus``: a generation prompt that the template writes
+    after the last reply although none is asked for; it is no part of ``ending``.
     """
 
     opening: str
@@ -70,6 +80,7 @@ class TurnForm:
     writes_end: bool
     parts: bool
     texts: bool
+    surplus: str = ""
 
 
 @dataclass(frozen=True)
@@ -131,8 +142,12 @@ def _read_form(tokenizer: PreTrainedTokenizerBase) -> TurnForm:
     shown, full_text = chosen
     opened = re.search(r"<(\w+)>\s*$", shown) if not full_text.startswith(shown) else None
     opening = opened[0] if opened else shown[first_difference(shown, full_text) :]
+    _say_missing_prompt(tokenizer, shown, full_text)
     ending = full_text.rpartition(_ANSWERED)[2]
     first = _first_special(tokenizer, full_text)
+    surplus = "" if first is None else ending.removeprefix(_through(ending, str(tokenizer.convert_ids_to_tokens(first))))
+    surplus = surplus if shown.endswith(surplus) else ""
+    ending = ending.removesuffix(surplus)
     following = _first_special(tokenizer, _followed(tokenizer, _as_text if texts else _as_parts)) if first is None else first
     return TurnForm(
         opening=opening,
@@ -143,7 +158,20 @@ def _read_form(tokenizer: PreTrainedTokenizerBase) -> TurnForm:
         writes_end=first is not None,
         parts=parts is not None and parts == chosen,
         texts=texts is not None,
+        surplus=surplus,
     )
+
+
+def _say_missing_prompt(tokenizer: PreTrainedTokenizerBase, shown: str, full_text: str) -> None:
+    """Warn about a template without a generation prompt whose replies begin with the name of their role."""
+    before = full_text.removeprefix(shown).partition(_ANSWERED)[0]
+    if full_text.startswith(shown) and any(role in before.lower() for role in ("assistant", "model", "gpt")):
+        logger.warning(
+            "the chat template of %s ignores add_generation_prompt: the model itself must write %r, and its completions begin with these "
+            "words. Set a template with a generation prompt (template: chatml) in the sft step",
+            tokenizer.name_or_path or "the tokenizer",
+            before,
+        )
 
 
 def _through(ending: str, token: str) -> str:

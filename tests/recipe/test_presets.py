@@ -263,3 +263,14 @@ def test_every_preset_runs(tmp_path: Path, tiny_llama_folder: Path, monkeypatch:
     assert summary["finished"] and [step["name"] for step in summary["steps"]] == [step["name"] for step in steps]
     ppo = summary["steps"][-1]["metrics"]
     assert ppo["optimizer_steps"] == {"instructgpt2022": 8}.get(preset, 4)  # one epoch of eight minibatches, or four of one
+
+
+def test_a_message_says_which_settings_come_from_the_preset(tmp_path: Path) -> None:
+    preset = "ziegler2019/tldr"
+    name = next((name for name in PRESETS if name == preset), next(name for name in PRESETS if name.startswith("ziegler2019")))
+    with pytest.raises(RecipeError, match="value=shared.*requires? advantages: gae") as caught:
+        configured(tmp_path, "ppo", name, advantages="rloo", samples_per_prompt=4)
+    assert f"value comes from preset: {name}; to do without, write the default into the step (value: null)" in str(caught.value)
+    with pytest.raises(RecipeError) as caught:  # the recipe itself sets the value
+        configured(tmp_path, "ppo", name, advantages="rloo", samples_per_prompt=4, value="shared")
+    assert "preset" not in str(caught.value).partition(": ")[2].replace(name, "")
