@@ -40,6 +40,8 @@ PLAIN_TEMPLATES = {
     "question": "Question: {prompt}\nAnswer:",
     "tldr": "{prompt}\n\nTL;DR:",
 }
+SHORT = 12  # characters; the text of a shorter turn may also be a part of other words
+OTHER_WORDS = "tristage asks for something else"
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -121,7 +123,7 @@ def render_pair(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: 
     closes = form.closing in reply if form.closing else False
     if len(turns) == 1 and form.closing and sampled and not closes:
         return shown, reply + form.ending
-    full_text = rendered(tokenizer, messages, prompt, generation_prompt=False)
+    full_text = rendered(tokenizer, messages, prompt, generation_prompt=False).removesuffix(form.surplus)
     if full_text.startswith(shown):
         return shown, full_text[len(shown) :]
     if len(turns) == 1 and closes and turns[0].keys() <= {"role", "content"}:
@@ -184,7 +186,8 @@ def _lost(
 ) -> str:
     """Describe what the template drops from a conversation; empty if nothing is missing from ``text``.
 
-    Reasoning before the last reply may be missing, because many templates drop it on purpose.
+    Reasoning before the last reply may be missing, because many templates drop it on purpose. A template may write a turn in another form
+    (without its line breaks, or without a mark such as /no_think): the turn is dropped if other words in it would change nothing.
     """
 
     def makes_no_difference(others: Sequence[Message], tools: Sequence[JsonObject]) -> bool:
@@ -193,9 +196,14 @@ def _lost(
         except DataError:
             return False
 
-    for message in messages:
-        if message["role"] in ("system", "developer", "user") and content_text(message).strip() not in text:
-            return f"the {message['role']} turn {content_text(message).strip()!r:.60}"
+    roles = () if is_plain(tokenizer) else ("system", "developer", "user")
+    asked = [turn for turn, message in enumerate(messages) if message["role"] in roles]
+    contents = {turn: content_text(messages[turn]).strip() for turn in asked}
+    for turn, content in contents.items():
+        needed = sum(content in other for other in contents.values())
+        is_doubtful = len(content) < SHORT or text.count(content) < needed
+        if content and is_doubtful and makes_no_difference(_with_content(messages, turn, OTHER_WORDS), tools):
+            return f"the {messages[turn]['role']} turn {content!r:.60}"
     if tools and makes_no_difference(messages, ()):
         return f"the tools of the row ({', '.join(map(_name, tools))})"
     for turn, message in enumerate(messages):
@@ -205,6 +213,12 @@ def _lost(
     last = len(messages) - 1
     thought = messages[last]["role"] == "assistant" and any(messages[last].get(name) for name in REASONING)
     return "the reasoning of the last reply" if thought and makes_no_difference(_without(messages, last, REASONING), tools) else ""
+
+
+def _with_content(messages: Sequence[Message], turn: int, text: str) -> list[Message]:
+    """The messages, with another text in one of them, in the form of its content."""
+    content = [{"type": "text", "text": text}] if isinstance(messages[turn].get("content"), list) else text
+    return [*messages[:turn], {**messages[turn], "content": content}, *messages[turn + 1 :]]
 
 
 def _without(messages: Sequence[Message], turn: int, fields: Sequence[str]) -> list[Message]:

@@ -17,7 +17,7 @@ from stages.corpora.templates import encode_pair, encode_segments, in_its_form, 
 from stages.errors import DataError
 from stages.json_types import JsonObject
 from stages.tokens.continuation import plain_ids
-from stages.tokens.turns import first_difference, turn_form
+from stages.tokens.turns import first_difference, template_for, turn_form
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +50,7 @@ def training_rows(tokenizer: PreTrainedTokenizerBase, demonstration: Demonstrati
             ids, length = encode_pair(tokenizer, demonstration["prompt"], demonstration["completion"])
             return [_completion_row(ids, length)]
         if _has_markers(tokenizer, messages.tools):
-            return [_by_markers(tokenizer, messages, replies)]
+            return _by_markers(tokenizer, messages, replies)
         return _by_prefixes(tokenizer, messages, replies)
 
 
@@ -103,23 +103,44 @@ def _by_prefixes(tokenizer: PreTrainedTokenizerBase, messages: Conversation, rep
 
 
 def _has_markers(tokenizer: PreTrainedTokenizerBase, tools: Sequence[JsonObject]) -> bool:
-    template = tokenizer.get_chat_template(None, list(tools) or None)
-    return bool(tokenizer.is_fast and _MARKER.search(template))
+    return bool(tokenizer.is_fast and _MARKER.search(template_for(tokenizer, tools)))
 
 
-def _by_markers(tokenizer: PreTrainedTokenizerBase, messages: Conversation, replies: Sequence[int]) -> TrainingRow:
-    """Build a row whose trained tokens are enclosed by the template's generation markers, from the first trained reply on."""
-    rendered(tokenizer, messages, messages, generation_prompt=False)  # raises if the template rejects or drops something
+def _by_markers(tokenizer: PreTrainedTokenizerBase, messages: Conversation, replies: Sequence[int]) -> list[TrainingRow]:
+    """Build rows whose trained tokens are enclosed by the template's generation markers. Rewritten replies get their own rows."""
+    full_text = rendered(tokenizer, messages, messages, generation_prompt=False)
+    apart = [turn for turn in replies if not _is_unchanged(tokenizer, messages, turn, full_text)]
+    kept = [turn for turn in replies if turn not in apart]
+    rows = [_marked_row(tokenizer, messages, kept)] if kept else []
+    return rows + [_marked_row(tokenizer, _before(messages, turn + 1), [turn]) for turn in apart]
+
+
+def _is_unchanged(tokenizer: PreTrainedTokenizerBase, messages: Conversation, turn: int, full_text: str) -> bool:
+    """Whether the template writes the conversation up to ``turn`` in the same way if other turns follow it."""
+    if turn == len(messages) - 1:
+        return True
+    form = turn_form(tokenizer)
+    until = rendered(tokenizer, _before(messages, turn + 1), messages, generation_prompt=False).removesuffix(form.surplus)
+    return full_text.startswith(until) or full_text.startswith(until.removesuffix(form.ending) + form.turn_end)
+
+
+def _marked_row(tokenizer: PreTrainedTokenizerBase, messages: Conversation, replies: Sequence[int]) -> TrainingRow:
+    """One row of a conversation. Only tokens of ``replies`` that the generation markers enclose are trained."""
     contents: list[Message] = in_its_form(tokenizer, messages)
     encoded: Any = tokenizer.apply_chat_template(
-        contents, tools=[*messages.tools] or None, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        contents,
+        tools=[*messages.tools] or None,
+        chat_template=template_for(tokenizer, messages.tools),
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
     )
     ids, marked = list(encoded["input_ids"]), list(encoded["assistant_masks"])
     before = rendered(tokenizer, messages[: replies[0]], messages, generation_prompt=False)
     length = first_difference(plain_ids(tokenizer, before), ids)
     trained = [0] * length + marked[length:]
     for turn in range(replies[0] + 1, len(messages)):
-        if messages[turn]["role"] == "assistant" and turn not in replies:  # a reply with weight 0
+        if messages[turn]["role"] == "assistant" and turn not in replies:  # a reply with weight 0, or one with its own row
             start, end = (
                 first_difference(plain_ids(tokenizer, rendered(tokenizer, messages[:cut], messages, generation_prompt=False)), ids)
                 for cut in (turn, turn + 1)

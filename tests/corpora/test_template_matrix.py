@@ -346,3 +346,62 @@ def test_a_turn_may_end_with_the_start_of_the_next_turn(tokenizer_of) -> None:
     )
     assert tokenizer.convert_ids_to_tokens(turn_end_ids(tokenizer)) == ["<|user|>"]
     assert not turn_form(tokenizer).writes_end
+
+
+REWRITES = {  # as Falcon-Instruct's and SmolLM3's templates
+    "line breaks": ("{{ m.content.strip().replace('\\n\\n', '\\n') }}", "one\n\ntwo", "one\ntwo"),
+    "a mark": ("{{ m.content.replace('/no_think', '').rstrip() }}", "be kind /no_think", "be kind"),
+}
+
+
+@pytest.mark.parametrize("rewrites", REWRITES)
+def test_a_turn_in_another_form_is_not_a_dropped_turn(tokenizer_of, rewrites) -> None:
+    written, content, expected = REWRITES[rewrites]
+    tokenizer = tokenizer_of("byte_bpe")
+    tokenizer.chat_template = f"{{% for m in messages %}}{{{{ '<|' + m.role + '|>' }}}}{written}{{% endfor %}}"
+    messages = [{"role": SYSTEM, "content": content}, {"role": USER, "content": content}]
+    assert tokenizer.decode(encode_prompt(tokenizer, messages)) == f"<|system|>{expected}<|user|>{expected}"
+
+
+def test_a_short_turn_that_the_template_drops_is_found_although_other_words_contain_it(tokenizer_of) -> None:
+    tokenizer = tokenizer_of("byte_bpe")
+    tokenizer.chat_template = "{{ '<|user|>' + messages[-1].content }}"
+    with pytest.raises(DataError, match="drops the user turn 'hi'"):
+        encode_prompt(
+            tokenizer, [{"role": USER, "content": "hi"}, {"role": ASSISTANT, "content": "yes"}, {"role": USER, "content": "this"}]
+        )
+
+
+def test_a_generation_prompt_that_nobody_asked_for_is_not_trained(tokenizer_of) -> None:
+    """This template ignores add_generation_prompt, and always writes the beginning of a reply."""
+    tokenizer = tokenizer_of("byte_bpe")
+    turn = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    tokenizer.chat_template = turn + "{{ '<|im_start|>assistant\\n' }}"
+    (made,) = training_rows(tokenizer, demonstration(row(messages=turns("chatml", MULTI))), train_on="all_assistant_turns")
+    assert trained_runs(tokenizer, made) == ["i am fine<|im_end|>\n", "the sun is warm<|im_end|>\n", "three<|im_end|>\n"]
+    (alone,) = training_rows(tokenizer, demonstration(row(messages=turns("chatml", SINGLE))), train_on="all_assistant_turns")
+    assert trained_runs(tokenizer, alone) == ["i am fine<|im_end|>\n"] and tokenizer.decode(alone.ids).endswith("fine<|im_end|>\n")
+
+
+def test_a_missing_generation_prompt_is_said(tokenizer_of, caplog) -> None:
+    tokenizer = tokenizer_of("byte_bpe")
+    tokenizer.chat_template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    turn_form(tokenizer)
+    assert "ignores add_generation_prompt: the model itself must write '<|im_start|>assistant" in caplog.text
+
+
+def test_a_marked_reply_that_later_turns_change_gets_its_own_row(tokenizer_of) -> None:
+    """As LFM2.5's template: it has generation markers, and drops the reasoning of earlier replies."""
+    tokenizer = tokenizer_of("byte_bpe")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.role == 'assistant' %}{% generation %}"
+        "{% if not loop.last %}{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}{{ '<|end|>' }}{% endgeneration %}"
+        "{% else %}{{ m.content + '<|end|>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    spoken = [(USER, "hello there"), (ASSISTANT, "<think>so</think>fine"), (USER, "and now"), (ASSISTANT, "<think>hm</think>three")]
+    messages = [{"role": role, "content": text} for role, text in spoken]
+    last, first = training_rows(tokenizer, demonstration(row(messages=messages)), train_on="all_assistant_turns")
+    assert trained_runs(tokenizer, last) == ["<think>hm</think>three<|end|>"]
+    assert trained_runs(tokenizer, first) == ["<think>so</think>fine<|end|>"]
+    assert tokenizer.decode(last.ids).startswith("<|user|>hello there<|end|><|assistant|>fine<|end|>")
+    assert tokenizer.decode(first.ids) == "<|user|>hello there<|end|><|assistant|><think>so</think>fine<|end|>"
