@@ -17,7 +17,7 @@ from stages.errors import ModelError
 from stages.json_types import JsonObject
 
 Role = Literal["language_model", "reward_model", "value_model", "classifier"]
-CLASSIFIERS = ("score", "classifier", "classification_head")
+CLASSIFIERS = ("score", "classifier", "classification_head", "logits_proj", "sequence_summary")
 """First parts of the names that transformers gives to the heads of sequence classifiers."""
 IN_LAYER = re.compile(r"\.\d+\.")
 """Matches the names of tensors in a numbered layer: model.layers.0.mlp..."""
@@ -136,9 +136,10 @@ def _adapter_layout(weights: dict[str, Tensor], head_file: dict[str, Tensor], ad
         shown = ", ".join(f"{short_name(name)} {list(value.shape)}" for name, value in heads.items())
         return Layout("peft", {}, role="classifier", notes=notes, head_name=shown)
     bias = adapter.get(name.removesuffix("weight") + "bias")
-    head = Head(weight.float(), 0.0 if bias is None else float(bias.reshape(-1)[0]), short_name(name).removesuffix(".weight"))
-    assumed = [] if head.name == "score" else [_assumed_reward(head.name)]
-    return Layout("peft", {}, head, "reward_model", notes=[*notes, *assumed])
+    tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    prefix = short_name(name).removesuffix(".weight")
+    head = linear_head({f"{prefix}.{part}": value for part, value in tensors.items()}, prefix)
+    return Layout("peft", {}, head, "reward_model", notes=[*notes, assumed_reward(head.name)])
 
 
 def heads_of_adapter(adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -164,19 +165,20 @@ def _transformers(weights: dict[str, Tensor], config: HeadConfig) -> Layout:
         labels = score.shape[0]
     role: Role = "reward_model" if labels == 1 and "score.weight" in heads else "classifier"
     shown = ", ".join(f"{name} {list(value.shape)}" for name, value in sorted(heads.items()))
-    return Layout("transformers", weights, role=role, head_name=f"{shown}, {labels} label{'s' if labels != 1 else ''}")
+    notes = [assumed_reward("score")] if role == "reward_model" else []
+    return Layout("transformers", weights, role=role, notes=notes, head_name=f"{shown}, {labels} label{'s' if labels != 1 else ''}")
 
 
 def _separate_head(weights: dict[str, Tensor], head_file: dict[str, Tensor]) -> Layout:
     head = linear_head(head_file, "v_head.summary")
-    return Layout("LLaMA-Factory or ms-swift", weights, head, "reward_model", notes=[_assumed_reward("value_head", has_policy=True)])
+    return Layout("LLaMA-Factory or ms-swift", weights, head, "reward_model", notes=[assumed_reward("value_head", has_policy=True)])
 
 
 def _deepspeed_chat(weights: dict[str, Tensor], config: HeadConfig) -> Layout:
     head = linear_head(weights, "v_head")
     prefix = next(prefix for prefix in DEEPSPEED_CHAT if any(name.startswith(prefix) for name in weights))
     body, dropped = _split(weights, prefix, head)
-    notes = [_assumed_reward("v_head"), *dropped]
+    notes = [assumed_reward("v_head"), *dropped]
     if config.get("num_padding_at_beginning"):
         notes.append("num_padding_at_beginning is not used: the score is read at the last token that is not padding")
     return Layout("DeepSpeed-Chat", body, head, "reward_model", notes=notes)
@@ -233,7 +235,7 @@ def _dropped_two_layers(names: Sequence[str]) -> str:
 def _trlx_reward_model(weights: dict[str, Tensor]) -> Layout:
     head = linear_head(weights, "v_head")
     body = {name: value for name, value in weights.items() if not name.startswith("v_head.")}
-    return Layout("trlX (reward model of its examples)", body, head, "reward_model", notes=[_assumed_reward("v_head")])
+    return Layout("trlX (reward model of its examples)", body, head, "reward_model", notes=[assumed_reward("v_head")])
 
 
 def _is_openrlhf(config: HeadConfig, names: set[str]) -> bool:
@@ -254,7 +256,7 @@ def _openrlhf(weights: dict[str, Tensor], config: HeadConfig) -> Layout:
     buffers = {name: weights[name] for name in ("mean", "std") if name in weights}
     body = {name: value for name, value in weights.items() if not name.startswith(f"{prefix}.") and name not in buffers}
     is_critic = _architecture(config) == "CriticModel"
-    notes = [] if is_critic or _architecture(config) == "RewardModel" else [_assumed_reward(prefix)]
+    notes = [] if is_critic or _architecture(config) == "RewardModel" else [assumed_reward(prefix)]
     if config.get("normalize_reward"):
         mean = _number(config.get("mean", buffers.get("mean", torch.zeros(1))), "mean")
         deviation = _number(config.get("std", buffers.get("std", torch.ones(1))), "std")
@@ -298,7 +300,7 @@ def _unknown_library(weights: dict[str, Tensor], prefix: str) -> Layout:
         own = {name: value for name, value in own.items() if name.startswith(f"{prefix}.")}
     head = linear_head(own, prefix)
     body = {name: value for name, value in weights.items() if not name.startswith(f"{prefix}.")}
-    return Layout("an unknown library", body, head, "reward_model", notes=[_assumed_reward(prefix)])
+    return Layout("an unknown library", body, head, "reward_model", notes=[assumed_reward(prefix)])
 
 
 def linear_head(tensors: Mapping[str, Tensor], prefix: str) -> Head:
@@ -330,6 +332,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _assumed_reward(name: str, *, has_policy: bool = False) -> str:
+def assumed_reward(name: str, *, has_policy: bool = False) -> str:
+    """The note on a scalar head whose file does not say what it predicts. ``has_policy``: whether the file also contains a policy."""
     policy = ", or --role language_model for the policy beside it" if has_policy else ""
     return f"the file does not say whether {name} predicts rewards or values; assumed: a reward model (else use --role value_model{policy})"

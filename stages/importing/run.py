@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stages.errors import ModelError
+from stages.hub.ids import is_hub_id
 from stages.importing.gguf import convert_gguf
-from stages.importing.layouts import Head, Layout, Role, heads_of_adapter, not_kept, recognise
+from stages.importing.layouts import Head, Layout, Role, assumed_reward, heads_of_adapter, not_kept, recognise
 from stages.importing.notes import on_precision, on_tokenizer, unused, value_folder
 from stages.importing.source import WEIGHT_SUFFIXES, find_source, no_weights, read_json
 from stages.importing.weights import ADAPTER_FILES, read_file, read_head_file, read_weights, unquantized, unread_files
@@ -191,7 +192,13 @@ def _with_head_of_base(layout: Layout, base: str, is_classifier: bool) -> Layout
     except ModelError:
         return replace(layout, role="classifier", head_name="the classification head of the base") if is_classifier else layout
     name = "score of the base"
-    return replace(layout, head=Head(weight, bias, name), role="reward_model", head_name=f"{name}, linear from {weight.shape[1]} to 1")
+    return replace(
+        layout,
+        head=Head(weight, bias, name),
+        role="reward_model",
+        head_name=f"{name}, linear from {weight.shape[1]} to 1",
+        notes=[*layout.notes, assumed_reward(name)],
+    )
 
 
 def _check_base(source: Path, config: JsonObject, *, is_given: bool) -> None:
@@ -199,8 +206,7 @@ def _check_base(source: Path, config: JsonObject, *, is_given: bool) -> None:
     base = config.get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise ModelError(f"{source / 'adapter_config.json'} names no base model; name it with --base FOLDER_OR_HUB_ID")
-    is_path = base.startswith(("/", ".", "~")) or base.count("/") > 1 or "\\" in base
-    if is_path and not Path(base).is_dir():
+    if not is_hub_id(base) and not Path(base).is_dir():
         where = "--base" if is_given else f"the base of the adapter {source}"
         raise ModelError(f"{where} is {base!r}, a folder that does not exist here; name the base model with --base FOLDER_OR_HUB_ID")
 

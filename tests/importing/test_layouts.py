@@ -123,3 +123,27 @@ def test_a_head_with_nan_is_refused(name: str) -> None:
 def test_a_head_with_an_empty_bias_is_refused() -> None:
     with pytest.raises(ModelError, match=r"a bias \[1\] or none"):
         layout_of({**BODY, "v_head.summary.weight": WEIGHT, "v_head.summary.bias": torch.zeros(0)})
+
+
+@pytest.mark.parametrize("where", ["full weights", "adapter"])
+def test_a_head_of_transformers_is_assumed_to_be_a_reward_model_and_this_is_said(where: str) -> None:
+    if where == "adapter":
+        layout = layout_of({}, adapter={"base_model.model.score.weight": WEIGHT})
+    else:
+        layout = layout_of({**BODY, "score.weight": WEIGHT})
+    assert layout.role == "reward_model"
+    assert layout.notes == [
+        "the file does not say whether score predicts rewards or values; assumed: a reward model (else use --role value_model)"
+    ]
+
+
+def test_an_adapter_with_an_empty_bias_is_refused() -> None:
+    adapter = {"base_model.model.score.weight": WEIGHT, "base_model.model.score.bias": torch.zeros(0)}
+    with pytest.raises(ModelError, match=r"a bias \[1\] or none; the file has score\.bias \[0\]"):
+        layout_of({}, adapter=adapter)
+
+
+def test_the_head_of_xlnet_is_a_classifier() -> None:
+    weights = {"transformer.x": torch.ones(2), "sequence_summary.summary.weight": torch.ones(2, 2), "logits_proj.weight": WEIGHT}
+    layout = layout_of(weights, {"num_labels": 1})
+    assert layout.role == "classifier" and "logits_proj.weight [1, 2]" in layout.head_name
