@@ -28,7 +28,7 @@ class Reviews:
 
 
 def load_reviews(data: DataInput, labels: Sequence[str]) -> Reviews:
-    """Load both splits. A label is an index below ``len(labels)`` or one of the names. Raises DataError with the row's location."""
+    """Load both splits. A label is one of the names, or an index below ``len(labels)``. Raises DataError with the row's location."""
     train, validation = read_splits(data)
     reviews = Reviews([_review(row, labels) for row in train], [_review(row, labels) for row in validation])
     if len({review.label for review in reviews.train}) < 2:
@@ -37,12 +37,35 @@ def load_reviews(data: DataInput, labels: Sequence[str]) -> Reviews:
 
 
 def _review(row: Row, labels: Sequence[str]) -> Review:
-    value = row.get("label")
-    if isinstance(value, str) and value in labels:
-        return Review(text_of(row, "text"), list(labels).index(value))
-    if isinstance(value, str) and value.isdigit():  # CSV has no numbers
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(labels):
+    index = _index_of(row.get("label"), labels)
+    if index is None:
         names = ", ".join(f"{index} ({name})" for index, name in enumerate(labels))
-        raise DataError(f"{row.location}: label is {value!r}; expected one of {names}, or its name. The row has {', '.join(row)}")
-    return Review(text_of(row, "text"), value)
+        expected = f"one of the names {', '.join(labels)}" if _are_numbers(labels) else f"one of {names}, or its name"
+        raise DataError(f"{row.location}: label is {row.get('label')!r:.60}; expected {expected}. The row has {', '.join(row)}")
+    return Review(text_of(row, "text"), index)
+
+
+def _index_of(value: object, labels: Sequence[str]) -> int | None:
+    """The index of the class that a row's label means; None if there is none.
+
+    Names come first. A number is an index, unless names of the classes are numbers (stars from 1 to 5): then it is a name. Tables store
+    numbers as text (CSV) or as floats (a column with gaps), and truth values as ``true``.
+    """
+    if isinstance(value, bool):
+        value = str(value)
+    elif isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = str(value).strip() if isinstance(value, str | int) else ""
+    named = [index for index, name in enumerate(labels) if name == text]
+    named = named or [index for index, name in enumerate(labels) if name.casefold() == text.casefold()]
+    if len(named) == 1:
+        return named[0]
+    if _are_numbers(labels) or not (text.isascii() and text.removesuffix(".0").isdigit()):
+        return None
+    number = int(text.removesuffix(".0"))
+    return number if number < len(labels) else None
+
+
+def _are_numbers(labels: Sequence[str]) -> bool:
+    """Whether a class is named by a number."""
+    return any(name.strip().removeprefix("-").isdigit() for name in labels)

@@ -69,6 +69,9 @@ class SentimentConfig(TrainingStepConfig):
         if self.model is not None and self.masked is not None:
             raise ValueError("masked needs architecture; a pretrained model does not need it")
         check_trainable(self.model, self.lora)
+        folded = [name.casefold() for name in self.labels]
+        if twice := [name for name in self.labels if folded.count(name.casefold()) > 1]:
+            raise ValueError(f"labels contains {' and '.join(map(repr, twice))}; names of classes must differ by more than case")
         return self
 
     def model_inputs(self) -> dict[str, ModelInput]:
