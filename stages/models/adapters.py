@@ -46,6 +46,8 @@ HEAD_FILE = "head.safetensors"
 
 
 SOURCES, ACTIVE = "_stages_sources", "_stages_active"  # attributes of a PeftModel: initial model by adapter, and active adapters
+NEW_MODULES = "_stages_new_modules"
+"""Attribute of a loaded model: the names of the modules with random weights, such as a new classification head."""
 
 
 # Adding adapters
@@ -68,24 +70,11 @@ def attach_lora(
     rows of embedding and output layer are also trained. Afterwards only the new adapter is trainable; its weights are fp32. Raises
     ModelError if ``lora`` does not fit the model.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import PeftModel, get_peft_model
 
     plain = plain_model(model)
     _check_names(lora, plain, task)
-    # peft trains the full head of a classifier: every module whose name ends in classifier or score. It gets no adapter.
-    head = [r".*(classifier|score)(\..*)?"] if task == "SEQ_CLS" else []
-    excluded = "|".join([*head, *map(re.escape, state_space_products(plain))]) if lora.target_modules == "all-linear" else None
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft's annotation is int, but it accepts floats
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        exclude_modules=excluded or None,
-        task_type=task,
-        bias="none",
-        modules_to_save=list(lora.modules_to_save) or None,
-        trainable_token_indices=_rows_to_train(plain, lora, new_rows),
-    )
+    config = _fresh_config(plain, lora, task, new_rows)
     below = active_adapters(model)
     _refuse_clash(plain, "a fresh adapter", config)
     try:
@@ -111,6 +100,30 @@ def attach_lora(
     activate(model, [*below, name], trainable=[name])
     use_folded_adapters(model)
     return model
+
+
+def _fresh_config(plain: PreTrainedModel, lora: LoraSettings, task: str, new_rows: Collection[int]) -> LoraConfig:
+    """The config of a new adapter on ``plain``. Arguments as in ``attach_lora``."""
+    from peft import LoraConfig
+
+    # peft trains the full head of a classifier: every module whose name ends in classifier or score. It gets no adapter. Other modules with
+    # random weights (the pooler of DeBERTa, the head of XLNet or BART) are trained and saved in the same way.
+    head = [r".*(classifier|score)(\..*)?"] if task == "SEQ_CLS" else []
+    new = [name for name in getattr(plain, NEW_MODULES, ()) if task == "SEQ_CLS" and not re.fullmatch(head[0], name)]
+    modules_to_save = list(dict.fromkeys([*lora.modules_to_save, *new]))
+    never = [*head, *map(re.escape, [*new, *state_space_products(plain)])]
+    excluded = "|".join(never) if lora.target_modules == "all-linear" else None
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft's annotation is int, but it accepts floats
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        exclude_modules=excluded or None,
+        task_type=task,
+        bias="none",
+        modules_to_save=modules_to_save or None,
+        trainable_token_indices=_rows_to_train(plain, lora, new_rows),
+    )
 
 
 def add_adapter(

@@ -42,11 +42,27 @@ def explained(model: ResolvedModel, what: str) -> Iterator[None]:
     except ModelError:
         raise
     except FAILURES as error:
+        if problem := _wrong_labels(model):
+            raise ModelError(f"cannot load the {what} of {model.ref!r}: {problem}. Correct its config.json") from error
         move = _incomplete_folder(model, what) or _move(model, error)
         if model.input.quantization != "none" and what == "model":
             move += f"; quantization: {model.input.quantization} needs bitsandbytes with a backend for this device"
         reason = " ".join(str(error).split())[:300]  # a config error names the field in its first line and the value in its second
         raise ModelError(f"cannot load the {what} of {model.ref!r} ({type(error).__name__}: {reason}); {move}") from error
+
+
+def _wrong_labels(model: ResolvedModel) -> str:
+    """What is wrong with the classes in a folder's config.json; empty if nothing is. Tokenizers read this file, too."""
+    try:
+        config = json.loads((Path(model.path) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    number, names = (config.get(name) for name in ("num_labels", "id2label")) if isinstance(config, dict) else (None, None)
+    if number is not None and (not isinstance(number, int) or number < 1):
+        return f"num_labels in its config.json is {number!r:.60}; expected the number of classes"
+    if names is not None and not (isinstance(names, dict) and all(index.isdecimal() for index in names)):
+        return f'id2label in its config.json is {names!r:.60}; expected names by index, as {{"0": "negative", "1": "positive"}}'
+    return ""
 
 
 def _incomplete_folder(model: ResolvedModel, what: str) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -76,11 +77,18 @@ def state_space_products(model: nn.Module) -> list[str]:
 
 
 def unquantized_modules(auto: AutoClass, config: PretrainedConfig) -> list[str] | None:
-    """Modules of the class that ``auto`` selects which must not be quantized; None for transformers' default."""
+    """Modules of the class that ``auto`` selects which must not be quantized; None for transformers' default.
+
+    These are the products of state-space mixers, and all layers of a classifier's head (transformers leaves out only the last one), because
+    a new head is trained completely.
+    """
     text = config.get_text_config()
-    if not any(hasattr(text, field) for field in ("mamba_d_state", "state_size", "mamba_state_dim")):
+    is_classifier = auto is AutoModelForSequenceClassification and not getattr(config, "auto_map", None)
+    if not is_classifier and not any(hasattr(text, field) for field in ("mamba_d_state", "state_size", "mamba_state_dim")):
         return None
     with torch.device("meta"):
         made = auto.from_config(config)
     products = state_space_products(made)
-    return [*get_keys_to_not_convert(made), *products] if products else None
+    head = [name for name, _ in made.named_children() if name != made.base_model_prefix] if is_classifier else []
+    kept = [*products, *head, *([".*pooler"] if head else [])]
+    return list(dict.fromkeys([*get_keys_to_not_convert(made), *kept])) if kept else None

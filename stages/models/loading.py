@@ -15,9 +15,10 @@ from transformers.utils import cached_file
 
 from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError
-from stages.models.adapters import FRESH, attach_lora, lora_config, quantization_config
+from stages.models.adapters import FRESH, NEW_MODULES, attach_lora, lora_config, quantization_config
 from stages.models.attention import attention_of
 from stages.models.causality import require_causal
+from stages.models.classes import order_classes
 from stages.models.dropout import disable_dropout
 from stages.models.embeddings import grow_embedding
 from stages.models.failures import explained
@@ -158,8 +159,9 @@ def load_classifier(
 ) -> TransformersModel:
     """Load an ``AutoModelForSequenceClassification`` with weights of ``dtype``.
 
-    ``labels`` names the classes (default: the checkpoint's). ``require_head=True`` raises ModelError if the checkpoint has no head weights
-    or a different number of classes. ``False`` creates a new head, for training.
+    ``labels`` names the classes (default: the checkpoint's). If the checkpoint has the same names in another order, its head is reordered;
+    other names and other numbers of classes are logged. ``require_head=True`` raises ModelError if the checkpoint has no head weights or a
+    different number of classes. ``False`` creates a new head, for training.
     """
     model = as_resolved(model)
     options: dict[str, object] = {}
@@ -167,8 +169,24 @@ def load_classifier(
         options["num_labels"] = len(labels)
         options["id2label"] = dict(enumerate(labels))
         options["label2id"] = {label: index for index, label in enumerate(labels)}
-    loaded = _load(AutoModelForSequenceClassification, model, dtype, tokenizer, trainable, lora, require_head=require_head, options=options)
-    return _finish(*loaded, model, lora, "SEQ_CLS", trainable, dropout)
+    loaded, rows = _load(
+        AutoModelForSequenceClassification, model, dtype, tokenizer, trainable, lora, require_head=require_head, options=options
+    )
+    if labels is not None:
+        order_classes(loaded, classes_of(model), labels, model.ref)
+    return _finish(loaded, rows, model, lora, "SEQ_CLS", trainable, dropout)
+
+
+def classes_of(model: ResolvedModel) -> list[str] | None:
+    """The names of a checkpoint's classes by index: those of its highest adapter with a config, else of its base. None without a head."""
+    stack = stack_of(model)
+    if (names := _class_names(AutoModelForSequenceClassification, stack, []).get("id2label")) is None:
+        config = config_of(model)
+        if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+            return None
+        names = config.id2label
+    assert isinstance(names, dict)
+    return [str(names[index]) for index in sorted(names)]
 
 
 def _load(
@@ -247,15 +265,19 @@ def load_base(model: ResolvedModel, *, dtype: torch.dtype, tokenizer: PreTrained
 
 
 def _class_names(auto: AutoClass, stack: Stack, saved: Sequence[SavedAdapter]) -> Mapping[str, object]:
-    """Options for a classifier with the classes of the highest adapter that has a head; empty for other models."""
+    """Options for a classifier with the classes of the highest adapter that has a head; empty for other models.
+
+    Without ``saved`` (the contents of the adapters), only adapters with a config.json count.
+    """
     if auto is not AutoModelForSequenceClassification:
         return {}
-    for adapter, content in reversed(list(zip(stack.adapters, saved, strict=True))):
+    contents: Sequence[SavedAdapter | None] = saved or [None] * len(stack.adapters)
+    for adapter, content in reversed(list(zip(stack.adapters, contents, strict=True))):
         version = {"revision": adapter.input.revision}
         if cached_file(adapter.path, "config.json", **version, _raise_exceptions_for_missing_entries=False) is not None:
             config = AutoConfig.from_pretrained(adapter.path, **version, trust_remote_code=adapter.input.trust_remote_code)
             return {"num_labels": config.num_labels, "id2label": config.id2label, "label2id": config.label2id}
-        if (size := head_size(content)) is not None:
+        if content is not None and (size := head_size(content)) is not None:
             return {"num_labels": size}
     return {}
 
@@ -295,7 +317,8 @@ def _from_pretrained(
     if quantization is not None:
         _refuse_unquantized(loaded, model)
         _keep_4bit_layout(loaded)
-    _refuse_missing(loaded, report, model, require_head, supplied)
+    new = _refuse_missing(loaded, report, model, require_head, supplied, by_config="num_labels" not in options)
+    setattr(loaded, NEW_MODULES, sorted({name.rpartition(".")[0] for name in new}))
     return loaded
 
 
@@ -485,27 +508,47 @@ def _refuse_pickle(model: ResolvedModel, path: str) -> None:
 
 
 def _refuse_missing(
-    loaded: PreTrainedModel, report: LoadReport, model: ResolvedModel, require_head: bool, supplied: Collection[str] = ()
-) -> None:
-    """Raise ModelError if the checkpoint lacks weights that transformers then initialized randomly."""
+    loaded: PreTrainedModel,
+    report: LoadReport,
+    model: ResolvedModel,
+    require_head: bool,
+    supplied: Collection[str] = (),
+    *,
+    by_config: bool = True,
+) -> list[str]:
+    """Raise ModelError if the checkpoint lacks weights that transformers then initialized randomly.
+
+    ``by_config``: whether the number of classes is that of the model's config. Returns the names of the random weights of a head that may
+    be new (``require_head=False``). A pooler belongs to the head: checkpoints
+    of masked language models have none.
+    """
     missing = sorted(set(report["missing_keys"]))
-    wrong = sorted(str(item[0] if isinstance(item, tuple) else item) for item in report.get("mismatched_keys", ()))
+    shapes = {item[0]: item[1:] for item in report.get("mismatched_keys", ()) if isinstance(item, tuple)}
+    wrong = sorted({*shapes, *(item for item in report.get("mismatched_keys", ()) if isinstance(item, str))})
     prefix = f"{loaded.base_model_prefix}."
     names = {name for name, _ in loaded.named_parameters()}
     has_prefix = any(name.startswith(prefix) for name in names)
     # Buffers are computed, and causal models do not use a pooler that the architecture adds.
     missing = [name for name in missing if name in names]
-    body = [name for name in [*missing, *wrong] if not has_prefix or name.startswith(prefix)]
+    body = [name for name in [*missing, *wrong] if not has_prefix or (name.startswith(prefix) and "pooler" not in name.split("."))]
     if body:
         raise ModelError(
             f"{model.ref!r} lacks weights of {type(loaded).__name__} ({_some(body)} missing or of another shape); the folder is incomplete"
         )
     head = [name for name in [*missing, *wrong] if name not in supplied]  # the transformer is complete, so these belong to the head
+    if require_head and by_config and any(name in shapes for name in head):
+        name = next(name for name in head if name in shapes)
+        stored, expected = (list(shape) for shape in shapes[name])
+        raise ModelError(
+            f"the head of {model.ref!r} does not fit its config: {name} has shape {stored}, but {expected} with the number of classes in "
+            "config.json. Correct id2label there, with one name for each class"
+        )
     if head and require_head:
         raise ModelError(
             f"{model.ref!r} has no trained head for {type(loaded).__name__} ({_some(head)} missing or with a different shape); "
             "a random head would give meaningless scores. Train one with a step of this recipe, or use a model that has one"
         )
+    return head
 
 
 def _some(names: list[str]) -> str:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from stages.config import CHECKED_WEIGHTS, ModelInput
 from stages.errors import ModelError
 from stages.models.adapters import activate, active_adapters, add_adapter, remove_adapter, source_of
+from stages.models.classifier_inputs import ended
 from stages.models.saved_adapters import base_of
 from stages.registry.references import ResolvedModel
 from stages.sampling.support import plain_model, weight_of
@@ -43,12 +44,13 @@ ROUNDED_INT8 = 0.25
 
 def rows_for(model: TransformersModel, rows: Sequence[Sequence[int]] | None) -> list[list[int]]:
     """The token ids to compute with: the first of ``rows``, or ids spread over the vocabulary if there are none."""
-    longest = min(NUM_TOKENS, readable_length(plain_model(model).config) or NUM_TOKENS)
-    chosen = [list(row[:longest]) for row in rows or () if len(row) > 1][:NUM_ROWS]
+    config = plain_model(model).config
+    longest = min(NUM_TOKENS, readable_length(config) or NUM_TOKENS)
+    chosen = [ended(row[:longest], config) for row in rows or () if len(row) > 1][:NUM_ROWS]
     if chosen:
         return chosen
     size = weight_of(base_of(plain_model(model).get_input_embeddings())).shape[0]
-    return [torch.linspace(1, size - 1, min(8, longest)).long().tolist()]
+    return [ended(torch.linspace(1, size - 1, min(8, longest)).long().tolist(), config)]
 
 
 @torch.no_grad()

@@ -208,7 +208,13 @@ def base_of(module: nn.Module) -> nn.Module:
 
 def head_size(saved: SavedAdapter) -> int | None:
     """The number of outputs of the adapter's classification head; None if it has none."""
-    for suffix in ("score.weight", "classifier.weight", "classifier.out_proj.weight", "classification_head.out_proj.weight"):
+    for suffix in (
+        "score.weight",
+        "classifier.weight",
+        "classifier.out_proj.weight",
+        "classification_head.out_proj.weight",
+        "logits_proj.weight",
+    ):
         for name, value in saved.weights.items():
             if name.endswith(f".{suffix}") and value.dim() == 2:
                 return value.shape[0]

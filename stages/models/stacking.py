@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from stages.errors import ModelError
 from stages.models.adapters import adapted, add_adapter, merge, module_name
+from stages.models.classifier_inputs import ended
 from stages.models.embeddings import grow_embedding
 from stages.models.quiet import quiet_transformers
 from stages.sampling.support import plain_model, weight_of
@@ -101,7 +102,8 @@ def _probe(model: TransformersModel) -> Tensor:
     plain = plain_model(model)
     training = plain.training
     weight = weight_of(plain.get_input_embeddings())
-    ids = torch.linspace(1, weight.shape[0] - 1, PROBE_TOKENS, device=weight.device).long()[None]
+    spread = torch.linspace(1, weight.shape[0] - 1, PROBE_TOKENS).long().tolist()
+    ids = torch.tensor([ended(spread, plain.config)], device=weight.device)
     outputs = plain.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
     plain.train(training)
     logits = getattr(outputs, "logits", None)

@@ -6,7 +6,6 @@ Probabilities are computed as in transformers' text-classification pipeline: a s
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -17,6 +16,7 @@ from torch.nn import functional
 from stages.corpora.messages import Prompt
 from stages.errors import ModelError
 from stages.models.budget import each_group
+from stages.models.classifier_inputs import Row, arguments_of, padded_rows, padding_of, row_of, same_length_groups
 from stages.models.loading import load_classifier, load_tokenizer
 from stages.models.parts import moved_to
 from stages.models.responses import moved_together
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 Kind = Literal["softmax", "sigmoid", "regression"]
-Row = dict[str, list[int]]
-"""The model inputs of one text: input_ids, and token_type_ids if the tokenizer makes them."""
 
 
 def probability_kind(config: PretrainedConfig) -> Kind:
@@ -72,7 +70,8 @@ class ClassifierSource:
                 "value"
             )
         self.max_length = readable_length(self.model.config, self.tokenizer)
-        self._accepted = set(inspect.signature(self.model.forward).parameters)
+        self._arguments = arguments_of(self.model)
+        self._padding = padding_of(self.model, self.tokenizer)
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Tensor:
         """The scores [N] of ``judge``."""
@@ -120,7 +119,7 @@ class ClassifierSource:
         encoded = self.tokenizer(
             text, verbose=False, add_special_tokens=add_special_tokens, truncation=max_length is not None, max_length=max_length
         )
-        row = {name: list(values) for name, values in encoded.items() if name != "attention_mask" and name in self._accepted}
+        row = row_of(encoded, self._arguments)
         return row if row["input_ids"] else {name: [self.tokenizer.pad_token_id if name == "input_ids" else 0] for name in row}
 
     def _score_rows(self, rows: Sequence[Row]) -> Tensor:
@@ -130,16 +129,13 @@ class ClassifierSource:
             logits = self._logits([rows[index] for index in indices])
             scores[list(indices)] = label_output(logits, self.label, self.kind, self.output).cpu()
 
-        each_group(
-            f"scoring by {self.name}",
-            like_length_batches([len(row["input_ids"]) for row in rows], self.batch_size),
-            score,
-            model=self.model,
-        )
+        lengths = [len(row["input_ids"]) for row in rows]
+        batches = same_length_groups(lengths, self.batch_size) if self._padding == "none" else like_length_batches(lengths, self.batch_size)
+        each_group(f"scoring by {self.name}", batches, score, model=self.model)
         return scores
 
     def _logits(self, rows: Sequence[Row]) -> Tensor:
-        """Logits [B, C] fp32 of rows, padded on the right.
+        """Logits [B, C] fp32 of rows, padded on the side that the model allows.
 
         A decoder model takes the last token that is not the config's pad token as the end of a text. If a text ends with the pad token,
         this method pads with a token that occurs in none of the rows.
@@ -148,13 +144,7 @@ class ClassifierSource:
         if any(row["input_ids"][-1] == own for row in rows):
             used = {number for row in rows for number in row["input_ids"]}
             pad = next((number for number in range(self.model.config.get_text_config().vocab_size) if number not in used), own)
-        width = max(len(row["input_ids"]) for row in rows)
-        batch = {
-            name: torch.tensor([row[name] + [pad if name == "input_ids" else 0] * (width - len(row[name])) for row in rows])
-            for name in rows[0]
-        }
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        batch["attention_mask"] = (torch.arange(width) < lengths[:, None]).long()
+        batch = padded_rows(rows, pad, self._padding)
         self.model.config.pad_token_id = pad
         try:
             moved = moved_together(list(batch.values()), self.model.device)
@@ -165,11 +155,21 @@ class ClassifierSource:
 
 
 def _label_number(label: str | int | None, known: dict[int, str], ref: str) -> int:
-    """The index of the class ``label``. Names are compared without regard to case. Raises ModelError if the model has no such class."""
-    if isinstance(label, int) and label in known:
-        return label
-    for number, name in known.items():
-        if isinstance(label, str) and name.lower() == label.lower():
-            return number
+    """The index of the class ``label``: an index, or a name. If no name is equal, names are compared without regard to case.
+
+    Raises ModelError if the model has no such class, and for a number that is the index of one class and the name of another.
+    """
     shown = ", ".join(f"{number} ({name})" for number, name in known.items())
+    if isinstance(label, int):
+        if any(number != label and name == str(label) for number, name in known.items()):
+            raise ModelError(
+                f"{ref!r}: label: {label} is the index of one class and the name of another ({shown}). Write the name in quotes: "
+                f"label: '{label}'"
+            )
+        if label in known:
+            return label
+    elif label is not None:
+        for same in (str.__eq__, lambda name, label: name.casefold() == label.casefold()):
+            if (numbers := [number for number, name in known.items() if same(name, label)]) != []:
+                return numbers[0]
     raise ModelError(f"{ref!r} has no label {label!r}; expected one of {shown}")

@@ -12,6 +12,7 @@ from rich.table import Table
 from stages.config import SCORING_ROWS
 from stages.corpora.reviews import Review
 from stages.models.budget import each_group
+from stages.models.classifier_inputs import Padding, same_length_groups
 from stages.models.responses import moved_together
 from stages.models.sharding import unsharded
 from stages.sentiment.config import SentimentConfig
@@ -44,11 +45,19 @@ def predict(
     pad_token_id: int,
     batch_size: int = SCORING_ROWS,
     *,
+    padding: Padding = "right",
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Class probabilities [N, C] on the CPU. Passes compute in ``dtype``, as in training. The model's mode is restored."""
-    collate = Collator(pad_token_id)
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
+    """Class probabilities [N, C] on the CPU. Passes compute in ``dtype``, as in training. The model's mode is restored.
+
+    ``padding``: the side on which the model allows it; ``none``: the rows of a pass have one length.
+    """
+    collate = Collator(pad_token_id, padding)
+    lengths = [len(row["input_ids"]) for row in rows]
+    order = sorted(range(len(rows)), key=lambda index: lengths[index])
+    groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    if padding == "none":
+        groups = same_length_groups(lengths, batch_size)
     probabilities: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     training = model.training
     model.eval()
@@ -61,7 +70,6 @@ def predict(
 
     autocast = torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32)
     with unsharded(model), torch.inference_mode(), autocast:
-        groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         each_group("measuring the classifier", groups, measure_rows, known_by=model, advice="Lower max_length, or use a smaller model")
     model.train(training)
     return torch.stack(probabilities)

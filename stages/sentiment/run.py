@@ -5,6 +5,9 @@ The logits or probabilities of its classes can also be reward sources for PPO an
 
 from __future__ import annotations
 
+import logging
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 from transformers import Trainer
 
@@ -18,6 +21,7 @@ from stages.metric_names import (
     NUM_REVIEWS,
     heldout_names,
 )
+from stages.models.classifier_inputs import Padding, arguments_of, padding_of
 from stages.sentiment.config import SentimentConfig
 from stages.sentiment.measuring import examples_of, measure, predict, show
 from stages.sentiment.model import tokenizer_and_model
@@ -28,38 +32,44 @@ from stages.training.best import publish_trained
 from stages.training.reproducible import counted_loss, reproducible
 from stages.training.running import train
 
+if TYPE_CHECKING:
+    from stages.model_types import TransformersModel
+
+logger = logging.getLogger(__name__)
+
 
 def run(config: SentimentConfig, context: StepContext) -> StepResult:
     """Train; publish the classifier with accuracy, F1, confusion matrix and calibration on held-out reviews, before and after."""
     reviews = load_reviews(config.data, config.labels)
     tokenizer, model = tokenizer_and_model(config, context, [review.text for review in reviews.train])
-    (rows, cut), (heldout, heldout_cut) = encode(reviews.train, tokenizer), encode(reviews.validation, tokenizer)
+    arguments, padding = arguments_of(model), padding_of(model, tokenizer)
+    (rows, cut), (heldout, heldout_cut) = (encode(part, tokenizer, arguments) for part in (reviews.train, reviews.validation))
+    _say_padding(padding, model, context)
     if cut or heldout_cut:
         context.runtime.console.print(
             f"{context.name}: {cut} of {len(rows)} reviews and {heldout_cut} of {len(heldout)} held-out ones are truncated: they are "
             f"longer than the {tokenizer.model_max_length} tokens that max_length, the model and its tokenizer allow"
         )
 
-    arguments = training_arguments(
+    settings = training_arguments(
         config.training, context, precision=config.precision, remove_unused_columns=False, train_sampling_strategy="group_by_length"
     )
     trainer = reproducible(Trainer)(
-        model=model, args=arguments, train_dataset=rows, data_collator=Collator(tokenizer.pad_token_id), compute_loss_func=counted_loss
+        model=model,
+        args=settings,
+        train_dataset=rows,
+        data_collator=Collator(tokenizer.pad_token_id, padding),
+        compute_loss_func=counted_loss,
     )
     truth = [row["labels"] for row in heldout]
     model = model.to(context.runtime.device)  # type: ignore[arg-type]  # transformers wraps `to` without its self
 
     def predicted() -> Tensor:
-        return predict(model, heldout, tokenizer.pad_token_id, dtype=context.runtime.dtype(config.precision))
+        return predict(model, heldout, tokenizer.pad_token_id, padding=padding, dtype=context.runtime.dtype(config.precision))
 
     before = predicted()
-    trained = train(
-        trainer,
-        context,
-        f"{context.name}: sentiment",
-        rule=config,
-        measure=lambda: measure(predicted(), truth)["loss"],
-    )
+    label = f"{context.name}: sentiment"
+    trained = train(trainer, context, label, rule=config, measure=lambda: measure(predicted(), truth)["loss"])
     after = predicted()
 
     measured, measured_before = measure(after, truth), measure(before, truth)
@@ -87,3 +97,14 @@ def run(config: SentimentConfig, context: StepContext) -> StepResult:
     shown = [row["input_ids"] for row in heldout]  # rows on which the saved model is compared with the model in memory
     record = publish_trained(trainer, context, model, tokenizer, rows=shown, metrics=metrics, **kind)
     return StepResult(model=record, metrics=metrics)
+
+
+def _say_padding(padding: Padding, model: TransformersModel, context: StepContext) -> None:
+    """Warn about a family in which padding changes the outputs."""
+    if padding == "none":
+        logger.warning(
+            "%s: padding changes the outputs of %s models. Passes of the training pad rows of similar length, as usual for this family; "
+            "measurements and scores use rows of one length per pass",
+            context.name,
+            model.config.model_type,
+        )

@@ -126,15 +126,21 @@ def row_lengths(batch: Batch) -> list[int]:
 
 
 def chosen_rows(batch: Batch, rows: Sequence[int]) -> Batch:
-    """The rows of every tensor [B, ...] of a batch, without columns that are padding in all of these rows (padding is on the right)."""
+    """The rows of every tensor [B, ...] of a batch, without columns that are padding in all of these rows.
+
+    Padding is on the right, or (in a batch whose mask excludes the first column of a row) on the left.
+    """
     number, width = batch["input_ids"].shape
     lengths = row_lengths(batch)
     longest = max(lengths[row] for row in rows)
+    mask = batch.get("attention_mask")
+    is_left = mask is not None and not bool(mask[:, 0].all())
+    columns = slice(width - longest, width) if is_left else slice(0, longest)
     index = torch.tensor(list(rows), device=batch["input_ids"].device)
     made = {}
     for name, value in batch.items():
         if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == number:
             value = value.index_select(0, index)
-            value = value[:, :longest] if value.dim() > 1 and value.shape[1] == width else value
+            value = value[:, columns] if value.dim() > 1 and value.shape[1] == width else value
         made[name] = value
     return made

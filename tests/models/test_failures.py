@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from stages.errors import ModelError
-from stages.models.loading import load_classifier, load_language_model, load_tokenizer
+from stages.models.loading import config_of, load_classifier, load_language_model, load_tokenizer
 
 ADVICE = "expected a folder written by save_pretrained"
 
@@ -73,3 +74,19 @@ def test_a_folder_without_a_tokenizer_says_so(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match="has no tokenizer file"):
         load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_labels": "two"}, "num_labels in its config.json is 'two'; expected the number of classes"),
+        ({"id2label": ["a", "b"]}, r"id2label in its config.json is \['a', 'b'\]; expected names by index"),
+        ({"id2label": {"a": "x"}}, "expected names by index.*Correct its config.json"),
+    ],
+)
+def test_wrong_classes_in_a_config_are_named_also_if_the_tokenizer_reads_them_first(folder: Path, fields: Any, message: str) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    for load in (load_tokenizer, config_of):
+        with pytest.raises(ModelError, match=message):
+            load(str(folder))

@@ -19,6 +19,8 @@ SMALL = {
     "roberta": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "type_vocab_size": 1},
     "distilbert": {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32},
     "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2},
+    "xlnet": {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32},
+    "convbert": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "embedding_size": 16},
     "llama": {
         "hidden_size": 16,
         "num_hidden_layers": 1,
@@ -54,7 +56,7 @@ def make_classifier(tmp_path_factory: pytest.TempPathFactory) -> Any:
             kind,
             **{
                 "vocab_size": len(tokenizer),
-                "max_position_embeddings": positions,
+                **({} if kind == "xlnet" else {"max_position_embeddings": positions}),
                 "initializer_range": 0.5,
                 "pad_token_id": 1,
                 **SMALL[kind],
@@ -170,3 +172,22 @@ def test_a_conversation_keeps_its_roles(make_classifier, resolve_folder) -> None
     classifier._tokenize, plain = (lambda text, **options: shown.append(text) or plain(text, **options)), classifier._tokenize
     classifier.score([turns], ["a joy"])
     assert shown == ["user: happy\n\nassistant: dull\n\nuser: line\n\nassistant: a joy"]
+
+
+@pytest.mark.parametrize(("kind", "padding"), [("xlnet", "left"), ("convbert", "none")])
+def test_families_that_padding_on_the_right_would_change(make_classifier, resolve_folder, kind, padding) -> None:
+    """XLNet reads its class from the last column. ConvBERT's convolutions mix padding into the text."""
+    folder = make_classifier(kind, word_tokenizer(special=kind != "xlnet"), num_labels=3)
+    classifier = source(folder, resolve_folder, label="LABEL_2")
+    assert classifier._padding == padding
+    torch.testing.assert_close(
+        classifier.score(["p"] * 3, TEXTS), by_pipeline(folder, "LABEL_2", function_to_apply="none"), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_label_is_an_exact_name_before_one_without_regard_to_case(make_classifier, resolve_folder) -> None:
+    folder = make_classifier("bert", word_tokenizer(special=True), id2label={0: "Fine", 1: "fine", 2: "1"})
+    labels = [source(folder, resolve_folder, label=label).label for label in ("fine", "Fine", "FINE", "1", 0)]
+    assert labels == [1, 0, 0, 2, 0]
+    with pytest.raises(ModelError, match="label: 1 is the index of one class and the name of another.*label: '1'"):
+        source(folder, resolve_folder, label=1)

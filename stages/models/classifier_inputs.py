@@ -1,0 +1,107 @@
+"""Inputs of sequence classifiers: the tensors that a family reads, and the side on which its rows can be padded.
+
+B rows, T tokens, C classes. A row is a dict of lists by the name of the model's argument: ``input_ids``, and ``token_type_ids`` if the
+tokenizer makes them. Most families give the same outputs for rows that are padded on the right. XLNet reads its class from the last column,
+so its rows are padded on the left. MobileBERT, ConvBERT, FNet and others mix padding into the texts: there only rows of one length share a
+pass.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from stages.sampling.support import PASS_FAILURES, plain_model
+from stages.tokens.positions import readable_length
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from stages.model_types import TransformersModel
+
+Row = dict[str, list[int]]
+Padding = Literal["right", "left", "none"]
+TEXT = "a"  # short, so that every token is next to the padding: some families mix only neighbours
+COLUMNS = 3  # of padding in the measurement
+SAME = {torch.float32: 1e-4}
+"""Allowed difference between a padded and an unpadded row, relative to the largest logit; 0.05 in half precision."""
+
+
+def arguments_of(model: TransformersModel) -> frozenset[str]:
+    """The names of the arguments of the model's forward pass."""
+    return frozenset(inspect.signature(plain_model(model).forward).parameters)
+
+
+def row_of(encoded: Mapping[str, Sequence[int]], arguments: frozenset[str]) -> Row:
+    """A tokenized text as a row: what the model reads, without the attention mask."""
+    return {name: list(values) for name, values in encoded.items() if name != "attention_mask" and name in arguments}
+
+
+def ended(row: Sequence[int], config: PretrainedConfig) -> list[int]:
+    """The token ids ``row``. For a classifier that reads the end token (BART, T5) the last one becomes an end token if there is none."""
+    end = getattr(config, "eos_token_id", None) if getattr(config, "is_encoder_decoder", False) else None
+    return [*row] if not isinstance(end, int) or end in row else [*row[:-1], end]
+
+
+def padded_rows(rows: Sequence[Row], pad_token_id: int, padding: Padding = "right") -> dict[str, Tensor]:
+    """The rows as tensors [B, T], with ``attention_mask``. Padded ``token_type_ids`` are 0."""
+    lengths = [len(row["input_ids"]) for row in rows]
+    width = max(lengths)
+
+    def padded(values: list[int], value: int) -> list[int]:
+        fill = [value] * (width - len(values))
+        return [*fill, *values] if padding == "left" else [*values, *fill]
+
+    batch = {name: torch.tensor([padded(row[name], pad_token_id if name == "input_ids" else 0) for row in rows]) for name in rows[0]}
+    batch["attention_mask"] = torch.tensor([padded([1] * length, 0) for length in lengths])
+    return batch
+
+
+def padding_of(model: TransformersModel, tokenizer: PreTrainedTokenizerBase) -> Padding:
+    """Measure on which side rows can be padded without a change of the logits: three passes over one short text.
+
+    ``none``: on neither side. ``right`` also if the model cannot compute the passes.
+    """
+    limit, pad = readable_length(model.config, tokenizer), tokenizer.pad_token_id
+    cut = {} if limit is None else {"truncation": True, "max_length": limit - COLUMNS}
+    row = row_of(tokenizer(TEXT, verbose=False, **cut), arguments_of(model))
+    if pad is None or not row.get("input_ids") or row["input_ids"][-1] == pad:
+        return "right"
+    # The first token is repeated, not the last one: T5 and BART need the same number of end tokens in all rows.
+    longer: Row = {name: [*[values[0]] * COLUMNS, *values] for name, values in row.items()}
+    sides: tuple[Padding, Padding] = ("right", "left")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            alone = _logits(model, [row], pad, "right")
+            allowed = SAME.get(alone.dtype, 0.05) * float(alone.abs().max())
+            same = [side for side in sides if float((_logits(model, [row, longer], pad, side)[:1] - alone).abs().max()) <= allowed]
+    except PASS_FAILURES:
+        return "right"
+    return same[0] if same else "none"
+
+
+@torch.no_grad()
+def _logits(model: TransformersModel, rows: Sequence[Row], pad: int, padding: Padding) -> Tensor:
+    """Logits [B, C] in evaluation mode, in the dtype of the model."""
+    training = model.training
+    model.eval()
+    try:
+        batch = {name: value.to(model.device) for name, value in padded_rows(rows, pad, padding).items()}
+        logits: Tensor = model(**batch).logits
+    finally:
+        model.train(training)
+    return logits
+
+
+def same_length_groups(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Indices in groups of at most ``most`` with one length each, from short to long."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
+        if not groups or len(groups[-1]) == most or lengths[groups[-1][0]] != lengths[index]:
+            groups.append([])
+        groups[-1].append(index)
+    return groups
