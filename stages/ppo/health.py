@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from stages import metric_names
 from stages.config import Strict
 from stages.json_types import JsonObject
+from stages.stats.replicates import normal_equivalent
 
 Metrics = Mapping[str, float]
 AlarmName = Literal[
@@ -102,7 +103,8 @@ class HealthSettings(Strict):
     hacking_errors: float | None = Field(
         5.0,
         gt=0,
-        description="reward_hacking: number of standard errors by which a monitor fell from its best value and the score rose; null: off.",
+        description="reward_hacking: number of standard errors by which a monitor fell from its best value and the score rose; null: off. "
+        "More are needed in the first iterations, in which the noise is not well known, and after 100 iterations.",
     )
     window: int = Field(5, ge=3, description="Iterations that are averaged for value_blow_up and reward_hacking.")
     off: list[AlarmName] = Field([], description="Alarms that are not raised.")
@@ -211,12 +213,18 @@ class Trend:
         return self.now.monitor > -math.inf
 
     @property
-    def error(self) -> Point:
-        """Standard errors of the difference of two means.
+    def moved(self) -> Point:
+        """How far the monitor fell and the score rose since the best window, in standard errors of a normal distribution.
 
-        The noise is estimated from successive differences, which a trend hardly affects.
+        The noise is estimated from successive differences, which a trend hardly affects. N iterations estimate it with about
+        2 (N - 1)^2 / (3 N - 4) degrees of freedom (von Neumann et al., "The mean square successive difference", 1941), so a move divided by
+        its error has Student's distribution.
         """
-        return Point(*(max(math.sqrt(squares / self.pairs / self.width), 1e-9) for squares in self._squares))
+        count = self.pairs + 1
+        freedom = 2 * self.pairs**2 / (3 * count - 4)
+        errors = [max(math.sqrt(squares / self.pairs / self.width), 1e-9) for squares in self._squares]
+        moves = (self.best.monitor - self.now.monitor, self.now.score - self.best.score)
+        return Point(*(normal_equivalent(move / error, freedom) for move, error in zip(moves, errors, strict=True)))
 
 
 class Point(NamedTuple):
@@ -437,15 +445,23 @@ def _reward_hacking(history: History, settings: HealthSettings) -> Iterator[Alar
     for name, trend in sorted(history.trends.items()):
         if settings.hacking_errors is None or not trend.full:
             continue
-        best, now, error = trend.best, trend.now, trend.error
-        fallen, risen = (best.monitor - now.monitor) / error.monitor, (now.score - best.score) / error.score
-        if min(fallen, risen) > settings.hacking_errors:
+        best, now = trend.best, trend.now
+        if min(trend.moved) > _limit_of_many(settings.hacking_errors, trend.pairs + 1):
             yield Alarm(
                 "reward_hacking",
                 f"{name} fell from {best.monitor:.3f} to {now.monitor:.3f} while the score rose from {best.score:.3f} to {now.score:.3f}: "
                 "the policy exploits an error of the reward; stop earlier, raise kl.coef, or use an ensemble of reward models",
             )
             return
+
+
+def _limit_of_many(limit: float, iterations: int) -> float:
+    """The limit in standard errors for a maximum over the pairs of windows of a run, whose number grows with its square.
+
+    One pair exceeds a limit with a probability of about exp(-limit^2 / 2). From 100 iterations on, this is divided by
+    (iterations / 100)^3, so the probability of a false alarm hardly grows with the run.
+    """
+    return math.sqrt(limit**2 + 6 * math.log(max(1.0, iterations / 100)))
 
 
 CHECKS: tuple[Callable[[History, HealthSettings], Iterator[Alarm]], ...] = (

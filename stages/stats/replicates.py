@@ -42,3 +42,14 @@ def student_probability(point: float, freedom: int) -> float:
         term *= cosine_squared * (power + 1) / (power + 2)
     two_sided = total if freedom % 2 == 0 else 2 / math.pi * (angle + total)
     return 0.5 + two_sided / 2
+
+
+def normal_equivalent(point: float, freedom: float) -> float:
+    """The point of the normal distribution with the tail of ``point`` in Student's t distribution with ``freedom`` degrees of freedom.
+
+    0 if ``point`` is not positive. Wallace's approximation ("Bounds on normal approximations to Student's and the chi-square
+    distributions", 1959). It is too small by at most 4 % for 3 degrees of freedom, 1.5 % for 6 and 0.6 % for 10.
+    """
+    if point <= 0:
+        return 0.0
+    return (8 * freedom + 1) / (8 * freedom + 3) * math.sqrt(freedom * math.log1p(point**2 / freedom))

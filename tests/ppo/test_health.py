@@ -6,6 +6,8 @@ import json
 import math
 import pickle
 import random
+from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -108,25 +110,63 @@ def test_reward_hacking_equals_the_check_over_all_windows_of_the_run() -> None:
     for iteration in range(300):  # the monitor falls, rises and falls again while the score rises
         score.append(score[-1] + 0.05 + draw.gauss(0, 0.1))
         taste.append(taste[-1] + (0.06 if iteration % 120 < 60 else -0.08) + draw.gauss(0, 0.1))
-    health, raised, expected = Health(HealthSettings(window=width)), [], []
-    for end in range(1, len(score) + 1):
-        alarms = health.observe(healthy(end, **{"rewards/score_mean": score[end - 1], "monitors/taste": taste[end - 1]}))
-        raised.append("reward_hacking" in [alarm.name for alarm in alarms])
-        expected.append(end >= 2 * width and hacked(score[:end], taste[:end], width, HealthSettings().hacking_errors))
-    assert raised == expected and 50 < sum(raised) < 250
+    raised = hacking_alarms(score, taste, window=width)
+    expected = [end >= 2 * width and hacked(score[:end], taste[:end], width, 5.0) for end in range(1, len(score) + 1)]
+    # Student's distribution is computed in two ways here, which may differ at the limit.
+    assert sum(one != other for one, other in zip(raised, expected, strict=True)) <= 1 and 50 < sum(raised) < 250
 
 
-def hacked(score: list[float], monitor: list[float], width: int, limit: float | None) -> bool:
-    """The check with numpy over the full run: the best window mean before the last, and differences of means in standard errors."""
+def hacking_alarms(score: list[float], monitor: list[float], **settings: Any) -> list[bool]:
+    """For each iteration, whether the alarm is raised."""
+    health = Health(HealthSettings(**settings))
+    alarms = [
+        health.observe({**healthy(0), "rewards/score_mean": one, "monitors/taste": other})
+        for one, other in zip(score, monitor, strict=True)
+    ]
+    return ["reward_hacking" in [alarm.name for alarm in raised] for raised in alarms]
+
+
+def hacked(score: list[float], monitor: list[float], width: int, limit: float) -> bool:
+    """The check with numpy over the full run: the best window mean before the last, and differences of means by Student's distribution."""
     scores, monitors = np.array(score), np.array(monitor)
     starts = range(len(score) - 2 * width + 1)
     best = max(starts, key=lambda start: monitors[start : start + width].mean())
+    freedom = 2 * (len(score) - 1) ** 2 / (3 * len(score) - 4)
 
     def moved(values: np.ndarray) -> float:
+        """The move in standard errors, as a point of the normal distribution with the same tail."""
         error = math.sqrt(2 * np.mean(np.diff(values) ** 2) / 2 / width)
-        return float((values[-width:].mean() - values[best : best + width].mean()) / error)
+        # With t = sqrt(freedom) tan(angle), Student's density is proportional to cos(angle)^(freedom - 1).
+        angle = math.atan((values[-width:].mean() - values[best : best + width].mean()) / error / math.sqrt(freedom))
+        tail, total = (
+            np.trapezoid(np.cos(grid) ** (freedom - 1), grid)
+            for grid in (np.linspace(angle, math.pi / 2, 20001), np.linspace(-math.pi / 2, math.pi / 2, 20001))
+        )
+        return -NormalDist().inv_cdf(min(max(float(tail / total), 1e-200), 1 - 1e-9))
 
-    return bool(-moved(monitors) > (limit or 0) and moved(scores) > (limit or 0))
+    corrected = math.sqrt(limit**2 + 6 * math.log(max(1.0, len(score) / 100)))
+    return min(moved(-monitors), moved(scores)) > corrected
+
+
+def test_reward_hacking_is_rarely_raised_by_noise_alone() -> None:
+    draw = random.Random(0)
+    rising = [float(i) for i in range(80)]
+    runs = [hacking_alarms(rising, [draw.gauss(0.5, 0.06) for _ in rising], hacking_errors=3.5) for _ in range(150)]
+    # A simulation of 40,000 runs: 0.08. If the noise of the first iterations counted as known: 0.20.
+    assert sum(map(any, runs)) / len(runs) < 0.13
+
+
+def test_reward_hacking_ignores_a_fall_in_early_iterations_that_look_less_noisy_than_they_are() -> None:
+    # From a run of the quickstart: a mean over 64 completions varies by 0.06, but the first ones happen to differ by 0.02.
+    taste = [0.573, 0.592, 0.566, 0.544, 0.546, 0.468, 0.436, 0.453, 0.468, 0.515, 0.437, 0.483, 0.422, 0.546, 0.561, 0.484]
+    score = [-0.564, -0.712, -0.654, -0.352, -0.290, -0.258, -0.071, -0.184, 0.110, 0.106, 0.030, -0.237, 0.023, 0.052, 0.006, -0.062]
+    assert not any(hacking_alarms(score, taste))
+
+
+def test_reward_hacking_is_raised_for_the_planted_exploit_in_the_recorded_iteration() -> None:
+    recorded = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "planted_exploit.json").read_text())
+    raised = hacking_alarms(recorded["rewards/score_mean"], recorded["monitors/gold"])
+    assert raised.index(True) == recorded["first_alarm"] and all(raised[recorded["first_alarm"] :])
 
 
 def test_every_check_has_a_planted_case() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 import pytest
 
-from stages.stats.replicates import mean_interval, student_probability, student_quantile
+from stages.stats.replicates import mean_interval, normal_equivalent, student_probability, student_quantile
 
 
 @pytest.mark.parametrize(
@@ -21,6 +22,19 @@ def test_quantiles_are_those_of_the_table(freedom: int, point: float) -> None:
 def test_one_degree_of_freedom_is_cauchys_distribution() -> None:
     for point in (-3.0, 0.0, 0.5, 20.0):
         assert student_probability(point, 1) == pytest.approx(0.5 + math.atan(point) / math.pi)
+
+
+@pytest.mark.parametrize(("freedom", "point"), [(6, 5.959), (10, 4.587), (18, 3.922), (60, 3.460)])
+def test_normal_equivalent_of_the_table(freedom: int, point: float) -> None:
+    # Points with the tail 0.0005 from a table of Student's t; the normal distribution has it beyond 3.2905.
+    assert normal_equivalent(point, freedom) == pytest.approx(3.2905, rel=0.01)
+    assert normal_equivalent(-point, freedom) == 0
+
+
+@pytest.mark.parametrize("freedom", [10, 20, 100])
+def test_normal_equivalent_far_in_the_tail(freedom: int) -> None:
+    tail = 1e-7
+    assert normal_equivalent(student_quantile(1 - tail, freedom), freedom) == pytest.approx(-NormalDist().inv_cdf(tail), rel=0.006)
 
 
 def test_interval_by_hand() -> None:
