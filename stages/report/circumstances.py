@@ -38,7 +38,7 @@ def facts(run: RunFolder) -> dict[str, str]:
 
 
 def step_facts(run: RunFolder) -> list[Row]:
-    """A row per step: its seed, precision, duration, memory and device, and the run that computed it."""
+    """A row per step: its seed, precision, compiled layers, duration, memory and device, and the run that computed it."""
     rows = []
     for step in run.steps:
         made = _made(step)
@@ -47,6 +47,7 @@ def step_facts(run: RunFolder) -> list[Row]:
                 "name": step.name,
                 "seed": step.entry.get("seed", step.config.get("seed") or run.summary.get("seed", UNKNOWN)),
                 "precision": made.get("precision") or str(step.config.get("precision", UNKNOWN)),
+                "layers": compiled_layers(made.get("compiled_layers")),
                 "seconds": made.get("wall_seconds"),
                 "memory": memory(made),
                 "run": (made.get("run") or "an earlier run") if step.entry.get("reused") else "this run",
@@ -54,6 +55,21 @@ def step_facts(run: RunFolder) -> list[Row]:
             }
         )
     return rows
+
+
+def compiled_layers(made: object) -> str:
+    """Whether torch.compile computed the layers of a step, and why not. Empty for a step without training, and if it was not recorded.
+
+    ``made``: the ``compiled_layers`` of the step's circumstances (``CompilationFacts``).
+    """
+    if not isinstance(made, dict):
+        return ""
+    reason = str(made.get("reason") or "")
+    if not made.get("compiled"):
+        return "no" if reason in ("", "training.torch_compile is false") else f"no: {reason}"
+    graphs = made.get("graphs", 0)
+    text = f"{made.get('layers')}, {graphs} {'graph' if graphs == 1 else 'graphs'} compiled in {float(made.get('seconds') or 0):.0f} s"
+    return f"{text}; {reason}" if reason else text
 
 
 def device(summary: RunSummary) -> str:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from stages.errors import Stopped
+from stages.models import compiled_layers
 from stages.ppo import loop
 from stages.ppo.checkpoint import HistoryLog, RunKeeper, RunState
 from stages.ppo.history import RunHistory
@@ -171,6 +172,38 @@ def test_run_interrupted_three_times_ends_like_an_uninterrupted_one(
     again = step_context("test/again", 5, models)
     again.checkpoint_folder = context.checkpoint_folder
     assert_equal(undisturbed("average, adaptive KL"), outcome(run(six_iterations("average, adaptive KL"), again), again))
+
+
+def test_a_checkpoint_of_compiled_layers_continues_without_them(
+    ppo_config, prompts, every, step_context, resolve_folder, tiny_llama_folder, monkeypatch
+) -> None:
+    """The run is killed in its second iteration, after compiled updates. It samples and ends like a run that never compiled."""
+    monkeypatch.setattr(compiled_layers, "BACKEND", "aot_eager")  # it traces the passes, but generates no code: fast
+    models = {"policy": resolve_folder(tiny_llama_folder)}
+
+    def config(compiles: bool) -> Any:
+        # With this epsilon, Adam does not make full steps for rounding errors.
+        training = {"learning_rate": 1e-2, "adam_epsilon": 1e-2, "gradient_checkpointing": True, "torch_compile": compiles}
+        fields = {"advantages": "rloo", "samples_per_prompt": 2, "value": None, "lora": {"r": 2, "target_modules": ["q_proj"]}}
+        return ppo_config(data=prompts, checkpoint_seconds=1e9, ema_decay=0.5, training=training, **fields)
+
+    usual = step_context("test/usual", 5, models)
+    expected = outcome(run(config(False), usual), usual)
+    every(2)
+    context = step_context("test/cut", 5, models)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Updater, "minibatch", at_call(7, kill, Updater.minibatch))
+        run(config(True), context)
+    context.close()
+    newest = max((context.checkpoint_folder / "ppo").glob("checkpoint-*"))
+    names = [name for path in newest.glob("*.safetensors") for name in load_file(path)]
+    assert names and not [name for name in names if "_orig_mod" in name]
+    again = step_context("test/again", 5, models)
+    again.checkpoint_folder = context.checkpoint_folder
+    result = outcome(run(config(False), again), again)
+    assert result["samples"] == expected["samples"] and result["weights"].keys() == expected["weights"].keys()
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(result["weights"][name], weight, rtol=1e-3, atol=1e-6)
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(ppo_config, ppo_context, prompts, capsys) -> None:

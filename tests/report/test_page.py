@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from stages.cli import app
 from stages.errors import DataError, StorageError
 from stages.report import page
-from stages.report.circumstances import command
+from stages.report.circumstances import command, compiled_layers
 from stages.report.page import render_run, write_report
 from stages.report.run_folder import find_run, read_lines, read_run, thinned
 
@@ -169,10 +169,21 @@ def test_page_shows_seeds_devices_and_versions(html: str) -> None:
     for said in (
         "seed 7 precision bf16 device 2 CPU cores (Some CPU) processes 1 peak memory 1.00 GiB of the process",
         "system Python 3.11, Linux packages torch 2.13",
-        "base 7 bf16 1 min 15 s 900 MiB of the process 20261123T000000Z Some CPU",  # reused: the values of the run that computed it
-        "sft 7 bf16 12.5 s 900 MiB of the process this run Some CPU",
+        "base 7 bf16 no 1 min 15 s 900 MiB of the process 20261123T000000Z Some CPU",  # reused: the values of the run that computed it
+        "sft 7 bf16 no 12.5 s 900 MiB of the process this run Some CPU",
+        "aligned 7 bf16 4, 3 graphs compiled in 12 s 12.5 s",
+        "verdict 7 bf16 – 12.5 s",  # an evaluation trains nothing
     ):
         assert said in words, said
+
+
+def test_page_says_why_layers_were_not_compiled() -> None:
+    reason = "LlamaForCausalLM: layers are not compiled: int8 products divide each layer into many small graphs"
+    facts = {"compiled": False, "layers": 0, "graphs": 0, "seconds": 0.0, "reason": reason}
+    assert compiled_layers(facts) == f"no: {reason}"
+    one_of_two = {"compiled": True, "layers": 2, "graphs": 1, "seconds": 3.2, "reason": reason}
+    assert compiled_layers(one_of_two) == f"2, 1 graph compiled in 3 s; {reason}"
+    assert compiled_layers(None) == ""  # a run of an earlier version
 
 
 # The size of a page
