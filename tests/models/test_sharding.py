@@ -21,7 +21,11 @@ WORKER = """
 import sys
 import torch
 from pathlib import Path
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
+from stages.models.compiled_layers import LayerCompiler
+from stages.models.loading import save_model
+from stages.process.announcing import announcing
 from stages.training.checkpoints import load_optimizer, load_tensors, save_optimizer, save_tensors, trainable
 from stages.config import LoraSettings
 from stages.models.adapters import attach_lora
@@ -43,13 +47,17 @@ def loss_of(model, rows):
     return model(input_ids=rows, use_cache=False).logits.float().square().mean()
 
 
-for lora in (None, LoraSettings(r=2)):
+said = []
+for kind in ("full", "lora", "lora with new rows", "lora with new rows, tied"):
+    lora = LoraSettings(r=2) if kind != "full" else None
+    new_rows = [47, 48, 49] if "new rows" in kind else []
+    config.tie_word_embeddings = "tied" in kind
     pair = []
     for _ in range(2):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
         if lora is not None:
-            model = attach_lora(model, lora, task="CAUSAL_LM", base="base")
+            model = attach_lora(model, lora, task="CAUSAL_LM", base="base", new_rows=new_rows)
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
                     torch.nn.init.normal_(parameter, std=0.1)
@@ -59,6 +67,8 @@ for lora in (None, LoraSettings(r=2)):
     shard(cut, add_up=True)  # once more changes nothing
     assert len(sharded_blocks(cut)) == 2
     assert any(is_sharded(parameter) for parameter in cut.parameters())
+    with announcing(said.append):
+        LayerCompiler().add(cut)
     if lora is not None:
         assert not any(is_sharded(parameter) for parameter in cut.parameters() if parameter.requires_grad)
 
@@ -79,6 +89,18 @@ for lora in (None, LoraSettings(r=2)):
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
+    if lora is not None:  # the saved adapters, with the rows of new tokens
+        folders = [Path(sys.argv[1], f"{kind}-{runtime.process_index}-{side}") for side in ("cut", "plain")]
+        for model, folder, weights in zip(pair, folders, (state, None)):
+            save_model(model, None, folder, state_dict=weights)
+        one, other = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+        rows = [name for name in other if "token_adapter" in name]
+        assert len(rows) == (0 if not new_rows else 1 if config.tie_word_embeddings else 2), list(other)
+        assert all(other[name].shape == (3, 32) and other[name].std() > 0 for name in rows)
+        assert one.keys() == other.keys()
+        for name, value in other.items():
+            torch.testing.assert_close(one[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
     with unsharded(cut), torch.inference_mode():
         for length in range(3, 6 + 4 * runtime.process_index):  # another number of passes on each process
             torch.testing.assert_close(cut(input_ids=ids[:, :length]).logits, plain(input_ids=ids[:, :length]).logits, rtol=1e-4, atol=1e-5)
@@ -90,7 +112,7 @@ for lora in (None, LoraSettings(r=2)):
         for row in range(len(groups)):
             torch.testing.assert_close(scored[row], plain(input_ids=ids[[row]]).logits, rtol=1e-4, atol=1e-5)
 
-    weights, moments = Path(sys.argv[1], f"weights-{lora is None}.safetensors"), Path(sys.argv[1], f"moments-{lora is None}.safetensors")
+    weights, moments = Path(sys.argv[1], f"weights-{kind}.safetensors"), Path(sys.argv[1], f"moments-{kind}.safetensors")
     save_tensors(trainable(cut), weights, write=runtime.is_main)
     save_optimizer(optimizers[0], trainable(cut), moments, write=runtime.is_main)
     runtime.wait_for_everyone()
@@ -106,6 +128,7 @@ for lora in (None, LoraSettings(r=2)):
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5, msg=name)
     average.copy_to(cut)
+assert len(said) == 4 and all("their weights are sharded over the processes (FSDP)" in line for line in said), said
 print("equal", flush=True)
 runtime.leave()
 """
