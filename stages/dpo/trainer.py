@@ -21,6 +21,7 @@ from stages.metric_names import reward_name
 from stages.models.adapters import as_it_starts, train_in_fp32, without_copies
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.models.quiet import quiet_transformers
+from stages.models.right_padding import without_masks
 from stages.models.sharding import shard
 from stages.step import StepContext
 from stages.training.arguments import training_arguments
@@ -72,9 +73,9 @@ class TokenizedDPOTrainer(reproducible(DPOTrainer)):  # type: ignore[misc]
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         own = pairs_in(inputs)
-        if self.precompute_ref_logps:
-            inputs = {**inputs, **self._reference_logprobs(inputs)}
-        with _gathering_unequal_shares(self.accelerator, own):
+        with without_masks(self.model, self.ref_model), _gathering_unequal_shares(self.accelerator, own):
+            if self.precompute_ref_logps:
+                inputs = {**inputs, **self._reference_logprobs(inputs)}
             loss: torch.Tensor = super().compute_loss(model, inputs, return_outputs)
         if num_items_in_batch is None:
             return loss

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from stages.models.budget import each_group, refuse_alone
 from stages.models.responses import moved_together
+from stages.models.right_padding import without_masks
 from stages.models.sharding import gathers_in_passes
 
 
@@ -67,7 +68,7 @@ def measure_likelihood(
         columns = [mask.nonzero()[:, 0] for mask in padded[2][:, 1:]]  # before the target token of each counted prediction
         input_ids, attention_mask, flat = moved_together([*padded[:2], torch.cat(columns)], device)
         sizes = [len(own) for own in columns]
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32), without_masks(model):
             logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         return _summed_loss(logits, input_ids, flat.split(sizes)), sum(sizes)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import datasets
@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from stages.json_types import JsonObject
 from stages.models.adapters import train_in_fp32
 from stages.models.quiet import quiet_transformers
+from stages.models.right_padding import without_masks
 from stages.sft.config import SFTStepConfig
 from stages.sft.packing import PackedCollator, pack_rows
 from stages.sft.rows import EncodedRow
@@ -36,7 +37,10 @@ class DemonstrationTrainer(reproducible(SFTTrainer)):  # type: ignore[misc]
         self, model: nn.Module, inputs: dict[str, torch.Tensor], *arguments: object, **named: object
     ) -> torch.Tensor | tuple[torch.Tensor, object]:
         counted = self.accelerator.gather((inputs["labels"][..., 1:] != IGNORED).sum().reshape(1)).sum()
-        made: torch.Tensor | tuple[torch.Tensor, object] = super().compute_loss(model, inputs, *arguments, **named)
+        with ExitStack() as stack:
+            if "position_ids" not in inputs:  # rows that are not packed
+                stack.enter_context(without_masks(self.model))
+            made: torch.Tensor | tuple[torch.Tensor, object] = super().compute_loss(model, inputs, *arguments, **named)
         self.count_pass(tokens=counted)
         return made
 

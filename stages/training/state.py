@@ -35,7 +35,7 @@ def save_state(trainer: StepTrainer) -> Callable[[Path], None]:
         "last_logged": trainer._globalstep_last_logged,
         "logged": trainer.context.recorded,
         "metrics": getattr(trainer, "_metrics", {}).get("train"),  # TRL's sums since the last line of the log
-        "tokens": getattr(trainer, "_total_train_tokens", 0),
+        "tokens": int(getattr(trainer, "_total_train_tokens", 0)),
         "pass_tokens": trainer.budget.settled if isinstance(trainer, PassesByTokens) and trainer.budget is not None else None,
     }
 

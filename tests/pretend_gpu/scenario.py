@@ -34,6 +34,7 @@ from measures import step_context  # noqa: E402
 
 pretend_cuda: Any = sys.modules["pretend_cuda"]
 OWN = str(Path(graphs.__file__).parents[1]) + os.sep  # this project's files
+LIBRARIES = "transformers, TRL:"
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -108,8 +109,8 @@ def pass_with_gradients() -> dict[str, Any]:
 
 
 @contextmanager
-def own_waits(counts: Callable[[list[str]], bool] = lambda functions: True) -> Iterator[Counter[str]]:
-    """Count the waits that this project's code causes itself, by place. Those inside of transformers and TRL are theirs.
+def waits_by_place(counts: Callable[[list[str]], bool] = lambda functions: True) -> Iterator[Counter[str]]:
+    """Count the waits by place: those that this project's code causes itself, and after ``LIBRARIES`` those inside of the libraries.
 
     ``counts(functions)``: whether a wait counts, by the names of the functions of this project that are running, the innermost first.
     """
@@ -124,8 +125,9 @@ def own_waits(counts: Callable[[list[str]], bool] = lambda functions: True) -> I
             if path.startswith(OWN):
                 functions.append(frame.f_code.co_name)
             frame = frame.f_back  # type: ignore[assignment]
-        if kind == "wait" and files and files[0].startswith(OWN) and counts(functions):
-            places[f"{files[0].removeprefix(OWN)} {name}"] += 1
+        if kind == "wait" and files and counts(functions):
+            inside = files[0].startswith(OWN)
+            places[f"{files[0].removeprefix(OWN)} {name}" if inside else f"{LIBRARIES} {files[0].partition('site-packages/')[2]}"] += 1
 
     pretend_cuda.listeners.append(note)
     try:
@@ -146,7 +148,7 @@ def training_waits(model: str) -> dict[str, Any]:
             training = {"max_steps": 4, "batch_size": 4, "learning_rate": 1e-4}
             settings = {"stage": stage, "name": "step", "model": model, "training": training}
             step = {**settings, "data": {"train": str(data), "validation": str(data)}}
-            with own_waits(lambda functions: "train" in functions and "_save_checkpoint" not in functions) as places:
+            with waits_by_place(lambda functions: "train" in functions and "_save_checkpoint" not in functions) as places:
                 run_step(step, Path(folder))
         made[stage] = dict(places)
     return made
@@ -175,7 +177,7 @@ def likelihood_waits() -> int:
     """The waits in the held-out likelihood of 24 rows in three passes."""
     rows = [([5 + index % 7] * (4 + index % 5), [0, 0] + [1] * (2 + index % 5)) for index in range(24)]
     language_model = model(torch.float32)
-    with own_waits() as places:
+    with waits_by_place() as places:
         measure_likelihood(language_model, rows, pad_token_id=0, batch_size=8, device=torch.device("cuda"), dtype=torch.float32)
     return sum(places.values())
 

@@ -14,6 +14,7 @@ import torch
 from tests.pretend_gpu.run import environment
 
 HERE = Path(__file__).parent
+LIBRARIES = "transformers, TRL:"  # before the places of their waits
 pytestmark = pytest.mark.timeout(900)  # the first use compiles the device
 
 
@@ -54,13 +55,22 @@ def test_a_packed_pass_uses_the_kernel_for_any_lengths_and_never_waits(results) 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo", "reward_model"])
 def test_a_training_stage_reads_one_number_per_optimizer_step_and_one_tensor_per_line_of_the_log(results, stage: str) -> None:
-    """Four steps, each with a line of the log. What transformers and TRL read themselves is not counted."""
-    lines = results["training"][stage]
+    """Four steps, each with a line of the log. What transformers and TRL read themselves is the subject of the next test."""
+    lines = {line: number for line, number in results["training"][stage].items() if not line.startswith(LIBRARIES)}
     norms = {line: number for line, number in lines.items() if line.startswith("training/reproducible.py")}
     logs = {line: number for line, number in lines.items() if line.startswith("training/pass_metrics.py")}
     copies = {line: number for line, number in lines.items() if "to the device" in line}  # the number of items of a step
     assert sum(norms.values()) == 4 and sum(logs.values()) <= 4 and sum(copies.values()) <= 4
     assert norms.keys() | logs.keys() | copies.keys() == lines.keys()
+
+
+@pytest.mark.parametrize(("stage", "in_each_pass"), [("sft", 0), ("dpo", 2), ("reward_model", 0)])
+def test_the_libraries_read_neither_masks_nor_metrics_in_a_pass(results, stage: str, in_each_pass: int) -> None:
+    """Four passes. TRL's DPO trainer selects tokens by a mask of values twice. The Trainer reads its loss for each line of the log."""
+    libraries = {line: number for line, number in results["training"][stage].items() if line.startswith(LIBRARIES)}
+    assert libraries, "the Trainer reads its loss"
+    others = {line: number for line, number in libraries.items() if "transformers/trainer.py" not in line}
+    assert sum(others.values()) == 4 * in_each_pass, others
 
 
 def test_decoding_waits_once_in_eight_steps(results) -> None:
@@ -69,4 +79,5 @@ def test_decoding_waits_once_in_eight_steps(results) -> None:
 
 
 def test_the_heldout_likelihood_waits_once_per_pass(results) -> None:
+    """Three passes, with those of transformers."""
     assert results["likelihood"] == 3
