@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
-from stages.config import GenerationSettings, Vllm
+from stages.config import GenerationSettings, Vllm, VllmStart
 from stages.engines import shared_memory
+from stages.engines.shared_server import SharedServer
 from stages.engines.vllm_client import Lost, VllmClient, logprobs_mode
 from stages.engines.vllm_sampler import VllmSampler, Weights, write_full_weights
 from stages.engines.vllm_servers import Servers
@@ -81,6 +82,7 @@ def step_sampler(
     trains: Trains = "nothing",
     policy: Policy | None = None,
     merges_adapters: bool = True,
+    shared: SharedServer | None = None,
 ) -> Iterator[Sampler]:
     """Call ``open_sampler`` with the settings of a step, and add the sampler's report to the run's summary."""
     opened = open_sampler(
@@ -95,6 +97,7 @@ def step_sampler(
         trains=trains,
         policy=policy,
         merges_adapters=merges_adapters,
+        shared=shared,
     )
     with opened as sampler:
         try:
@@ -118,6 +121,7 @@ def open_sampler(
     trains: Trains = "nothing",
     policy: Policy | None = None,
     merges_adapters: bool = True,
+    shared: SharedServer | None = None,
 ) -> Iterator[Sampler]:
     """Open the sampler that ``settings`` ask for, and close it at the end of the context.
 
@@ -125,7 +129,7 @@ def open_sampler(
     it is not "nothing", the caller must call ``take_weights`` before it samples. ``policy``: the model as a policy, if the caller has one.
     ``merges_adapters``: whether loading merged the adapters of ``source`` into the weights of ``model``, as it does without quantization.
     ``log``: the log file of a started server. ``folder``: the folder for adapters and weights if no better one exists (see
-    ``_shared_folder``).
+    ``_shared_folder``). ``shared``: a started server stays there for the next sampler, unless it has the merged weights of this model.
 
     Raises LaunchError if no server can be started or reached, ModelError if a server cannot serve the model.
     """
@@ -137,32 +141,46 @@ def open_sampler(
     check_reachable(settings)
     policy = policy or Policy(model, temperature=1.0, autocast=None)
     policy.activate()
-    shared = _shared_folder(vllm, folder, model) / f"{shared_memory.PREFIX}{runtime.decide(lambda: secrets.token_hex(6))}"
+    location = _shared_folder(vllm, folder, model) / f"{shared_memory.PREFIX}{runtime.decide(lambda: secrets.token_hex(6))}"
     say = lambda line: runtime.console.print(line, style="yellow", markup=False)  # noqa: E731
     with ExitStack() as stack:
-        if runtime.is_main and shared.parent == shared_memory.FOLDER:
-            stack.enter_context(shared_memory.claimed(shared))
-        stack.callback(shutil.rmtree, shared, ignore_errors=True)
-        weights, served = _plan_weights(settings, model, tokenizer, source, dtype, trains, merges_adapters, shared, runtime)
+        if runtime.is_main and location.parent == shared_memory.FOLDER:
+            stack.enter_context(shared_memory.claimed(location))
+        stack.callback(shutil.rmtree, location, ignore_errors=True)
+        weights, served = _plan_weights(settings, model, tokenizer, source, dtype, trains, merges_adapters, location, runtime)
         served = replace(served, logprobs_mode=logprobs_mode(policy.temperature))
         started, urls, key = None, vllm.url or [], _key(vllm)
         if vllm.start is not None:
             if runtime.is_main:
-                started = StartedServer(vllm.start, served, log)
-                stack.callback(started.end)
-                runtime.console.print(f"starting a vLLM server (its log: {log})", markup=False)
+                started = _server_for(vllm.start, served, log, location, shared, stack)
+                if not started.is_running():
+                    runtime.console.print(f"starting a vLLM server (its log: {log})", markup=False)
             urls, key = runtime.decide(lambda: _started(started))
         servers = Servers(urls, vllm, key, say=say, started=started)
-        sampler = VllmSampler(policy, tokenizer, vllm, servers, weights, runtime=runtime, dtype=dtype, folder=shared)
+        sampler = VllmSampler(policy, tokenizer, vllm, servers, weights, runtime=runtime, dtype=dtype, folder=location)
         stack.callback(sampler.close)
         if trains == "nothing":
             sampler.take_weights()
         yield sampler
 
 
+def _server_for(
+    settings: VllmStart, served: Served, log: Path, location: Path, shared: SharedServer | None, stack: ExitStack
+) -> StartedServer:
+    """The server for a sampler: of ``shared``, or one that ``stack`` ends. Call it on the first process only."""
+    if shared is not None and not Path(served.model).is_relative_to(location):  # files in ``location`` are removed with the sampler
+        return shared.take(settings, served, log)
+    if shared is not None:
+        shared.end()  # two servers may not fit into memory
+    server = StartedServer(settings, served, log)
+    stack.callback(server.end)
+    return server
+
+
 def _started(server: StartedServer | None) -> tuple[list[str], str]:
     assert server is not None
-    server.start()
+    if not server.is_running():
+        server.start()
     return [server.url], server.key
 
 

@@ -90,7 +90,6 @@ class VllmSampler:
         self._model = ""  # the adapter's name on the servers; empty: the servers' base model
         self._current: Path | None = None  # files of the weights that the servers have; on the first process only
         self._probe = Probe([], [])
-        self._sleeps = False
         self._version = ""
         is_rounded = dtype != torch.float32 or any(not parameter.is_floating_point() for parameter in policy.model.parameters())
         self._bound = settings.probe_bound or (ROUNDED_BOUND if is_rounded else FP32_BOUND)
@@ -270,15 +269,17 @@ class VllmSampler:
         """Let a started server on the run's GPU release its GPU memory."""
         self._runtime.wait_for_everyone()  # another process may still be sampling
         started = self.servers.started
-        if started is not None and started.shares_gpu and not self._sleeps:
+        if started is not None and started.shares_gpu and not started.sleeps:
             self.servers.on_each(lambda client: client.sleep())
-            self._sleeps = True
+            started.sleeps = True
 
     def _wake(self) -> None:
         started = self.servers.started
-        if self._sleeps and started is not None and started.is_running():
+        if started is None:
+            return
+        if started.sleeps and started.is_running():
             self.servers.on_each(lambda client: client.wake_up())
-        self._sleeps = False
+        started.sleeps = False
 
     def _replace_dead(self) -> None:
         """Restart the server that this run started, if it died during training."""
@@ -291,14 +292,21 @@ class VllmSampler:
             self._model = ""  # a new server has no old adapter to unload
 
     def close(self) -> None:
-        """Cancel all requests, unload this run's adapter from servers that the run did not start, and remove the adapter's files."""
-        urls = [client.url for client in self.servers.clients]
+        """Cancel all requests, unload this run's adapter from servers that stay, and remove the adapter's files.
+
+        A server that stays and shares the run's GPU releases its GPU memory.
+        """
+        urls, started = [client.url for client in self.servers.clients], self.servers.started
         self.servers.close()
-        if self._runtime.is_main and self._model and self.servers.started is None:
+        if self._runtime.is_main and (started is None or started.outlives_sampler):
             for url in urls:
                 client = self.servers.client(url)
                 try:
-                    client.unload_adapter(self._model)
+                    if self._model:
+                        client.unload_adapter(self._model)
+                    if started is not None and started.shares_gpu and not started.sleeps:
+                        client.sleep()
+                        started.sleeps = True
                 except Lost:
                     continue
                 finally:

@@ -101,6 +101,8 @@ class StartedServer:
     log: Path
     url: str = ""
     key: str = field(default_factory=lambda: secrets.token_urlsafe(24))
+    outlives_sampler: bool = False  # another sampler may use it later, so a sampler leaves nothing behind on it
+    sleeps: bool = False  # its weights are not in GPU memory
     _process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -113,7 +115,7 @@ class StartedServer:
         installed = find_installed(self.settings)
         if self.served.on_gpu and installed.is_for_cpus:
             raise LaunchError(f"{installed.python!r} has vLLM's build for CPUs, but this run uses a GPU. Install vllm in that environment")
-        port = _free_port()
+        port, self.sleeps = _free_port(), False
         self.url = f"http://127.0.0.1:{port}"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         command = [installed.python, "-m", "vllm.entrypoints.openai.api_server", *self.arguments(port)]
@@ -138,7 +140,7 @@ class StartedServer:
         arguments = ["--model", served.model, "--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port)]
         arguments += ["--dtype", served.dtype, "--generation-config", "vllm", "--logprobs-mode", served.logprobs_mode]
         if served.lora_rank:
-            rank = next((rank for rank in LORA_RANKS if rank >= served.lora_rank), served.lora_rank)
+            rank = accepted_rank(served.lora_rank)
             arguments += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "2"]  # room for the old and the new adapter
         if served.quantization == "nf4":
             arguments += ["--quantization", "bitsandbytes"]
@@ -217,6 +219,11 @@ class StartedServer:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         told = [line.strip() for line in lines if "Error" in line and "Traceback" not in line][-3:] or lines[-3:]
         return "\n  " + "\n  ".join(line[-300:] for line in told) + f"\nIts log: {self.log}"
+
+
+def accepted_rank(rank: int) -> int:
+    """The smallest --max-lora-rank that the server accepts for adapters of ``rank``."""
+    return next((accepted for accepted in LORA_RANKS if accepted >= rank), rank)
 
 
 def wants_gpu(settings: VllmStart, device: str) -> bool:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from stages.corpora.messages import Prompt
+    from stages.engines.shared_server import SharedServer
     from stages.model_types import TransformersModel
     from stages.process.runtime import Runtime
     from stages.registry.references import ResolvedModel
@@ -131,11 +132,15 @@ def loaded(config: EvaluationConfig, context: StepContext, name: str) -> Iterato
 
 
 def ask(
-    config: EvaluationConfig, context: StepContext, prompts: list[Prompt], columns: Sequence[Mapping[str, object]] | None = None
+    config: EvaluationConfig,
+    context: StepContext,
+    prompts: list[Prompt],
+    columns: Sequence[Mapping[str, object]] | None = None,
+    server: SharedServer | None = None,
 ) -> Asked:
     """The questions that fit every model, and each model's token ids for them. All models answer the same prompts.
 
-    ``columns``: the data columns that reward functions request, per prompt; None if there are none.
+    ``columns``: the data columns that reward functions request, per prompt; None if there are none. ``server``: for few-shot tries.
     """
     encoded: dict[str, list[list[int]]] = {}
     few_shot: dict[str, list[FewShotTry]] = {}
@@ -147,7 +152,7 @@ def ask(
         model = context.models[f"candidates.{name}"]
         asked = prompts
         if candidate.few_shot is not None:
-            tries = _few_shot_tries(config, context, name, prompts)
+            tries = _few_shot_tries(config, context, name, prompts, server)
             few_shot[name] = tries
             asked = few_shot_prompts(candidate.few_shot, tries[0]["text"], prompts)
         encoded[name] = _encode_prompts(load_tokenizer(model), asked)
@@ -168,7 +173,9 @@ def ask(
     )
 
 
-def _few_shot_tries(config: EvaluationConfig, context: StepContext, name: str, prompts: list[Prompt]) -> list[FewShotTry]:
+def _few_shot_tries(
+    config: EvaluationConfig, context: StepContext, name: str, prompts: list[Prompt], server: SharedServer | None
+) -> list[FewShotTry]:
     """The few-shot texts tried for a candidate, best first; a single unscored one if there is no choice."""
     settings = config.candidates[name].few_shot
     assert settings is not None
@@ -192,7 +199,7 @@ def _few_shot_tries(config: EvaluationConfig, context: StepContext, name: str, p
         seeds = [(-1, index) for index in fits]  # all tries share random streams, which differ from those of the evaluation
         made = []
         for rows in encoded:
-            samples = _sample(config, context, name, model, tokenizer, [rows[index] for index in fits], seeds)
+            samples = _sample(config, context, name, model, tokenizer, [rows[index] for index in fits], seeds, server)
             made.append([cut(sample, settings) for sample in samples])
     validation = [validation[index] for index in fits]
     flat = [sample for samples in made for sample in samples]
@@ -226,8 +233,18 @@ def same_model(context: StepContext, one: str, other: str) -> bool:
     return None not in models and models[0].digest == models[1].digest and settings[0] == settings[1]  # type: ignore[union-attr]
 
 
-def answer(config: EvaluationConfig, context: StepContext, asked: Asked, name: str, twin: Answers | None = None) -> Answers:
-    """Sample and measure one model's answers while it is in memory. ``twin``: answers of the same model with different prompts."""
+def answer(
+    config: EvaluationConfig,
+    context: StepContext,
+    asked: Asked,
+    name: str,
+    twin: Answers | None = None,
+    server: SharedServer | None = None,
+) -> Answers:
+    """Sample and measure one model's answers while it is in memory.
+
+    ``twin``: answers of the same model with different prompts. ``server``: the vLLM server that candidates on one base share.
+    """
     candidate = config.candidates[name]
     prompt_ids = asked.prompt_ids[name]
     draws = candidate.best_of.n if candidate.best_of is not None else 1
@@ -237,7 +254,7 @@ def answer(config: EvaluationConfig, context: StepContext, asked: Asked, name: s
         # The first draw has the stream of the plain answer, so that best-of-1 equals that answer.
         seeds = [(row,) if draw == 0 else (row, draw) for row in range(len(prompt_ids)) for draw in range(draws)]
         ids = [row for row in prompt_ids for _ in range(draws)]
-        made = [cut(sample, candidate.few_shot) for sample in _sample(config, context, name, model, tokenizer, ids, seeds)]
+        made = [cut(sample, candidate.few_shot) for sample in _sample(config, context, name, model, tokenizer, ids, seeds, server)]
         answers = Answers([made[start] for start in range(0, len(made), draws)])
         if draws > 1:
             answers.draws = [made[start : start + draws] for start in range(0, len(made), draws)]
@@ -295,6 +312,7 @@ def _sample(
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: list[list[int]],
     stream_keys: Sequence[tuple[int, ...]],
+    server: SharedServer | None,
 ) -> list[Sample]:
     """Sample a completion of every prompt by the candidate ``name``, with the random streams of ``stream_keys``.
 
@@ -319,7 +337,7 @@ def _sample(
             )
         ]
 
-    with step_sampler(config.generation, model, tokenizer, source, context, dtype=dtype) as sampler:
+    with step_sampler(config.generation, model, tokenizer, source, context, dtype=dtype, shared=server) as sampler:
         return distributed(context.runtime, len(prompt_ids), work)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from stages.corpora.prompts import check_readers
+from stages.engines.shared_server import shared_server
 from stages.evaluation.answers import answer, answered_by_someone, ask, missing_answers, read_answers, same_model
 from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.judging import agreement, judge_all
@@ -77,14 +79,19 @@ def _answers(
     """(questions, answers of each candidate, what was left out): sampled by its model, or read from a file."""
     prompts = [row.prompt for row in heldout]
     check_readers([model for name, model in context.models.items() if not name.startswith("candidates.")], prompts)
-    asked = ask(config, context, prompts, [row.columns for row in heldout])
     answers: dict[str, Answers] = {}
-    for name, candidate in config.candidates.items():
-        if candidate.model is None:
-            answers[name] = read_answers(config, asked, name)
-            continue
-        twin = next((answers[other] for other in answers if same_model(context, name, other)), None)
-        answers[name] = answer(config, context, asked, name, twin)
+    with ExitStack() as stack:
+        server = None
+        if config.generation.vllm is not None and config.generation.vllm.start is not None:
+            models = [model for name, model in context.models.items() if name.startswith("candidates.")]
+            server = stack.enter_context(shared_server(models))
+        asked = ask(config, context, prompts, [row.columns for row in heldout], server)
+        for name, candidate in config.candidates.items():
+            if candidate.model is None:
+                answers[name] = read_answers(config, asked, name)
+                continue
+            twin = next((answers[other] for other in answers if same_model(context, name, other)), None)
+            answers[name] = answer(config, context, asked, name, twin, server)
     if not asked.prompt_ids:  # no model answers here
         asked = answered_by_someone(asked, answers)
     return asked, answers, [*asked.exclusions, *missing_answers(config, answers)]

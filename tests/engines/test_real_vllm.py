@@ -16,13 +16,14 @@ import torch
 
 from stages.config import GenerationSettings, LoraSettings, VllmStart
 from stages.engines.opening import open_sampler
-from stages.engines.vllm_start import find_installed
+from stages.engines.vllm_start import StartedServer, find_installed
 from stages.errors import LaunchError, TrainingError
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.models.responses import Policy
 from stages.process.runtime import Runtime
 from stages.sampling.sampler import LocalSampler
 from tests.engines.stub_server import RECORDED
+from tests.engines.test_shared_server import adapter, evaluated
 from tests.engines.test_vllm_sampler import PROMPTS, SEEDS, disturbed, same
 
 try:
@@ -178,3 +179,17 @@ def test_the_server_ends_with_its_run(served) -> None:
     while any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in everyone) and time.monotonic() < until:
         time.sleep(0.1)
     assert not [one for one in everyone if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_candidates_on_one_base_share_a_server(
+    wide_llama: Path, tmp_path: Path, resolve_folder: Any, step_context: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base and two adapters on it give the answers of the local sampler."""
+    starts: list[int] = []
+    usual = StartedServer.start
+    monkeypatch.setattr(StartedServer, "start", lambda server: (starts.append(server.served.lora_rank), usual(server))[1])
+    folders = {"base": wide_llama, **{f"rank{rank}": adapter(wide_llama, tmp_path / f"{rank}", rank) for rank in (4, 2)}}
+    places = (tmp_path, resolve_folder, step_context)
+    expected = evaluated(folders, "local", *places)
+    assert evaluated(folders, {"vllm": {"start": {}}}, *places) == expected
+    assert starts == [4] and len({tuple(one[name] for one in expected) for name in folders}) > 1

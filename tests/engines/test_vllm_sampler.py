@@ -291,7 +291,7 @@ def test_started_server_that_dies_is_restarted(stub, settings, opened, stack, mo
     class Started:
         """Replaces a StartedServer."""
 
-        shares_gpu = False
+        shares_gpu = outlives_sampler = sleeps = False
         url = first.url
         running = True
 
