@@ -27,6 +27,7 @@ from stages.models.adapters import HEAD_FILE
 from stages.models.heads import RewardModel, ScalarModel, ValueModel, read_head
 from stages.models.loading import as_resolved, load_classifier, load_language_model, load_tokenizer, save_model
 from stages.registry.ledger import check_name
+from stages.registry.licence import stated_licence
 from stages.registry.references import ResolvedModel
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from stages.registry.ledger import Registry
-    from stages.registry.record import ModelRecord
+    from stages.registry.record import Licence, ModelRecord
 
 HEADS: dict[str, type[ScalarModel]] = {"reward_model": RewardModel, "value_model": ValueModel}
 
@@ -78,7 +79,7 @@ def import_model(
             tokenizer = load_tokenizer(model)
             layout = replace(layout, notes=[*layout.notes, *unused(layout, folder), *on_tokenizer(folder, tokenizer)])
             made = _models(layout, model, tokenizer, name)
-            records = _publish(layout, made, registry)
+            records = _publish(layout, made, registry, _licence(path, layout, base))
     return Imported(records, layout.library, layout.head_name, layout.notes)
 
 
@@ -230,11 +231,21 @@ def _models(layout: Layout, model: ResolvedModel, tokenizer: PreTrainedTokenizer
     return made
 
 
-def _publish(layout: Layout, made: list[_Made], registry: Registry) -> list[ModelRecord]:
+def _licence(source: Path, layout: Layout, base: str | None) -> Licence | None:
+    """The licence in the model card of an imported folder, or of the base that an adapter was merged into."""
+    if not layout.base:
+        return stated_licence("folder", str(source))
+    below = base or layout.base
+    return stated_licence("folder" if Path(below).is_dir() else "hub", below)
+
+
+def _publish(layout: Layout, made: list[_Made], registry: Registry, licence: Licence | None) -> list[ModelRecord]:
     """Publish all models, or none of them."""
     origin: JsonObject = {"library": layout.library, "head": layout.head_name or None, "notes": layout.notes}
     if layout.base:
         origin["base"] = layout.base
+    if licence is not None:
+        origin["licence"] = licence
     extra: JsonObject = {"imported": origin}
     records: list[ModelRecord] = []
     try:

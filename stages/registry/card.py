@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages.config import HUB
 from stages.errors import RegistryError
 from stages.hub.ids import is_hub_id
 from stages.json_types import JsonObject
+from stages.registry.inherited_licence import licence_of
 from stages.registry.record import CardRow, StoredEvaluation, imported_from
 
 if TYPE_CHECKING:
@@ -112,8 +113,7 @@ Its step recorded no metrics.
 
 ## Limits and licence
 
-The licence is **unknown**: it depends on the licences of the data and models above, which the registry does not know. Find them
-out before you share this model.
+{{ licence }}
 
 The step's resolved settings:
 
@@ -148,11 +148,13 @@ def model_card(
     evaluations = evaluations_of(record, registry) if evaluations is None else evaluations
     is_adapter = record.is_adapter and not merged
     lineage = registry.lineage(record.ref)
+    licence, said = licence_of(record, registry)
+    stated: dict[str, Any] = {**licence} if licence is not None else {}
     bases = [parent["ref"] for parent in _foreign(lineage) if parent["kind"] == "hub"]
     bases += _bases_of_imports(lineage, registry)
     data = ModelCardData(
         model_name=record.name,
-        license="unknown",
+        **stated,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag=PIPELINES.get(record.role),
         tags=["tristage", *([str(step["stage"])] if "stage" in step else []), *(["reward-model"] if record.role in REWARDS else [])],
@@ -175,6 +177,7 @@ def model_card(
             weights=f"{weights}; {size:.1f} MiB in the registry",
             intended=INTENDED[record.role],
             usage=_usage(record, is_adapter) if repository is None else _usage_on_hub(record, registry, repository),
+            licence=said,
             lineage="\n".join(_tree(lineage)),
             data=_data_lines(manifest),
             metrics=[(name, _number(value)) for name, value in manifest["metrics"].items() if isinstance(value, int | float)],

@@ -25,6 +25,7 @@ from pathlib import Path
 from stages.errors import RegistryError
 from stages.process.storage import sync, write_json
 from stages.registry.contents import UNSAFE_SUFFIXES, digest_of, file_sha256, files_of, normalise_folder
+from stages.registry.licence import stated_licence
 from stages.registry.record import FileEntry, FingerprintParts, Lineage, Manifest, ModelDescription, ModelRecord, Pulled, StoredEvaluation
 from stages.registry.references import ResolvedModel
 
@@ -111,7 +112,7 @@ class Registry:
                 "digest": digest_of({file["path"]: file["sha256"] for file in files}),
                 "created": _now(),
                 "base": _describe(base) if base is not None and is_adapter else None,
-                "parents": _distinct([_describe(parent) for parent in parents]),
+                "parents": _distinct([_with_licence(_describe(parent)) for parent in parents]),
                 "recipe_step": recipe_step or {},
                 "data": data or {},
                 "metrics": metrics or {},
@@ -523,6 +524,15 @@ def _describe(model: ResolvedModel) -> ModelDescription:
         described["trust_remote_code"] = options.trust_remote_code
     if options.quantization == "nf4":
         described["double_quantization"] = options.double_quantization
+    return described
+
+
+def _with_licence(described: ModelDescription) -> ModelDescription:
+    """``described`` with the licence in the model card of a model from outside of the registry, if it is known."""
+    if described["kind"] != "registry":
+        licence = stated_licence(described["kind"], described["path"], described.get("revision"))
+        if licence is not None:
+            described["licence"] = licence
     return described
 
 

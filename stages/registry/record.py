@@ -10,6 +10,14 @@ from typing import NotRequired, TypedDict
 from stages.json_types import JsonObject
 
 
+class Licence(TypedDict):
+    """A licence as the metadata of a model card names it: the Hub's identifier, and name and link if that is ``other``."""
+
+    license: str
+    license_name: NotRequired[str]
+    license_link: NotRequired[str]
+
+
 class ModelDescription(TypedDict):
     """A parent or base model as a manifest records it."""
 
@@ -21,6 +29,7 @@ class ModelDescription(TypedDict):
     quantization: NotRequired[str]
     double_quantization: NotRequired[bool]
     trust_remote_code: NotRequired[bool]
+    licence: NotRequired[Licence]  # of a parent from outside of the registry, if its model card names one
 
 
 class Lineage(TypedDict):
@@ -39,6 +48,7 @@ class Lineage(TypedDict):
     quantization: NotRequired[str]
     double_quantization: NotRequired[bool]
     trust_remote_code: NotRequired[bool]
+    licence: NotRequired[Licence]
     removed: NotRequired[bool]  # the version was removed from the registry
     recorded: NotRequired[str]  # the repository that described this ancestor of a pulled version
 

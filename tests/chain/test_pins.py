@@ -54,7 +54,7 @@ def fresh(hub: Hub) -> Iterator[Hub]:
     """The Hub without faults, with the first versions of ``org/model`` and ``org/rows``."""
     gpt2 = hub.repositories["model", "openai-community/gpt2"]
     files = gpt2.commits[gpt2.refs["main"]]
-    hub.publish("model", "org/model", files)
+    hub.publish("model", "org/model", {**files, "README.md": b"---\nlicense: mit\n---\n"})
     hub.publish("dataset", "org/rows", rows_of(ROWS[:8]))
     hub.publish("model", "org/gated", files)
     hub.publish("dataset", "org/gated-rows", rows_of(ROWS[:8]))
@@ -203,6 +203,7 @@ def test_commits_are_recorded_and_changes_are_detected(fresh: Hub, hub_client: C
     }
     manifest = json.loads((workdir / "home/registry/models/small/sft/1/manifest.json").read_text())
     assert manifest["parents"][0]["digest"] == f"hub:org/model@{model}"
+    assert manifest["parents"][0]["licence"] == {"license": "mit"}  # of its model card
     assert manifest["recipe_step"]["data"]["train"][0]["revision"] == rows
 
     fresh.requests.clear()

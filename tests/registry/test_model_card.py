@@ -68,7 +68,7 @@ def test_card_states_origin_and_results(registry, base) -> None:
     text = model_card(base, registry, merged=True)
     card = ModelCard(text)
     data = card.data
-    assert (data.license, data.library_name, data.pipeline_tag) == ("unknown", "transformers", "text-generation")
+    assert (data.license, data.library_name, data.pipeline_tag) == (None, "transformers", "text-generation")
     assert data.base_model == ["owner/raw"] and data.datasets == ["owner/set"] and "tristage" in data.tags
     (result,) = data.eval_results
     assert result.metric_value == 0.75 and "against other by gold (95 %: 0.600 to 0.850, 40 prompts)" in result.metric_name
@@ -77,7 +77,7 @@ def test_card_states_origin_and_results(registry, base) -> None:
         base.digest,
         "owner/raw  hub:owner/raw@main  (hub)",
         "| episodes | 5,120 |",
-        "The licence is **unknown**",
+        "are not all known (`owner/raw`: not known)",
         "| other | taste | 0.500 | 0.600 to 0.850 | 40 |",
         "By gold, mine beats other.",
         "`data`: prompts.jsonl, set (`abcdef012345`)",
@@ -87,6 +87,69 @@ def test_card_states_origin_and_results(registry, base) -> None:
     ):
         assert said in text, said
     assert "/home/me" not in text and "secret place" not in text
+
+
+def made_from(registry: Registry, name: str, parents: list[ResolvedModel], **inputs: str) -> ModelRecord:
+    fill = lambda folder: (folder / "model.safetensors").write_bytes(name.encode())  # noqa: E731
+    settings = {"role": "language_model", "fingerprint_parts": {"inputs": inputs}}
+    return registry.publish(f"recipe/{name}", fill, parents=parents, **settings)
+
+
+def outside(folder: Path, card: str | None) -> ResolvedModel:
+    folder.mkdir()
+    if card is not None:
+        (folder / "README.md").write_text(card)
+    return ResolvedModel(folder.name, "folder", str(folder), f"sha256:{folder.name}", ModelInput(ref=folder.name))
+
+
+def test_the_licence_is_that_of_the_first_model_also_when_its_folder_is_gone(registry, tmp_path) -> None:
+    """The reward model, with another licence, gave no weights."""
+    custom = "---\nlicense: other\nlicense_name: model-licence-2\nlicense_link: https://example.org/licence\n---\n# A model\n"
+    pretrained, judge = outside(tmp_path / "pretrained", custom), outside(tmp_path / "judge", "---\nlicense: mit\n---\n")
+    sft = made_from(registry, "sft", [pretrained], model=pretrained.digest)
+    inputs = {"policy": sft.digest, "reward[0].model": judge.digest}
+    aligned = made_from(registry, "aligned", [resolved(sft), judge], **inputs)
+    (tmp_path / "pretrained" / "README.md").unlink()
+    text = model_card(aligned, registry, merged=True)
+    data = ModelCard(text).data
+    assert (data.license, data.license_name, data.license_link) == ("other", "model-licence-2", "https://example.org/licence")
+    assert "as its model card names it (`pretrained`: model-licence-2)" in text
+
+
+@pytest.mark.parametrize(
+    "card", [None, "no metadata", "---\nlicense: unknown\n---\n", "---\nlicense: [mit, gpl-3.0]\n---\n", "---\n: [\n---\n"]
+)
+def test_without_a_known_licence_the_card_names_none(registry, tmp_path, card: str | None) -> None:
+    start = outside(tmp_path / "start", card)
+    text = model_card(made_from(registry, "sft", [start], model=start.digest), registry, merged=True)
+    assert ModelCard(text).data.license is None and "license:" not in text and "(`start`: not known)" in text
+
+
+def test_the_licence_of_an_adapter_in_a_folder_is_that_of_its_base(registry, tmp_path) -> None:
+    below, adapter = (
+        outside(tmp_path / "below", "---\nlicense: apache-2.0\n---\n"),
+        outside(tmp_path / "adapter", "---\nlicense: mit\n---\n"),
+    )
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "below")}))
+    assert ModelCard(model_card(made_from(registry, "sft", [adapter]), registry, merged=True)).data.license == "apache-2.0"
+    # Which parent gave the weights is not recorded here, and the two licences differ.
+    mixed = model_card(
+        made_from(registry, "mixed", [below, outside(tmp_path / "other", "---\nlicense: mit\n---\n")]), registry, merged=True
+    )
+    assert ModelCard(mixed).data.license is None and "(`below`: apache-2.0; `other`: mit)" in mixed
+
+
+def test_a_model_from_raw_text_has_no_licence_of_another_model(registry) -> None:
+    text = model_card(made_from(registry, "raw", []), registry, merged=True)
+    assert ModelCard(text).data.license is None and "knows no model from which the weights were trained" in text
+
+
+def test_an_imported_model_has_the_licence_of_its_source(registry) -> None:
+    fill = lambda folder: (folder / "model.safetensors").write_bytes(b"imported")  # noqa: E731
+    origin = {"imported": {"library": "TRL", "head": None, "notes": [], "licence": {"license": "llama3"}}}
+    record = registry.publish("old/policy", fill, role="language_model", extra=origin)
+    later = made_from(registry, "sft", [resolved(record)], model=record.digest)
+    assert ModelCard(model_card(later, registry, merged=True)).data.license == "llama3"
 
 
 def test_the_card_of_an_adapter(registry, base, tmp_path) -> None:
