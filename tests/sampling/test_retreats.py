@@ -37,24 +37,24 @@ def sample(model: Any, finished: list[Finished] | None = None, **settings: Any) 
 
 def limit(model: Any, rows: int, monkeypatch: pytest.MonkeyPatch, *, after: int = 0) -> list[int]:
     """Let a pass over more than ``rows`` rows run out of memory, except the first ``after`` passes. Returns the rows of each pass."""
-    passes: list[int] = []
+    sizes: list[int] = []
     forward = model.forward
 
     def limited(*arguments: Any, **options: Any) -> Any:
-        passes.append(len(options["input_ids"]))
-        if passes[-1] > rows and len(passes) > after:
+        sizes.append(len(options["input_ids"]))
+        if sizes[-1] > rows and len(sizes) > after:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(*arguments, **options)
 
     monkeypatch.setattr(model, "forward", limited)
-    return passes
+    return sizes
 
 
 @pytest.mark.parametrize("continuous", [False, True])
 def test_completions_are_the_same_and_each_is_reported_once(model, monkeypatch, caplog, continuous: bool) -> None:
     expected = sample(model, continuous_batching=continuous)
     finished: list[Finished] = []
-    passes = limit(model, 2, monkeypatch, after=16)  # some completions have ended before
+    sizes = limit(model, 2, monkeypatch, after=16)  # some completions have ended before
     assert sample(model, finished, continuous_batching=continuous) == expected
     assert sorted(one.row for one in finished) == list(range(len(PROMPTS)))
     assert {one.row: one.response_ids for one in finished} == dict(enumerate(expected))
@@ -62,17 +62,17 @@ def test_completions_are_the_same_and_each_is_reported_once(model, monkeypatch, 
         "sampling: memory ran out in a pass over 4 sequences; continuing with half as many. Every completion has its own random numbers, "
         "so only rounding depends on this"
     ]
-    passes.clear()
+    sizes.clear()
     assert sample(model, continuous_batching=continuous) == expected
-    assert max(passes) <= 2 and len(caplog.messages) == 1  # the next call begins with the smaller number
+    assert max(sizes) <= 2 and len(caplog.messages) == 1  # the next call begins with the smaller number
 
 
 def test_one_sequence_that_does_not_fit_gives_a_message_and_restores_the_model(model, monkeypatch) -> None:
-    passes = limit(model, 0, monkeypatch)
+    sizes = limit(model, 0, monkeypatch)
     model.train()
     with pytest.raises(MemoryExhausted, match=r"sampling: memory ran out in a pass over one sequence, .*Lower generation\.max_new_tokens"):
         sample(model)
-    assert model.training and passes[-2:] == [1, 1]
+    assert model.training and sizes[-2:] == [1, 1]
     model.eval()
 
 
