@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from typing import TYPE_CHECKING
 
 from stages.config import DataInput
@@ -132,7 +133,7 @@ def _ranks(row: Row, column: str, count: int) -> list[int]:
         if column == "completions":
             raise DataError(f"{row.location}: completions without ranks; expected ranks (0 best, equal numbers tie) or scores")
         return list(range(count))  # responses: best first
-    if not isinstance(given, list) or len(given) != count or not all(isinstance(item, int | float) for item in given):
+    if not isinstance(given, list) or len(given) != count or not all(isinstance(item, int | float) and isfinite(item) for item in given):
         raise DataError(f"{row.location}: expected {count} numbers in {'ranks' if 'ranks' in row else 'scores'}, got {given!r:.80}")
     ordered = sorted(set(given), reverse="ranks" not in row)
     return [ordered.index(item) for item in given]

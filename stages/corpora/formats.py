@@ -180,6 +180,11 @@ def _read_csv(path: Path, shown: str) -> Iterator[Row]:
     delimiter = "\t" if suffix_of(shown) == ".tsv" else ","
     reader = csv.DictReader(io.StringIO(file_text(path, shown), newline=""), delimiter=delimiter, strict=True)
     try:
+        header = list(reader.fieldnames or ())
+        if twice := sorted({name for name in header if header.count(name) > 1}):
+            raise DataError(
+                f"{shown}:1: the header names {', '.join(map(repr, twice))} more than once; rename or remove one of the columns"
+            )
         for row in reader:
             if None in row or None in row.values():
                 raise DataError(f"{shown}:{reader.line_num}: the row's columns do not match the header {reader.fieldnames}")

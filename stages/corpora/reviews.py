@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,9 @@ from stages.config import DataInput
 from stages.corpora.files import read_splits
 from stages.corpora.rows import Row, text_of
 from stages.errors import DataError
+
+logger = logging.getLogger(__name__)
+MANY = 8  # held-out rows; fewer may have one label by chance
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,14 @@ def load_reviews(data: DataInput, labels: Sequence[str]) -> Reviews:
     reviews = Reviews([_review(row, labels) for row in train], [_review(row, labels) for row in validation])
     if len({review.label for review in reviews.train}) < 2:
         raise DataError(f"all {len(train)} training rows (first {train[0].location}) have one label; a classifier needs at least two")
+    if len(reviews.validation) >= MANY and len(held := {review.label for review in reviews.validation}) == 1:
+        logger.warning(
+            "all %d held-out rows (first %s) have the label %s, so the measurements say nothing about the other classes; shuffle the rows, "
+            "or name a validation source",
+            len(reviews.validation),
+            validation[0].location,
+            labels[held.pop()],
+        )
     return reviews
 
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, list[int]]
 Padding = Literal["right", "left", "none"]
-TEXT = "a"  # short, so that every token is next to the padding: some families mix only neighbours
+TEXTS = ("a", "was it good?", "a good film with a good end")
+"""The texts of the measurement: in a short one every token is next to the padding, and some families mix only neighbours."""
 COLUMNS = 3  # of padding in the measurement
 SAME = {torch.float32: 1e-4}
 """Allowed difference between a padded and an unpadded row, relative to the largest logit; 0.05 in half precision."""
@@ -62,26 +63,26 @@ def padded_rows(rows: Sequence[Row], pad_token_id: int, padding: Padding = "righ
 
 
 def padding_of(model: TransformersModel, tokenizer: PreTrainedTokenizerBase) -> Padding:
-    """Measure on which side rows can be padded without a change of the logits: three passes over one short text.
+    """Measure on which side rows can be padded without a change of the logits: five passes over short texts.
 
     ``none``: on neither side. ``right`` also if the model cannot compute the passes.
     """
     limit, pad = readable_length(model.config, tokenizer), tokenizer.pad_token_id
     cut = {} if limit is None else {"truncation": True, "max_length": limit - COLUMNS}
-    row = row_of(tokenizer(TEXT, verbose=False, **cut), arguments_of(model))
-    if pad is None or not row.get("input_ids") or row["input_ids"][-1] == pad:
+    rows = [row_of(tokenizer(text, verbose=False, **cut), arguments_of(model)) for text in TEXTS]
+    if pad is None or any(not row.get("input_ids") or row["input_ids"][-1] == pad for row in rows):
         return "right"
     # The first token is repeated, not the last one: T5 and BART need the same number of end tokens in all rows.
-    longer: Row = {name: [*[values[0]] * COLUMNS, *values] for name, values in row.items()}
+    longest: Row = {name: [*[values[0]] * COLUMNS, *values] for name, values in rows[-1].items()}
     sides: tuple[Padding, Padding] = ("right", "left")
     try:
         with torch.random.fork_rng(devices=[]):
-            alone = _logits(model, [row], pad, "right")
+            alone = torch.cat([_logits(model, [row], pad, "right") for row in rows])
             allowed = SAME.get(alone.dtype, 0.05) * float(alone.abs().max())
-            same = [side for side in sides if float((_logits(model, [row, longer], pad, side)[:1] - alone).abs().max()) <= allowed]
+            padded = {side: _logits(model, [*rows, longest], pad, side)[:-1] for side in sides}
     except PASS_FAILURES:
         return "right"
-    return same[0] if same else "none"
+    return next((side for side in sides if float((padded[side] - alone).abs().max()) <= allowed), "none")
 
 
 @torch.no_grad()

@@ -211,3 +211,9 @@ def test_incomplete_series_is_read_and_missing_files_are_reported(tmp_path: Path
     with caplog.at_level(logging.WARNING):
         assert texts(tmp_path, split="train") == ["one"]
     assert "1 of 2 files are missing, e.g. train-00001-of-00002.parquet; only the existing files are read" in caplog.text
+
+
+def test_a_column_that_occurs_twice_in_a_header_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text,label,text\na,1,b\n")
+    with pytest.raises(DataError, match="rows.csv:1: the header names 'text' more than once"):
+        read_rows([DataSource(path=str(tmp_path / "rows.csv"))])

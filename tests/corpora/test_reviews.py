@@ -67,3 +67,9 @@ def test_numbers_outside_of_the_names_are_refused(tmp_path, value) -> None:
     path.write_text(json.dumps([{"text": "a", "label": "1"}, {"text": "b", "label": value}, {"text": "c", "label": "2"}]))
     with pytest.raises(DataError, match="row 2: label is .*expected one of the names 1, 2, 3"):
         load_reviews(DataInput.model_validate({"train": str(path), "validation_fraction": 0.1}), STARS)
+
+
+def test_held_out_rows_with_one_label_are_said(tmp_path, caplog) -> None:
+    rows = [("good", 1)] * 10 + [("bad", 0)] * 20  # sorted by label; the last third is held out
+    load(tmp_path, "text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    assert "all 10 held-out rows" in caplog.text and "have the label negative" in caplog.text
