@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from stages.dpo.config import DPOStepConfig
-from stages.memory.estimate import Machine, Memory, dtype_bytes, lora_rank
+from stages.memory.estimate import Machine, Memory, dtype_bytes
 from stages.memory.lengths import Counter, Lengths, comparison_lengths
 from stages.memory.models import View, language_model, rows_per_pass
 
@@ -21,4 +21,4 @@ def estimate(config: DPOStepConfig, models: Mapping[str, View], lengths: Lengths
     columns = min(config.max_length or view.shape.positions, lengths.comparison)
     rows = 2 * rows_per_pass(config, processes, columns, machine, lengths.examples, texts=2)
     made = language_model(config, view, rows, columns, machine, tiled=True)
-    return made if lora_rank(config) else made + view.frozen(dtype_bytes(config.precision, machine))
+    return made if config.lora is not None else made + view.frozen(dtype_bytes(config.precision, machine))

@@ -147,7 +147,7 @@ class EvaluationConfig(StepConfig):
         judges = [judge for judge in self.judges if isinstance(judge, RewardInput)]
         return [*judges, *(one.best_of.reward for one in self.candidates.values() if one.best_of is not None)]
 
-    def _rewards(self) -> dict[str, RewardInput]:
+    def rewards(self) -> dict[str, RewardInput]:
         """All reward sources by field path."""
         rewards = {f"judges[{index}]": judge for index, judge in enumerate(self.judges) if isinstance(judge, RewardInput)}
         for name, candidate in self.candidates.items():
@@ -159,7 +159,7 @@ class EvaluationConfig(StepConfig):
 
     def check_rewards(self) -> None:
         """Raise RecipeError if a rubric cannot be read."""
-        check_rubrics(list(self._rewards().values()))
+        check_rubrics(list(self.rewards().values()))
 
     def model_inputs(self) -> dict[str, ModelInput]:
         inputs = {}
@@ -180,7 +180,7 @@ class EvaluationConfig(StepConfig):
 
     def data_inputs(self) -> dict[str, list[DataSource]]:
         inputs = {"data": self.data}
-        for field_path, reward in self._rewards().items():
+        for field_path, reward in self.rewards().items():
             inputs |= {path.replace("[0]", "", 1): rubric for path, rubric in rubric_inputs([reward], field_path).items()}
         for name, candidate in self.candidates.items():
             field_path = f"candidates.{name}"

@@ -1,6 +1,6 @@
-"""A model's weights, and the memory of a forward and backward pass: counted once per model and kind of pass, and kept in a file.
+"""What is counted on models without memory: weights, adapters, passes and decoding. A count is made once, and kept in a file.
 
-R rows (sequences), C columns (tokens of a row). A count imports torch (``fake_passes``, ``fake_weights``); a later
+R rows (sequences), C columns (tokens of a row). A count imports torch (``fake_passes``, ``fake_weights``, ``fake_decoding``); a later
 plan reads the file and imports nothing.
 """
 
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict
@@ -16,16 +17,21 @@ from functools import cache, partial
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypedDict, cast, final
+from typing import Any, TypeVar
 
-from stages.errors import StagesError
+from stages.errors import ModelError, StagesError
+from stages.memory.decoding import DecodingMemory, LayerStates
 from stages.memory.passes import PassKind, PassMemory, Polynomial
-from stages.memory.weights import ModelWeights
+from stages.memory.weights import AdapterWeights, ModelWeights, Quantizable
 
 logger = logging.getLogger(__name__)
 
 _file: ContextVar[Path | None] = ContextVar("file", default=None)  # where counts are kept
 _messages: ContextVar[list[str] | None] = ContextVar("messages", default=None)  # what could not be counted
+Counted = TypeVar("Counted")
+Fields = dict[str, Any]
+"""The fields of a count as JSON, or its ``reason`` if it is impossible."""
+_counts: dict[str, Fields] = {}  # by ``_key``
 
 
 @contextmanager
@@ -51,14 +57,15 @@ def uncounted() -> Iterator[list[str]]:
 
 def pass_memory(kind: PassKind) -> PassMemory | None:
     """The memory of a pass; None if its layers cannot be counted. The log (or ``uncounted``) then says why, once."""
-    if not kind.config:
-        return None
-    known = _known(_key(kind), partial(_or_reason, partial(_count, kind)))
-    if "kept" in known:
-        return PassMemory(_polynomial(known["kept"]), _polynomial(known["peak"]))
-    if "reason" in known:
-        _say(f"the activations of {_family(kind)} are estimated by constants, because its layers cannot be counted: {known['reason']}")
-    return None
+
+    def count() -> PassMemory:
+        from stages.memory.fake_passes import count
+
+        return count(kind)
+
+    otherwise = f"the activations of {_family(kind)} are estimated by constants, because its layers cannot be counted"
+    fields = _counted(_key(kind), kind, count, otherwise)
+    return None if fields is None else PassMemory(_polynomial(fields["kept"]), _polynomial(fields["peak"]))
 
 
 def model_weights(config: str, vocabulary: int) -> ModelWeights | None:
@@ -66,20 +73,54 @@ def model_weights(config: str, vocabulary: int) -> ModelWeights | None:
 
     ``config``: the transformers config as JSON.
     """
-    if not config:
+    kind = _plain_kind(config, vocabulary)
+
+    def count() -> ModelWeights:
+        from stages.memory.fake_weights import weights_of
+
+        return weights_of(kind)
+
+    otherwise = f"the weights of {_family(kind)} are computed as those of a plain transformer, because they cannot be counted"
+    fields = _counted(f"weights {_key(kind)}", kind, count, otherwise)
+    return None if fields is None else ModelWeights(**{**fields, "quantizable": Quantizable(**fields["quantizable"])})
+
+
+def adapter_weights(kind: PassKind) -> AdapterWeights | None:
+    """The weights of the adapter of ``kind``; None if they cannot be counted. The log (or ``uncounted``) then says why, once.
+
+    Raises ModelError if the settings of the adapter do not fit the model.
+    """
+
+    def count() -> AdapterWeights:
+        from stages.memory.fake_weights import adapter_of
+
+        return adapter_of(kind)
+
+    otherwise = f"the adapter of {_family(kind)} is computed as one on a plain transformer, because it cannot be counted"
+    fields = _counted(f"adapter {_key(kind)}", kind, count, otherwise)
+    if fields is None:
         return None
-    kind = PassKind(config, vocabulary, "cpu", weights=4, compute=4, trains=False)
-    known = _known(f"weights {_key(kind)}", partial(_or_reason, partial(_count_weights, kind)))
-    if "linear" in known:
-        return ModelWeights(**known)
-    if "reason" in known:
-        family, reason = _family(kind), known["reason"]
-        _say(f"the weights of {family} are computed as those of a plain transformer, because they cannot be counted: {reason}")
-    return None
+    counted = AdapterWeights(**fields)
+    if counted.unfit:
+        raise ModelError(counted.unfit)
+    return counted
 
 
-def _family(kind: PassKind) -> str:
-    return str(json.loads(kind.config).get("model_type", "this model"))
+def decoding_memory(kind: PassKind) -> DecodingMemory | None:
+    """What a model keeps while it decodes; None if it cannot be counted. The log (or ``uncounted``) then says why, once."""
+
+    def count() -> DecodingMemory:
+        from stages.memory.fake_decoding import count
+
+        return count(kind)
+
+    otherwise = f"the KV cache of {_family(kind)} is computed as that of a plain transformer, because it cannot be counted"
+    fields = _counted(f"decoding {_key(kind)}", kind, count, otherwise)
+    if fields is None:
+        return None
+    layers = tuple(LayerStates(**layer) for layer in fields["layers"])
+    pairs = {name: (fields[name][0], fields[name][1]) for name in ("step", "slot_step")}
+    return DecodingMemory(**{**fields, **pairs, "layers": layers})
 
 
 def has_plain_logits(config: str, vocabulary: int) -> bool:
@@ -87,13 +128,54 @@ def has_plain_logits(config: str, vocabulary: int) -> bool:
 
     True if that cannot be found out. ``config``: the transformers config as JSON.
     """
-    kind = PassKind(config, vocabulary, "cpu", weights=4, compute=4, trains=False)
+    kind = _plain_kind(config, vocabulary)
+
+    def count() -> Fields:
+        from stages.memory.fake_passes import has_plain_logits
+
+        return {"plain": has_plain_logits(kind)}
+
     if not config:
         return True
-    return bool(_known(f"logits {_key(kind)}", partial(_plain_logits, kind)).get("plain", True))
+    return bool(_known(f"logits {_key(kind)}", partial(_or_reason, count)).get("plain", True))
 
 
-def _known(key: str, count: Callable[[], _Kept]) -> _Kept:
+def text_sizes(config: str) -> Fields | None:
+    """The fields of the part for text of a transformers config, with the defaults of its class; None if transformers does not have it.
+
+    ``config``: the transformers config as JSON.
+    """
+    kind = _plain_kind(config, 0)
+
+    def read() -> Fields:
+        from stages.memory.fake_passes import text_config_of
+
+        return {"fields": json.loads(json.dumps(text_config_of(kind).to_dict(), default=str))}
+
+    fields: Fields | None = _known(f"sizes {_key(kind)}", partial(_or_reason, read)).get("fields")
+    return fields
+
+
+def _plain_kind(config: str, vocabulary: int) -> PassKind:
+    return PassKind(config, vocabulary, "cpu", weights=4, compute=4, trains=False)
+
+
+def _family(kind: PassKind) -> str:
+    return str(json.loads(kind.config or "{}").get("model_type", "this model"))
+
+
+def _counted(key: str, kind: PassKind, count: Callable[[], object], otherwise: str) -> Fields | None:
+    """The fields of a count; None if it is impossible. ``otherwise``: what the plan then does, which is said once, with the reason."""
+    if not kind.config:
+        return None
+    fields = _known(key, partial(_or_reason, count))
+    if "reason" not in fields:
+        return fields
+    _say(f"{otherwise}: {fields['reason']}")
+    return None
+
+
+def _known(key: str, count: Callable[[], Fields]) -> Fields:
     """What is kept under ``key``; if there is nothing, what ``count`` returns."""
     if key not in _counts:
         _counts.update(_read(_file.get()))
@@ -117,43 +199,7 @@ def _log_once(message: str) -> None:
     logger.warning("%s", message)
 
 
-@final
-class _Count(TypedDict):
-    """A count in the file: the fields of PassMemory as JSON. In this process the pairs may still be tuples."""
-
-    kept: dict[str, Sequence[float]]
-    peak: dict[str, Sequence[float]]
-
-
-@final
-class _NoCount(TypedDict):
-    """Why there is no count."""
-
-    reason: str
-
-
-@final
-class _Logits(TypedDict):
-    """Whether a model's logits are plain products."""
-
-    plain: bool
-
-
-@final
-class _Weights(TypedDict):
-    """The fields of ModelWeights."""
-
-    linear: int
-    other: int
-    output: int
-    adapter: int
-
-
-_Kept = _Count | _NoCount | _Logits | _Weights
-_counts: dict[str, _Kept] = {}  # by ``_key``
-
-
-def _polynomial(content: dict[str, Sequence[float]]) -> Polynomial:
+def _polynomial(content: Fields) -> Polynomial:
     return Polynomial(**{name: (pair[0], pair[1]) for name, pair in content.items()})
 
 
@@ -171,11 +217,13 @@ def _libraries() -> list[str]:
 
 @cache
 def _code() -> list[str]:
-    names = ("counting.py", "passes.py", "weights.py", "fake_passes.py", "fake_weights.py")
-    return [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in names]
+    own = ("counting", "passes", "weights", "decoding", "fake_passes", "fake_weights", "fake_decoding")
+    counted = ("models/adapters", "models/families", "sampling/cache", "sampling/support")
+    package = Path(__file__).parents[1]
+    return [(package / f"{name}.py").read_text(encoding="utf-8") for name in (*(f"memory/{name}" for name in own), *counted)]
 
 
-def _read(path: Path | None) -> dict[str, _Kept]:
+def _read(path: Path | None) -> dict[str, Fields]:
     if path is None:
         return {}
     try:
@@ -196,25 +244,14 @@ def _write(path: Path | None, key: str) -> None:
         logger.info("the counts of activations cannot be saved: %s", error)
 
 
-def _or_reason(count: Callable[[], PassMemory | ModelWeights]) -> _Kept:
+def _or_reason(count: Callable[[], object]) -> Fields:
     """The fields of a count, or the reason why there is none: any error of a family's own code."""
     with _silent():
         try:
-            return cast("_Kept", asdict(count()))
+            made = count()
         except Exception as error:
             return {"reason": _reason(error)}
-
-
-def _count(kind: PassKind) -> PassMemory:
-    from stages.memory.fake_passes import count
-
-    return count(kind)
-
-
-def _count_weights(kind: PassKind) -> ModelWeights:
-    from stages.memory.fake_weights import weights_of
-
-    return weights_of(kind)
+    return made if isinstance(made, dict) else asdict(made)  # type: ignore[call-overload, no-any-return]
 
 
 def _reason(error: Exception) -> str:
@@ -222,24 +259,17 @@ def _reason(error: Exception) -> str:
     return text if isinstance(error, StagesError) else f"{type(error).__name__}: {text}"
 
 
-def _plain_logits(kind: PassKind) -> _Logits:
-    from stages.memory import fake_passes
-
-    with _silent():
-        try:
-            return {"plain": fake_passes.has_plain_logits(kind)}
-        except Exception as error:
-            logger.info("whether the model caps or scales its logits is unknown: %s", error)
-            return {"plain": True}
-
-
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without the log of fake tensors: it has tracebacks of errors that are caught."""
-    fake = logging.getLogger("torch._subclasses.fake_tensor")
-    level = fake.level
-    fake.setLevel(logging.CRITICAL)
+    """Without the logs of fake tensors (they have tracebacks of errors that are caught) and transformers, and without warnings of peft."""
+    loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "transformers")]
+    levels = [one.level for one in loggers]
+    for one in loggers:
+        one.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        fake.setLevel(level)
+        for one, level in zip(loggers, levels, strict=True):
+            one.setLevel(level)

@@ -7,15 +7,13 @@ stores per token. Lengths are upper bounds: the longest prompt plus the maximum 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
 
-from stages.config import LoraSettings
-from stages.kernels.token_budget import CHUNK_BYTES, GPU_SHARE, GRAPH_COLUMNS
+from stages.kernels.token_budget import CHUNK_BYTES, GPU_SHARE
 from stages.memory.shapes import Shape
 
 FP32, HALF = 4, 2
-NF4_BYTES = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}
-"""Bytes per weight: four bits, and a scale per 64 weights (in 8 bits with double quantization)."""
+NF4_TABLE, SCALE_TABLE = 16 * FP32, 256 * FP32
+"""bitsandbytes keeps with each nf4 weight the table of its 16 values, and on a GPU with double quantization that of its scales."""
 TILE_TOKENS, TILE_COLUMNS = 4096, 32_768
 """Of the loss of TRL 1.16 (trl/kernels/chunked_logprob.py)."""
 TILE_COPIES = 7.25
@@ -32,8 +30,8 @@ LORA_ACTIVATIONS = 1.0
 class Memory:
     """The peak memory of one step.
 
-    ``kv_cache``, ``activations`` and ``logits`` are temporary: each is its maximum over all phases. ``passing`` is their sum in the largest
-    phase, plus freed blocks that the allocator keeps.
+    ``kv_cache``, ``activations``, ``logits`` and ``awake`` (weights that are moved to the device for a phase) are temporary: each is its
+    maximum over all phases. ``passing`` is their sum in the largest phase, plus freed blocks that the allocator keeps.
     """
 
     weights: float = 0.0
@@ -43,11 +41,17 @@ class Memory:
     kv_cache: float = 0.0
     activations: float = 0.0
     logits: float = 0.0
+    awake: float = 0.0
     passing: float = 0.0
 
     @property
+    def held(self) -> float:
+        """What stays for the complete step."""
+        return self.weights + self.adapters + self.gradients + self.optimizer
+
+    @property
     def total(self) -> float:
-        return self.weights + self.adapters + self.gradients + self.optimizer + self.passing
+        return self.held + self.passing
 
     def __add__(self, other: Memory) -> Memory:
         return Memory(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
@@ -56,10 +60,29 @@ class Memory:
         return {**{field.name: round(getattr(self, field.name)) for field in fields(self)}, "total": round(self.total)}
 
 
-def phases(*held: tuple[float, float, float]) -> Memory:
-    """Combine consecutive phases, each given as (cache, activations, logits)."""
-    caches, kept, logits = zip(*held, strict=True)
-    return Memory(kv_cache=max(caches), activations=max(kept), logits=max(logits), passing=max(map(sum, held)))
+@dataclass(frozen=True)
+class Phase:
+    """Bytes that a step has temporarily: cache, activations, logits, and weights that are moved to the device for this phase."""
+
+    cache: float = 0.0
+    activations: float = 0.0
+    logits: float = 0.0
+    awake: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.cache + self.activations + self.logits + self.awake
+
+
+def phases(*held: Phase) -> Memory:
+    """Combine consecutive phases."""
+    return Memory(
+        kv_cache=max(phase.cache for phase in held),
+        activations=max(phase.activations for phase in held),
+        logits=max(phase.logits for phase in held),
+        awake=max(phase.awake for phase in held),
+        passing=max(phase.total for phase in held),
+    )
 
 
 @dataclass(frozen=True)
@@ -83,19 +106,36 @@ def dtype_bytes(precision: str, machine: Machine) -> int:
 
 
 def frozen_weights(shape: Shape, quantization: str, *, double: bool, compute: int, output: bool = True) -> float:
-    """Weights of a frozen model. Only the layers' linear weights are quantized; the others have the compute dtype."""
-    each = {"none": float(compute), "int8": 1.0, "nf4": NF4_BYTES[double]}[quantization]
-    return shape.linear_weights * each + (shape.other_weights + (shape.output_weights if output else 0)) * compute
+    """Weights of a frozen model. Only linear weights of the layers are quantized; the others have the compute dtype."""
+    linear = compute * shape.linear_weights if quantization == "none" else quantized_weights(shape, quantization, double=double)
+    return linear + (shape.other_weights + (shape.output_weights if output else 0)) * compute
 
 
-def moments(weights: float, optimizer: str) -> float:
-    """Adam's two moments: fp32, or 8 bits with a scale per 256 weights. Paged moments count as GPU memory."""
-    return weights * (2 * (1 + FP32 / 256) if optimizer.endswith("8bit") else 2 * FP32)
+def quantized_weights(shape: Shape, quantization: str, *, double: bool) -> float:
+    """Linear weights in int8 (with a scale in fp32 per row) or nf4 (with a scale per 64 weights).
+
+    nf4: a scale has 32 bits. With ``double`` quantization it has 8, and 256 scales have one in fp32; a module also has their offset.
+    """
+    modules = shape.quantizable
+    if quantization == "int8":
+        return shape.linear_weights + FP32 * modules.rows
+    scales = modules.blocks + FP32 * (modules.groups + modules.modules) if double else FP32 * modules.blocks
+    return shape.linear_weights / 2 + scales + NF4_TABLE * modules.modules
 
 
-def trained(weights: float, optimizer: str) -> Memory:
-    """Gradients and moments of weights trained in fp32."""
-    return Memory(gradients=FP32 * weights, optimizer=moments(weights, optimizer))
+def moments(weights: float, optimizer: str, *, small: float = 0.0) -> float:
+    """Adam's two moments: fp32, or 8 bits with a scale per 256 weights. Paged moments count as GPU memory.
+
+    ``small``: those of ``weights`` in tensors that are too small for 8 bits (``memory/weights.py``).
+    """
+    if not optimizer.endswith("8bit"):
+        return weights * 2 * FP32
+    return (weights - small) * 2 * (1 + FP32 / 256) + small * 2 * FP32
+
+
+def trained(weights: float, optimizer: str, *, small: float = 0.0) -> Memory:
+    """Gradients and moments of weights trained in fp32. ``small``: as in ``moments``."""
+    return Memory(gradients=FP32 * weights, optimizer=moments(weights, optimizer, small=small))
 
 
 def activations(shape: Shape, tokens: float, compute: int, *, checkpointing: bool = False, lora: bool = False, lean: bool = False) -> float:
@@ -111,12 +151,6 @@ def activations(shape: Shape, tokens: float, compute: int, *, checkpointing: boo
 def inference(shape: Shape, tokens: float, compute: int) -> float:
     """The largest tensors of a forward pass that stores no activations."""
     return tokens * (3 * shape.intermediate + 4 * shape.hidden) * compute
-
-
-def kv_cache(shape: Shape, rows: int, prompt: int, new: int, compute: int, kind: str = "cpu") -> float:
-    """Keys and values of a decoding batch. The cache doubles when it is full, one layer at a time. A GPU's has multiples of 64 columns."""
-    columns = prompt + new if kind == "cpu" else -(-(prompt + new) // GRAPH_COLUMNS) * GRAPH_COLUMNS
-    return 2 * shape.layers * shape.kv_width * rows * columns * compute
 
 
 def chunked_logits(shape: Shape, positions: float, machine: Machine, *, trains_output: bool, compute: int = FP32) -> float:
@@ -156,18 +190,6 @@ def tiled_logits(shape: Shape, positions: float, machine: Machine, *, trains_out
     if machine.kind != "cpu":
         return tokens * TILE_COLUMNS * compute + hidden + output + casts
     return tokens * columns * (compute + TILE_COPIES * FP32) + hidden + output + casts
-
-
-class MayHaveLora(Protocol):
-    """A step config with the field ``lora``."""
-
-    @property
-    def lora(self) -> LoraSettings | None: ...
-
-
-def lora_rank(config: MayHaveLora) -> int:
-    """The rank of the adapter that a step trains; 0 if it trains all weights."""
-    return config.lora.r if config.lora is not None else 0
 
 
 def with_heap(memory: Memory, machine: Machine, kind: str) -> Memory:

@@ -22,14 +22,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, PreTrainedModel, masking_utils
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    masking_utils,
+)
 from transformers.integrations import moe
+from transformers.pytorch_utils import Conv1D
 
-from stages.config import LoraSettings, ModelInput
+from stages.config import ModelInput
 from stages.errors import ModelError
 from stages.memory.passes import PassKind, PassMemory, Polynomial
 from stages.models.attention import attention_of, class_of
 from stages.models.dropout import disable_dropout
+from stages.models.families import quantized_modules
 from stages.models.lean import use_lean_layers
 from stages.sampling.support import plain_model
 from stages.tokens.positions import model_length
@@ -37,21 +46,27 @@ from stages.tokens.positions import model_length
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from stages.model_types import TransformersModel
+    from stages.memory.passes import Task
+    from stages.model_types import AutoClass, TransformersModel
 
 COLUMNS = 512  # of the passes that are counted; the positions of the model if those are fewer
 LOOP_COLUMNS = 16  # the same for models that compute one token after the other: minutes become seconds
 HALF = 2  # bytes
 WHOLE = 3  # a model of up to this many layers is counted with all of them
+CLASSES: dict[Task, AutoClass] = {
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "FEATURE_EXTRACTION": AutoModel,
+    "SEQ_CLS": AutoModelForSequenceClassification,
+}
 
 
 def count(kind: PassKind) -> PassMemory:
     """Run the passes and fit the polynomials. Raises the errors of the model's code on fake tensors."""
-    config = config_of(kind)
+    config = text_config_of(kind)
     most = LOOP_COLUMNS if _loops_over_tokens(kind, config) else COLUMNS
     columns = min(most, (model_length(config) or 2 * most) // 2)
     # With sdpa and no mask, nothing grows with pairs of tokens, and two sizes are enough.
-    has_pairs = kind.masked or _attention(kind, config) == "eager"
+    has_pairs = kind.masked or attention(kind, config) == "eager"
     sizes = [(2, columns), (4, columns), *([(2, 2 * columns)] if has_pairs else [])]
     taken = [_runs(kind, layers, sizes) for layers in _numbers_of_layers(kind, config)]
     kept, peak = (_fitted(columns, [[run[part] for run in runs] for runs in taken]) for part in (0, 1))
@@ -62,15 +77,15 @@ def has_plain_logits(kind: PassKind) -> bool:
     """Whether the model's logits are its last hidden states times its output layer, without a cap or a scale before or after it."""
     config = config_of(kind, 1, vocab_size=kind.vocabulary)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=_attention(kind, config))
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention(kind, config))
     hidden: list[Tensor] = []
     seen: dict[str, Tensor] = {}
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and part is not model:
             part.register_forward_hook(lambda module, args, made: hidden.append(made[0]))
     model.get_output_embeddings().register_forward_hook(lambda module, args, made: seen.update(multiplied=args[0], product=made))
-    with FakeTensorMode(allow_non_fake_inputs=True), _without_values(kind), torch.no_grad():
-        _give_fake_weights(model, kind)
+    with FakeTensorMode(allow_non_fake_inputs=True), without_values(kind), torch.no_grad():
+        give_fake_weights(model, kind)
         logits = model(input_ids=torch.ones(1, 8, dtype=torch.long), use_cache=False).logits
     return _address(seen["multiplied"]) in map(_address, hidden) and _address(seen["product"]) == _address(logits)
 
@@ -91,14 +106,16 @@ def _numbers_of_layers(kind: PassKind, config: PretrainedConfig) -> tuple[int, .
     A pass without gradients needs as much memory with two layers as with more: it frees a layer's input in the next layer.
     """
     layers: int = config.num_hidden_layers
-    if layers <= WHOLE or not _are_alike(kind, layers):
+    if layers <= WHOLE or not are_alike(kind, layers):
         return (layers,)
     return (2, 3) if kind.trains else (2,)
 
 
-def _are_alike(kind: PassKind, layers: int) -> bool:
-    """Whether all layers have modules of the same classes with weights of the same shapes."""
-    model = plain_model(_bare_model(kind, layers))
+def are_alike(kind: PassKind, layers: int) -> bool:
+    """Whether all layers have modules of the same classes with weights of the same shapes, including their adapters."""
+    with torch.device("meta"):
+        named = kind.adapter is not None and kind.adapter.may_differ_by_layer
+        model = plain_model(_adapted_model(kind, layers) if named else _bare_model(kind, layers))
     for stack in model.modules():
         if isinstance(stack, nn.ModuleList) and len(stack) == layers:
             first, *others = [_signature(layer) for layer in stack]
@@ -133,8 +150,8 @@ def _fitted(columns: int, taken: Sequence[Sequence[float]]) -> Polynomial:
 def _runs(kind: PassKind, layers: int, sizes: Sequence[tuple[int, int]]) -> list[tuple[float, float]]:
     """(bytes kept after the forward pass, most bytes) of passes over (rows, columns)."""
     model = _model(kind, layers)
-    with FakeTensorMode(allow_non_fake_inputs=True), _without_values(kind):
-        _give_fake_weights(model, kind)
+    with FakeTensorMode(allow_non_fake_inputs=True), without_values(kind):
+        give_fake_weights(model, kind)
         return [_run(model, kind, *size) for size in sizes]
 
 
@@ -150,7 +167,7 @@ def _run(model: TransformersModel, kind: PassKind, rows: int, columns: int) -> t
 
 
 @contextmanager
-def _without_values(kind: PassKind) -> Iterator[None]:
+def without_values(kind: PassKind) -> Iterator[None]:
     """Replace two functions of transformers that fake tensors cannot run.
 
     Without padding there is no attention mask. transformers cannot see this on fake tensors, and would build a mask for packed rows. Fake
@@ -177,7 +194,8 @@ def _is_encoder(model: TransformersModel) -> bool:
 def config_of(kind: PassKind, layers: int | None = None, **sizes: int) -> PretrainedConfig:
     """The transformers config with the first ``layers`` layers (None: all) and other ``sizes``. A list with a value per layer is cut.
 
-    Raises ModelError for a model type that transformers does not have.
+    In the config of a model of several modalities, they belong to the part for text. Raises ModelError for a model type that
+    transformers does not have.
     """
     fields = json.loads(kind.config)
     if fields["model_type"] not in CONFIG_MAPPING:
@@ -185,51 +203,91 @@ def config_of(kind: PassKind, layers: int | None = None, **sizes: int) -> Pretra
     left_out = {"model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "quantization_config"}
     kept = {name: value for name, value in fields.items() if name not in left_out}
     config: PretrainedConfig = CONFIG_MAPPING[fields["model_type"]](**kept)
-    if layers is not None and layers != (full := config.num_hidden_layers):
-        for name, value in list(vars(config).items()):
+    text = config.get_text_config()
+    if layers is not None and layers != (full := text.num_hidden_layers):
+        for name, value in list(vars(text).items()):
             if isinstance(value, list | tuple) and len(value) == full and not all(isinstance(item, float) for item in value):
-                setattr(config, name, value[:layers])
-        config.num_hidden_layers = layers
+                setattr(text, name, value[:layers])
+        text.num_hidden_layers = layers
     for name, size in sizes.items():
-        if not isinstance(getattr(type(config), name, None), property):  # computed from other sizes
-            setattr(config, name, size)
-    if (getattr(config, "pad_token_id", None) or 0) >= config.vocab_size:
-        config.pad_token_id = None
+        if not isinstance(getattr(type(text), name, None), property):  # computed from other sizes
+            setattr(text, name, size)
+    if (getattr(text, "pad_token_id", None) or 0) >= text.vocab_size:
+        text.pad_token_id = None
+    return config
+
+
+def text_config_of(kind: PassKind, layers: int | None = None, **sizes: int) -> PretrainedConfig:
+    """The part of ``config_of`` for text; for most models all of it."""
+    config: PretrainedConfig = config_of(kind, layers, **sizes).get_text_config()
     return config
 
 
 def _bare_model(kind: PassKind, layers: int) -> TransformersModel:
-    """The transformer with its first layers on the meta device, without adapters and quantization."""
-    config = config_of(kind, layers, vocab_size=kind.vocabulary)
-    dtype = torch.float32 if kind.weights > HALF else torch.bfloat16
+    """The transformer for text with its first layers on the meta device, without adapters and quantization."""
+    config = text_config_of(kind, layers, vocab_size=kind.vocabulary)
     with torch.device("meta"):
-        model: TransformersModel = AutoModel.from_config(config, dtype=dtype, attn_implementation=_attention(kind, config))
+        model: TransformersModel = AutoModel.from_config(config, dtype=_dtype(kind), attn_implementation=attention(kind, config))
     return model
+
+
+def _dtype(kind: PassKind) -> torch.dtype:
+    return torch.float32 if kind.weights > HALF else torch.bfloat16
+
+
+def whole_model(kind: PassKind, layers: int | None = None) -> TransformersModel:
+    """The model of the class that a step loads (``kind.task``), with its first layers (None: all), on the meta device."""
+    config = config_of(kind, layers, vocab_size=kind.vocabulary)
+    with torch.device("meta"):
+        model: TransformersModel = CLASSES[kind.task].from_config(
+            config, dtype=_dtype(kind), attn_implementation=attention(kind, config.get_text_config())
+        )
+    return model
+
+
+def _adapted_model(kind: PassKind, layers: int) -> TransformersModel:
+    """The transformer with its first layers and the new adapter, on the meta device.
+
+    An adapter whose settings name modules is added to the model of the class that a step loads, because names depend on the class.
+    """
+    from stages.models.adapters import attach_lora
+
+    assert kind.adapter is not None
+    model = _bare_model(kind, layers) if kind.adapter.is_everywhere else whole_model(kind, layers)
+    disable_dropout(model)
+    if kind.quantization != "none":
+        _quantize(model, kind.quantization, kind.device)
+    model.requires_grad_(False)
+    task = "FEATURE_EXTRACTION" if kind.adapter.is_everywhere else kind.task
+    with torch.device("meta"):
+        adapted = attach_lora(model, kind.adapter.settings, task=task, base="count")
+    if kind.adapter.is_everywhere:
+        return adapted
+    inner = plain_model(adapted)
+    return inner.base_model if kind.task == "SEQ_CLS" else inner.get_decoder()
 
 
 def _model(kind: PassKind, layers: int) -> TransformersModel:
     """The transformer with its first layers on the meta device, as a training step prepares it."""
-    model = _bare_model(kind, layers)
-    disable_dropout(model)
-    if kind.quantization != "none":
-        _quantize(model, kind.quantization)
-    if kind.rank:
-        from stages.models.adapters import attach_lora
-
-        model.requires_grad_(False)
-        model = attach_lora(model, LoraSettings(r=kind.rank), task="FEATURE_EXTRACTION", base="count")
-    elif kind.device == "cpu" and kind.compute > HALF and kind.trains:
-        _use_lean_layers(model, kind)
+    if kind.adapter is not None:
+        model = _adapted_model(kind, layers)
+    else:
+        model = _bare_model(kind, layers)
+        disable_dropout(model)
+        if kind.quantization != "none":
+            _quantize(model, kind.quantization, kind.device)
+        if kind.device == "cpu" and kind.compute > HALF and kind.trains:
+            _use_lean_layers(model, kind)
     model.train(kind.trains)
     if kind.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if kind.rank:
+        if kind.adapter is not None:
             model.enable_input_require_grads()
     return model
 
 
-def _attention(kind: PassKind, config: PretrainedConfig) -> str:
-    """eager if a step would use it, else sdpa. Flash attention keeps what sdpa keeps."""
+def attention(kind: PassKind, config: PretrainedConfig) -> str:
+    """The attention implementation of a pass: eager if a step would use it, else sdpa. Flash attention keeps what sdpa keeps."""
     chosen = attention_of(AutoModelForCausalLM, config, ModelInput(ref="count"), torch.float32 if kind.compute > HALF else torch.bfloat16)
     known = class_of(AutoModelForCausalLM, config) or class_of(AutoModel, config)
     return "eager" if chosen == "eager" or (known is not None and not known._supports_sdpa) else "sdpa"
@@ -237,11 +295,11 @@ def _attention(kind: PassKind, config: PretrainedConfig) -> str:
 
 def _use_lean_layers(model: nn.Module, kind: PassKind) -> None:
     """Use the lean layers of ``models/lean.py``. They are chosen on a small real model, because the choice compares outputs."""
-    config = config_of(kind)
+    config = text_config_of(kind)
     width = 8 * getattr(config, "num_attention_heads", 1)
     sizes = {"hidden_size": width, "intermediate_size": width, "head_dim": 8, "vocab_size": 16}
     layers = min(2, config.num_hidden_layers)  # RWKV cannot be made with one layer
-    small = AutoModel.from_config(config_of(kind, layers, **{name: size for name, size in sizes.items() if hasattr(config, name)}))
+    small = AutoModel.from_config(text_config_of(kind, layers, **{name: size for name, size in sizes.items() if hasattr(config, name)}))
     usual = {name: type(module).__name__ for name, module in small.named_modules()}
     use_lean_layers(small)
     lean = {usual[name]: type(module) for name, module in small.named_modules() if hasattr(module, "lean")}
@@ -251,7 +309,7 @@ def _use_lean_layers(model: nn.Module, kind: PassKind) -> None:
             setattr(module, "forward", getattr(module, "lean"))  # noqa: B009, B010  # its own forward would refuse fake tensors
 
 
-def _give_fake_weights(model: nn.Module, kind: PassKind) -> None:
+def give_fake_weights(model: nn.Module, kind: PassKind) -> None:
     """Replace the tensors on the meta device by fake ones on a CPU. Trained weights get gradients, as after an earlier pass of a step."""
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
@@ -295,50 +353,73 @@ class _Saved(Protocol):
 
 
 class _Quantized(torch.autograd.Function):
-    """x [..., K] times a frozen weight [N, K]. int8 keeps x, and quantizes a copy of it in fp16; nf4 keeps nothing."""
+    """x [..., K] times a frozen weight [N, K], as in bitsandbytes.
+
+    nf4 keeps nothing and dequantizes the weight in both passes. int8 keeps x. On a CPU it also dequantizes the weight; on a GPU it
+    quantizes x, and multiplies the codes into 32-bit integers. The columns of x with outliers, which it keeps too, depend on the data.
+    """
 
     @staticmethod
-    def forward(ctx: _Saved, x: Tensor, weight: Tensor, quantization: str) -> Tensor:
+    def forward(ctx: _Saved, x: Tensor, weight: Tensor, quantization: str, device: str) -> Tensor:
         ctx.weight = weight
         if quantization == "int8":
             ctx.x = x
-            half = x.to(torch.float16)
-            codes = torch.empty_like(half, dtype=torch.int8)
-            del half
-            output = x.new_empty(*x.shape[:-1], len(weight))
-            del codes
-            return output
-        return x @ torch.empty_like(weight, dtype=x.dtype).T
+        if quantization == "nf4" or device == "cpu":
+            return x @ torch.empty_like(weight, dtype=x.dtype).T
+        half = x.to(torch.float16)
+        codes = torch.empty_like(half, dtype=torch.int8)
+        del half
+        product = x.new_empty(*x.shape[:-1], len(weight), dtype=torch.int32)
+        output = torch.empty_like(product, dtype=x.dtype)
+        del codes, product
+        return output
 
     @staticmethod
     def backward(ctx: _Saved, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = upstream
-        return gradient @ torch.empty_like(ctx.weight, dtype=gradient.dtype), None, None
+        return gradient @ torch.empty_like(ctx.weight, dtype=gradient.dtype), None, None, None
+
+
+def _quantized_product(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    quantization, device = QUANTIZED[type(module)]
+    output: Tensor = _Quantized.apply(x.to(dtype), weight, quantization, device)
+    return output if bias is None else output + bias.to(dtype)
 
 
 class _QuantizedLinear(nn.Linear):
-    """A linear layer with the memory behaviour of one of bitsandbytes in nf4: a dequantized copy of the weight in each product."""
-
-    quantization = "nf4"
+    """A linear layer with the memory behaviour of one of bitsandbytes."""
 
     def forward(self, input: Tensor) -> Tensor:
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
-        output: Tensor = _Quantized.apply(input.to(dtype), self.weight, self.quantization)
-        return output if self.bias is None else output + self.bias.to(dtype)
+        return _quantized_product(self, input, self.weight, self.bias)
 
 
-class _Int8Linear(_QuantizedLinear):
-    """The same in int8."""
+class _QuantizedConv1D(Conv1D):
+    """The same for the linear layer of GPT-2, whose weight is transposed."""
 
-    quantization = "int8"
+    def forward(self, x: Tensor) -> Tensor:
+        return _quantized_product(self, x, self.weight.T, self.bias)
 
 
-def _quantize(model: nn.Module, quantization: str) -> None:
-    """Make the linear layers behave like quantized ones."""
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = _Int8Linear if quantization == "int8" else _QuantizedLinear
-            module.requires_grad_(False)
+def _quantized_class(kind: type[nn.Module], quantization: str, device: str) -> type[nn.Module]:
+    """The subclass of a class above for a quantization and a device; always the same one."""
+    for made, settings in QUANTIZED.items():
+        if issubclass(made, kind) and settings == (quantization, device):
+            return made
+    made = type(f"{kind.__name__}_{quantization}_{device}", (kind,), {})
+    QUANTIZED[made] = (quantization, device)
+    return made
+
+
+QUANTIZED: dict[type[nn.Module], tuple[str, str]] = {}
+"""(quantization, device) of each class of quantized layers that a count has made."""
+
+
+def _quantize(model: TransformersModel, quantization: str, device: str) -> None:
+    """Make those linear layers that bitsandbytes would quantize behave like quantized ones."""
+    for module in quantized_modules(plain_model(model)):
+        module.__class__ = _quantized_class(_QuantizedConv1D if isinstance(module, Conv1D) else _QuantizedLinear, quantization, device)
+        module.requires_grad_(False)
 
 
 class LiveBytes(TorchDispatchMode):

@@ -1,34 +1,74 @@
-"""Count the weights of a model by making it on the meta device, where tensors have a shape but no memory."""
+"""Count the weights of a model and of an adapter by making them on the meta device, where tensors have a shape but no memory."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from stages.memory.fake_passes import config_of
+from stages.errors import ModelError
+from stages.memory.fake_passes import WHOLE, are_alike, config_of, text_config_of, whole_model
 from stages.memory.passes import PassKind
-from stages.memory.weights import ModelWeights
-from stages.models.families import state_space_products
+from stages.memory.weights import SMALL, AdapterWeights, ModelWeights, Quantizable
+from stages.models.adapters import adapted, attach_lora, is_part_of
+from stages.models.families import quantized_modules
+from stages.sampling.support import plain_model
+
+if TYPE_CHECKING:
+    from stages.model_types import TransformersModel
+
+NAME = "count"  # of the adapter
 
 
 def weights_of(kind: PassKind) -> ModelWeights:
     """The weights of the causal language model of ``kind``; of an encoder those of its transformer. Raises the errors of the model's code.
 
-    Linear modules that support neither adapters nor quantization count as other weights.
+    Linear modules that bitsandbytes does not quantize count as other weights.
     """
-    config = config_of(kind, vocab_size=kind.vocabulary)
-    is_causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    with torch.device("meta"):
-        model = (AutoModelForCausalLM if is_causal else AutoModel).from_config(config)
-    transformer = model.base_model
-    without = set(state_space_products(transformer))
-    matrices = [
-        module.weight for name, module in transformer.named_modules() if type(module) in (nn.Linear, Conv1D) and name not in without
-    ]
-    linear = sum(matrix.numel() for matrix in matrices)
-    inner = sum(parameter.numel() for parameter in transformer.parameters())
+    family = config_of(kind).model_type
+    is_causal = family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and family not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    model = plain_model(whole_model(replace(kind, task="CAUSAL_LM" if is_causal else "FEATURE_EXTRACTION")))
+    sizes = [_size_of(module) for module in quantized_modules(model)]
+    linear = sum(rows * columns for rows, columns in sizes)
+    inner = sum(parameter.numel() for parameter in model.base_model.parameters())
     everything = sum(parameter.numel() for parameter in model.parameters())
-    return ModelWeights(linear, inner - linear, everything - inner, sum(sum(matrix.shape) for matrix in matrices))
+    return ModelWeights(linear, inner - linear, everything - inner, Quantizable.of(sizes))
+
+
+def _size_of(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    """(output features, input features)."""
+    rows, columns = module.weight.shape
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+
+
+def adapter_of(kind: PassKind) -> AdapterWeights:
+    """The weights of the adapter of ``kind``, added to a model of its class. Raises the errors of the model's code.
+
+    If all layers are alike, two and three layers are enough: the third layer has the same weights as each further one.
+    """
+    assert kind.adapter is not None
+    layers: int = text_config_of(kind).num_hidden_layers
+    if layers <= WHOLE or kind.adapter.may_differ_by_layer or not are_alike(kind, layers):
+        return _adapter_with(kind, layers)
+    two, three = (_adapter_with(kind, number) for number in (2, 3))
+    weights, small = (less + (layers - 2) * (more - less) for less, more in ((two.weights, three.weights), (two.small, three.small)))
+    return replace(two, weights=weights, small=small)
+
+
+def _adapter_with(kind: PassKind, layers: int) -> AdapterWeights:
+    assert kind.adapter is not None
+    model: TransformersModel = whole_model(kind, layers)
+    model.requires_grad_(False)
+    try:
+        with torch.device("meta"):
+            model = attach_lora(model, kind.adapter.settings, task=kind.task, base="count", name=NAME)
+    except ModelError as error:
+        return AdapterWeights(0, unfit=str(error))
+    own = [parameter.numel() for name, parameter in model.named_parameters() if is_part_of(name, NAME) and parameter.requires_grad]
+    output = plain_model(adapted(model)).get_output_embeddings()
+    of_output = [] if output is None else [one.numel() for name, one in output.named_parameters() if is_part_of(name, NAME)]
+    return AdapterWeights(sum(own), sum(of_output), sum(number for number in own if number < SMALL))

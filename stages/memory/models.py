@@ -8,26 +8,26 @@ from random import Random
 from typing import Protocol
 
 from stages.config import CHECKED_WEIGHTS, LoraSettings, TrainingStepConfig
-from stages.kernels.token_budget import CPU_TOKENS, PROMPT_TOKENS, rows_per_batch, token_budget_batches, tokens_of
+from stages.kernels.token_budget import CPU_TOKENS, token_budget_batches, tokens_of
 from stages.memory.counting import has_plain_logits, pass_memory
+from stages.memory.decoding import cached, read_rows
 from stages.memory.estimate import (
     FP32,
     Machine,
     Memory,
+    Phase,
     activations,
     chunked_logits,
     dtype_bytes,
     frozen_weights,
     full_logits,
     inference,
-    kv_cache,
-    lora_rank,
     phases,
     tiled_logits,
     trained,
     unchunked_logits,
 )
-from stages.memory.passes import PassKind
+from stages.memory.passes import Adapter, PassKind, Task
 from stages.memory.shapes import Shape
 
 DRAWN_STEPS = 4  # number of steps that are drawn to find how full passes get
@@ -53,73 +53,138 @@ class TrainedStep(Protocol):
 
 @dataclass(frozen=True)
 class View:
-    """A model that a step reads: its sizes and its loading options."""
+    """A model that a step reads: its sizes and its loading options.
+
+    ``adapters``: (identifier, weights) of each of its adapters. ``generative``: it is a generative reward model.
+    """
 
     shape: Shape
     base: str  # identifies its full weights: roles with the same base can share them
-    adapters: float = 0.0  # weights of its adapters
+    adapters: tuple[tuple[str, float], ...] = ()
     quantization: str = "none"
     double: bool = True
+    generative: bool = False
 
     def frozen(self, compute: int, *, output: bool = True) -> Memory:
         """Memory of the model loaded without training."""
         merged = self.quantization == "none"  # adapters are merged into unquantized weights
         return Memory(
             weights=frozen_weights(self.shape, self.quantization, double=self.double, compute=compute, output=output),
-            adapters=0.0 if merged else FP32 * self.adapters,
+            adapters=0.0 if merged else FP32 * sum(weights for _, weights in self.adapters),
         )
 
 
-def trained_model(config: TrainingStepConfig, view: View, machine: Machine, *, output: bool = True) -> Memory:
-    """A model trained by a Trainer: full weights in fp32, or an adapter on frozen weights."""
-    shape, rank = view.shape, lora_rank(config)
-    if rank:
-        adapter = shape.lora_weights(rank)
+def new_adapter(view: View, lora: LoraSettings, optimizer: str, *, task: Task = "CAUSAL_LM", trains_output: bool = True) -> Memory:
+    """A new adapter on ``view``, its gradients and moments. ``task``: the class that it is added to.
+
+    ``trains_output``: whether full copies of the output layer get gradients. Raises ModelError if the adapter does not fit the model.
+    """
+    adapter = view.shape.adapter(_adapter_of(lora), task)
+    weights = adapter.weights - (0 if trains_output else adapter.output)
+    return replace(trained(weights, optimizer, small=adapter.small), adapters=FP32 * adapter.weights)
+
+
+def _adapter_of(lora: LoraSettings) -> Adapter:
+    adapter = Adapter.of(lora)
+    assert adapter is not None
+    return adapter
+
+
+def trained_model(config: TrainingStepConfig, view: View, machine: Machine, *, task: Task = "CAUSAL_LM") -> Memory:
+    """A model trained by a Trainer: full weights in fp32, or an adapter on frozen weights. ``task``: the class that the step loads.
+
+    Only a language model has an output layer. Raises ModelError if the adapter does not fit the model.
+    """
+    shape, output, optimizer = view.shape, task == "CAUSAL_LM", config.training.optimizer
+    if config.lora is not None:
         below = view.frozen(dtype_bytes(config.precision, machine), output=output)
-        return below + replace(trained(adapter, config.training.optimizer), adapters=FP32 * adapter)
+        return below + new_adapter(view, config.lora, optimizer, task=task)
     weights = shape.linear_weights + shape.other_weights + (shape.output_weights if output else 0)
-    return Memory(weights=FP32 * weights) + trained(weights, config.training.optimizer)
+    return Memory(weights=FP32 * weights) + trained(weights, optimizer)
 
 
-Phase = tuple[float, float, float]
-"""Bytes of cache, activations and logits, as ``phases`` combines them."""
-
-
-def training_phase(config: TrainedStep, view: View, rows: float, columns: int, machine: Machine, *, logits: float, masked: bool) -> Phase:
+def training_phase(
+    config: TrainedStep,
+    view: View,
+    rows: float,
+    columns: int,
+    machine: Machine,
+    *,
+    logits: float,
+    masked: bool,
+    task: Task = "CAUSAL_LM",
+) -> Phase:
     """A forward and backward pass over ``rows`` sequences of ``columns`` tokens. ``logits``: bytes of the loss, which is between the two.
 
     The layers are counted on tensors without data (counting.py); constants replace a count that is impossible. ``masked``: the rows have
-    padding that attention must hide.
+    padding that attention must hide. ``task``: the class that the step loads.
     """
-    shape, rank, compute = view.shape, lora_rank(config), dtype_bytes(config.precision, machine)
-    checkpointing = config.training.gradient_checkpointing
+    shape, compute = view.shape, dtype_bytes(config.precision, machine)
+    adapter, checkpointing = Adapter.of(config.lora), config.training.gradient_checkpointing
     counted = pass_memory(
         PassKind(
             config=shape.config,
             vocabulary=shape.vocabulary,
             device=machine.kind,
-            weights=compute if rank else FP32,
+            weights=compute if adapter else FP32,
             compute=compute,
             trains=True,
             checkpointing=checkpointing,
-            rank=rank,
-            quantization=view.quantization if rank else "none",
+            adapter=adapter,
+            quantization=view.quantization if adapter else "none",
             masked=masked,
+            task="CAUSAL_LM" if adapter is None or adapter.is_everywhere else task,
         )
     )
     if counted is None:
-        lean = machine.kind == "cpu" and compute == FP32 and not rank
-        kept = activations(shape, rows * columns, compute, checkpointing=checkpointing, lora=bool(rank), lean=lean)
-        return 0.0, kept, logits
+        lean = machine.kind == "cpu" and compute == FP32 and adapter is None
+        kept = activations(shape, rows * columns, compute, checkpointing=checkpointing, lora=adapter is not None, lean=lean)
+        return Phase(activations=kept, logits=logits)
     kept, peak = (part.at(shape.layers, rows, columns) for part in (counted.kept, counted.peak))
-    return 0.0, peak, max(0.0, logits - (peak - kept))  # the backward pass of the layers begins when the logits are freed
+    # The backward pass of the layers begins when the logits are freed.
+    return Phase(activations=peak, logits=max(0.0, logits - (peak - kept)))
 
 
-def inference_bytes(shape: Shape, rows: float, columns: int, compute: int, machine: Machine) -> float:
-    """The largest tensors of a pass without a backward pass over ``rows`` sequences of ``columns`` tokens."""
-    kind = PassKind(shape.config, shape.vocabulary, machine.kind, weights=compute, compute=compute, trains=False)
+def inference_bytes(view: View, rows: float, columns: int, compute: int, machine: Machine, *, masked: bool = False) -> float:
+    """The largest tensors of a pass without a backward pass over ``rows`` sequences of ``columns`` tokens. ``masked``: with padding."""
+    kind = PassKind(
+        view.shape.config,
+        view.shape.vocabulary,
+        machine.kind,
+        weights=compute,
+        compute=compute,
+        trains=False,
+        quantization=view.quantization,
+        masked=masked,
+    )
     counted = pass_memory(kind)
-    return inference(shape, rows * columns, compute) if counted is None else counted.peak.at(shape.layers, rows, columns)
+    return inference(view.shape, rows * columns, compute) if counted is None else counted.peak.at(view.shape.layers, rows, columns)
+
+
+def decoding_phases(view: View, rows: int, prompt: int, new: int, machine: Machine, *, weights: int, compute: int) -> list[Phase]:
+    """Reading ``rows`` prompts of ``prompt`` tokens, and the last step of ``new`` sampled tokens.
+
+    ``weights``, ``compute``: bytes per weight, and per value of the compute dtype.
+    """
+    shape, tokens, device = view.shape, prompt + new, machine.kind
+    memory = shape.decoding(device, weights, compute)
+    read = read_rows(memory, rows, prompt, tokens, device)
+    at_first, at_last = cached(memory, rows, prompt, new, device)
+    # Passes that are divided have their own cache, whose content is then copied.
+    apart = read * memory.kept(prompt, windows=False) if memory.reads_in_parts(tokens, device) else 0.0
+    sampled = 3 * FP32 * rows * shape.vocabulary
+    columns = tokens if memory.method == "text" else prompt
+    logits = compute * shape.vocabulary * read * (1 if memory.limits_logits else columns)
+    reading = Phase(at_first, inference_bytes(view, read, columns, compute, machine, masked=memory.method != "text") + apart, logits)
+    if memory.method == "text":
+        return [replace(reading, logits=logits + sampled)]
+    return [reading, Phase(at_last, rows * memory.of_step(tokens, device), sampled)]
+
+
+def cache_bytes(view: View, rows: int, prompt: int, new: int, machine: Machine, *, weights: int, compute: int) -> float:
+    """The slots that a GPU keeps between two calls of decoding; 0 if the model is decoded without slots."""
+    memory = view.shape.decoding(machine.kind, weights, compute)
+    return cached(memory, rows, prompt, new, machine.kind)[1] if memory.in_slots(prompt + new, machine.kind) else 0.0
 
 
 def policy_logits(
@@ -141,8 +206,8 @@ def saving(shape: Shape, *, output: bool = True) -> Phase:
     """
     weights = shape.weights - (0 if output else shape.output_weights)
     if weights > CHECKED_WEIGHTS:
-        return 0.0, 0.0, 0.0
-    return 0.0, FP32 * weights + (FP32 + 3) * shape.vocabulary * shape.hidden, 0.0
+        return Phase()
+    return Phase(activations=FP32 * weights + (FP32 + 3) * shape.vocabulary * shape.hidden)
 
 
 def cast_bytes(weights: float, compute: int) -> float:
@@ -186,7 +251,7 @@ def language_model(config: TrainingStepConfig, view: View, rows: float, columns:
     logits = unchunked_logits(view.shape, rows * columns)
     if tiled:
         compute = dtype_bytes(config.precision, machine)
-        logits = tiled_logits(view.shape, rows * columns, machine, trains_output=not lora_rank(config), compute=compute)
+        logits = tiled_logits(view.shape, rows * columns, machine, trains_output=config.lora is None, compute=compute)
     return trained_model(config, view, machine) + phases(
         training_phase(config, view, rows, columns, machine, logits=logits, masked=has_padding(config)),
         saving(view.shape),
@@ -196,10 +261,3 @@ def language_model(config: TrainingStepConfig, view: View, rows: float, columns:
 def has_padding(config: TrainingStepConfig) -> bool:
     """Whether the rows of a Trainer's step have different lengths, so that attention gets a mask."""
     return not (config.stage == "pretraining" or getattr(config, "packing", False))
-
-
-def reading(shape: Shape, rows: int, prompt: int, compute: int, machine: Machine) -> float:
-    """Activations, keys and values of a prefill pass over as many of ``rows`` prompts as fit into one pass."""
-    most = min(rows, max(1, PROMPT_TOKENS // max(1, prompt)))
-    read = rows_per_batch(most, prompt, device_type=machine.kind)
-    return inference_bytes(shape, read, prompt, compute, machine) + kv_cache(shape, read, prompt, 0, compute)

@@ -6,6 +6,47 @@ R rows (sequences), C columns (tokens of a row).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+from stages.config import LoraSettings
+
+Task = Literal["CAUSAL_LM", "FEATURE_EXTRACTION", "SEQ_CLS"]
+"""Which class of a model a step loads: a language model, the transformer below a scalar head, or a classifier."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The settings of a trained adapter that decide its size: LoraSettings' ``r``, ``target_modules`` and ``modules_to_save``."""
+
+    rank: int
+    targets: str | tuple[str, ...] = "all-linear"
+    copies: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, lora: LoraSettings | None) -> Adapter | None:
+        """The adapter that a step trains; None if it trains all weights."""
+        if lora is None:
+            return None
+        targets = lora.target_modules if isinstance(lora.target_modules, str) else tuple(lora.target_modules)
+        return cls(lora.r, targets, tuple(lora.modules_to_save))
+
+    @property
+    def settings(self) -> LoraSettings:
+        """The settings with which ``models/adapters.py`` makes it."""
+        targets = self.targets if isinstance(self.targets, str) else list(self.targets)
+        return LoraSettings(r=self.rank, target_modules=targets, modules_to_save=list(self.copies))
+
+    @property
+    def is_everywhere(self) -> bool:
+        """Whether it is the default adapter: on every linear layer, without copies of modules. It is the same for each ``Task``."""
+        return self.targets == "all-linear" and not self.copies
+
+    @property
+    def may_differ_by_layer(self) -> bool:
+        """Whether its settings may name layers by number. A name without digits is in every layer or in none."""
+        if isinstance(self.targets, str) and self.targets != "all-linear":
+            return True  # a regular expression
+        return any(character.isdigit() for name in (*self.copies, *self.targets) for character in name)
 
 
 @dataclass(frozen=True)
@@ -13,8 +54,8 @@ class PassKind:
     """A pass through the layers of a transformer, without an output layer.
 
     ``config``: the transformers config as JSON. ``weights`` and ``compute``: bytes per weight, and per value of the compute dtype.
-    ``rank``: of the adapters that are trained; 0: all weights are trained. ``trains``: with a backward pass. ``masked``: rows have padding,
-    so attention gets a mask.
+    ``adapter``: the adapter that is trained; None: all weights are trained. ``trains``: with a backward pass. ``masked``: rows have
+    padding, so attention gets a mask. ``task``: the class that the adapter is added to, whose module names its settings use.
     """
 
     config: str
@@ -24,9 +65,10 @@ class PassKind:
     compute: int
     trains: bool
     checkpointing: bool = False
-    rank: int = 0
+    adapter: Adapter | None = None
     quantization: str = "none"
     masked: bool = False
+    task: Task = "CAUSAL_LM"
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,10 @@ from types import SimpleNamespace
 from ruamel.yaml import YAML
 
 from stages.json_types import JsonObject
-from stages.memory.counting import model_weights
-from stages.memory.weights import ModelWeights
+from stages.memory.counting import adapter_weights, decoding_memory, model_weights, text_sizes
+from stages.memory.decoding import DecodingMemory, LayerStates
+from stages.memory.passes import Adapter, PassKind, Task
+from stages.memory.weights import AdapterWeights, ModelWeights, Quantizable
 from stages.tokens.positions import model_length
 
 KNOWN_MODELS = Path(__file__).parent / "known_models.yaml"
@@ -50,7 +52,7 @@ class Shape:
 
     @property
     def linear_weights(self) -> int:
-        """Weights of the linear modules that quantization and adapters apply to."""
+        """Weights of the linear modules that bitsandbytes quantizes."""
         return self._weights.linear
 
     @property
@@ -68,9 +70,23 @@ class Shape:
         """All weights of a causal language model."""
         return self.linear_weights + self.other_weights + self.output_weights
 
-    def lora_weights(self, rank: int) -> int:
-        """Weights of an adapter on every linear module of the layers."""
-        return rank * self._weights.adapter
+    @property
+    def quantizable(self) -> Quantizable:
+        """The modules of ``linear_weights``."""
+        return self._weights.quantizable
+
+    def adapter(self, adapter: Adapter, task: Task = "CAUSAL_LM") -> AdapterWeights:
+        """The weights of a new adapter. ``task``: the class that it is added to. Raises ModelError if it does not fit the model."""
+        kind = PassKind(self.config, self.vocabulary, "cpu", weights=4, compute=4, trains=True, adapter=adapter, task=task)
+        return adapter_weights(kind) or AdapterWeights(adapter.rank * sum(rows + columns for rows, columns in self._matrices))
+
+    def decoding(self, device: str, weights: int, compute: int) -> DecodingMemory:
+        """What the model keeps while it decodes. ``weights``, ``compute``: bytes per weight, and per value of the compute dtype."""
+        counted = decoding_memory(PassKind(self.config, self.vocabulary, device, weights, compute, trains=False))
+        if counted is not None:
+            return counted
+        layers = LayerStates(token=2.0 * self.kv_width * compute, state=0.0, window=0, number=self.layers)
+        return DecodingMemory((layers,), "in place", True, -1, (0.0, 0.0), (0.0, 0.0), limits_logits=True)
 
     @property
     def _weights(self) -> ModelWeights:
@@ -80,15 +96,21 @@ class Shape:
     def formula(self) -> ModelWeights:
         """The weights of a plain transformer of these sizes: one feed-forward layer per layer, and attention in it."""
         d, q, kv, i = self.hidden, self.query_width, self.kv_width, self.intermediate
-        matrices = [(d, q), (d, kv), (d, kv), (q, d), *([(d, i), (d, i), (i, d)] if self.gated else [(d, i), (i, d)])]
         norms = (2 * self.layers + 1) * d * (2 if self.biases == "all" else 1)
         biases = self.layers * {"all": q + 2 * kv + 2 * d + i, "qkv": q + 2 * kv, "none": 0}[self.biases]
         return ModelWeights(
-            linear=self.layers * sum(rows * columns for rows, columns in matrices),
+            linear=sum(rows * columns for rows, columns in self._matrices),
             other=(self.vocabulary + (self.positions if self.learned_positions else 0)) * d + norms + biases,
             output=0 if self.tied else self.vocabulary * d,
-            adapter=self.layers * sum(rows + columns for rows, columns in matrices),
+            quantizable=Quantizable.of(self._matrices),
         )
+
+    @property
+    def _matrices(self) -> list[tuple[int, int]]:
+        """(output features, input features) of the linear modules of a plain transformer of these sizes."""
+        d, q, kv, i = self.hidden, self.query_width, self.kv_width, self.intermediate
+        layer = [(q, d), (kv, d), (kv, d), (d, q), *([(i, d), (i, d), (d, i)] if self.gated else [(i, d), (d, i)])]
+        return self.layers * layer
 
     def saved_per_token(self, *, lean: bool = False) -> int:
         """Values that one layer stores per token for the backward pass, as counted on transformers' modules.
@@ -117,16 +139,20 @@ STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
 
 
 def shape_of(config: Mapping[str, object]) -> Shape | None:
-    """The sizes in a transformers config (config.json, or a recipe's architecture block); None if one is missing or not a number."""
-    sizes: dict[str, int] = {}
-    for size, names in NAMES.items():
-        value = next((config[name] for name in names if config.get(name) is not None), None)
-        if isinstance(value, int | float):
-            sizes[size] = int(value)
+    """The sizes in a transformers config (config.json, or a recipe's architecture block); None if one is missing or not a number.
+
+    Of a model of several modalities, they are those of its part for text. A config may leave out what the config class has as a default.
+    """
     family = str(config.get("model_type", config.get("type", "llama")))
-    if family in STATE_SPACE:
-        sizes["heads"] = 0
-    if not {"hidden", "layers", "heads"} <= sizes.keys():
+    encoded = json.dumps({**config, "model_type": family}, sort_keys=True, default=str)
+    part = config.get("text_config")
+    text: Mapping[str, object] = {**config, **part} if isinstance(part, Mapping) else config
+    sizes = _sizes_in(text, family)
+    named = "model_type" in config or "type" in config
+    if named and (NEEDED - sizes.keys() or (isinstance(part, Mapping) and not _number(text.get("vocab_size")))):
+        text = {**(text_sizes(encoded) or {}), **text}
+        sizes = _sizes_in(text, family)
+    if NEEDED - sizes.keys():
         return None
     hidden, heads = sizes["hidden"], sizes["heads"]
     return Shape(
@@ -135,17 +161,32 @@ def shape_of(config: Mapping[str, object]) -> Shape | None:
         intermediate=sizes.get("intermediate", 4 * hidden),
         layers=sizes["layers"],
         heads=heads,
-        kv_heads=(_number(config.get("num_key_value_heads")) or heads) if heads else 0,
-        head_width=_number(config.get("head_dim")) or (hidden // heads if heads else 0),
-        vocabulary=_number(config.get("vocab_size")),
-        positions=model_length(SimpleNamespace(**{**config, "model_type": family})) or 2048,
-        tied=bool(config.get("tie_word_embeddings", family in ("gpt2", "distilbert", "bert", "roberta", "opt", "bloom"))),
+        kv_heads=(_number(text.get("num_key_value_heads")) or heads) if heads else 0,
+        head_width=_number(text.get("head_dim")) or (hidden // heads if heads else 0),
+        vocabulary=_number(text.get("vocab_size")),
+        positions=model_length(SimpleNamespace(**{**text, "model_type": str(text.get("model_type", family))})) or 2048,
+        tied=bool(text.get("tie_word_embeddings", family in ("gpt2", "distilbert", "bert", "roberta", "opt", "bloom"))),
         gated=family not in UNGATED,
         learned_positions=family in ("gpt2", "gpt_neo", "opt", "distilbert", "bert", "roberta"),
         biases="all" if family in UNGATED else "qkv" if family.startswith("qwen2") else "none",
         encoder=family in ENCODERS,
-        config=json.dumps({**config, "model_type": family}, sort_keys=True, default=str),
+        config=encoded,
     )
+
+
+NEEDED = {"hidden", "layers", "heads"}
+
+
+def _sizes_in(config: Mapping[str, object], family: str) -> dict[str, int]:
+    """The sizes that the fields of a config name; those that are missing or no number are left out."""
+    sizes: dict[str, int] = {}
+    for size, names in NAMES.items():
+        value = next((config[name] for name in names if config.get(name) is not None), None)
+        if isinstance(value, int | float):
+            sizes[size] = int(value)
+    if family in STATE_SPACE:
+        sizes["heads"] = 0
+    return sizes
 
 
 def _number(value: object) -> int:

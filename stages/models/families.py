@@ -9,12 +9,13 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from stages.errors import ModelError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from stages.model_types import AutoClass
 
@@ -92,3 +93,17 @@ def unquantized_modules(auto: AutoClass, config: PretrainedConfig) -> list[str] 
     head = [name for name, _ in made.named_children() if name != made.base_model_prefix] if is_classifier else []
     kept = [*products, *head, *([".*pooler"] if head else [])]
     return list(dict.fromkeys([*get_keys_to_not_convert(made), *kept])) if kept else None
+
+
+def quantized_modules(model: PreTrainedModel) -> list[nn.Linear | Conv1D]:
+    """The linear modules of an unquantized model that bitsandbytes quantizes when the model is loaded.
+
+    transformers leaves out the output layer, tied weights, the last module, and what the class keeps in fp32.
+    """
+    left_out = HfQuantizer.get_modules_to_not_convert(model, None, getattr(model, "_keep_in_fp32_modules", None))
+    left_out += state_space_products(model)
+    return [
+        module
+        for name, module in model.named_modules()
+        if (isinstance(module, Conv1D) or type(module) is nn.Linear) and should_convert_module(name, left_out)
+    ]

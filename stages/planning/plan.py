@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 
 from pydantic import ValidationError
 from rich.table import Table
 
-from stages.config import LoraSettings, ModelInput, StepConfig
-from stages.errors import RecipeError
+from stages.config import GenerationSettings, LoraSettings, ModelInput, StepConfig
+from stages.errors import ModelError, RecipeError
 from stages.json_types import JsonObject
 from stages.memory.counting import kept_in, uncounted
 from stages.memory.estimate import Machine, Memory
 from stages.memory.lengths import Lengths
 from stages.memory.models import View
+from stages.memory.passes import Adapter, Task
 from stages.memory.shapes import shape_of, shape_of_folder, shape_of_hub
 from stages.models.stacks import Stack, stack_of, weights_of
 from stages.planning.steps import lengths_of, memory_of
@@ -57,7 +60,10 @@ class StepMemory:
 def plan_memory(
     recipe: Recipe, registry: Registry, machine: Machine, *, reused: Mapping[str, Path] | None = None, processes: int = 1
 ) -> list[StepMemory]:
-    """Estimate each step that would run. ``reused``: model folders of completed steps."""
+    """Estimate each step that would run. ``reused``: model folders of completed steps.
+
+    Raises ModelError if the adapter of a step does not fit its model.
+    """
     with kept_in(registry.root.parent / "cache" / "activations.json"):
         return _plan_memory(recipe, registry, machine, reused or {}, processes)
 
@@ -66,29 +72,44 @@ def _plan_memory(recipe: Recipe, registry: Registry, machine: Machine, reused: M
     made: dict[str, View] = {}
     estimates = []
     for step in recipe.steps:
-        with uncounted() as messages:
+        with uncounted() as messages, _named(step.name):
             views, missing = _views(step, made, registry)
             folder = _folder(step, registry, reused)
-            lengths = lengths_of(step.config, folder)
             if missing:
                 note = f"the size of {', '.join(missing)} is unknown until it is downloaded"
                 estimates.append(StepMemory(step.name, step.stage, None, note))
             elif step.name not in reused:
-                loaded = _loaded(views, step.config)
-                memory = memory_of(step.config, loaded, lengths, machine, processes)
-                said = [*messages, *_uncounted_states(step.config, loaded)]
-                estimates.append(replace(_advised(step, views, lengths, machine, processes, memory), uncounted=said))
+                lengths = lengths_of(step.config, folder)
+                memory = memory_of(step.config, _loaded(views, step.config), lengths, machine, processes)
+                advised = _advised(step, views, lengths, machine, processes, memory)
+                estimates.append(replace(advised, uncounted=[*messages, *_outside(step.config)]))
             if (view := _made_by(step, views)) is not None:
                 made[step.name] = view
     return estimates
 
 
-def _uncounted_states(config: StepConfig, models: Mapping[str, View]) -> list[str]:
-    """What a step that decodes says about state-space models: the memory of their states is not in the plan."""
-    if not hasattr(config, "generation"):
-        return []
-    families = sorted({view.shape.family for view in models.values() if view.shape.heads == 0})
-    return [f"the states that {family} keeps while it decodes are not counted; they do not grow with the length" for family in families]
+@contextmanager
+def _named(step: str) -> Iterator[None]:
+    """Context manager that adds the name of a step to a ModelError."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{step}: {error}") from error
+
+
+def _outside(config: StepConfig) -> list[str]:
+    """What the plan leaves out for a reason that no count can mend, one sentence each."""
+    collect = getattr(config, "collect", None)
+    said = []
+    for generation in (getattr(config, "generation", None), getattr(collect, "generation", None)):
+        if isinstance(generation, GenerationSettings) and generation.vllm is not None:
+            start = generation.vllm.start
+            shared = start is not None and start.gpus is None
+            taken = f", which take up to {start.gpu_memory_utilization:.0%} of the first GPU," if shared and start is not None else ""
+            said.append(f"the weights and the KV cache of the vLLM servers{taken} are not part of the plan")
+    if any(source.quantization == "int8" for source in model_inputs(config).values()):
+        said.append("int8 also keeps the columns of activations with outliers, whose number depends on the texts; they are not counted")
+    return said
 
 
 # The models that a step reads
@@ -114,7 +135,23 @@ def _foreign(reference: Reference, registry: Registry) -> View | None:
     stack = Stack(model, ()) if model.kind == "hub" and not _is_cached_adapter(model) else stack_of(model)
     base = stack.base
     shape = shape_of_hub(base.path, base.input.revision) if base.kind == "hub" else shape_of_folder(Path(base.path))
-    return None if shape is None else View(shape, weights_of(base), sum(_weights_in(_folder_of(adapter)) for adapter in stack.adapters))
+    if shape is None:
+        return None
+    adapters = tuple((adapter.digest or adapter.path, _weights_in(_folder_of(adapter))) for adapter in stack.adapters)
+    return View(shape, weights_of(base), adapters, generative=_is_generative(model))
+
+
+def _is_generative(model: ResolvedModel) -> bool:
+    """Whether a model is a generative reward model. For a Hub model, only its files in the cache tell."""
+    if model.record is not None:
+        return bool(model.record.role == "generative_reward_model")
+    from stages.models.reward_question import QUESTION_FILE
+
+    if model.kind == "hub":
+        from huggingface_hub import try_to_load_from_cache
+
+        return isinstance(try_to_load_from_cache(model.path, QUESTION_FILE, revision=model.input.revision), str)
+    return (Path(model.path) / QUESTION_FILE).exists()
 
 
 def _unread(reference: Reference, registry: Registry) -> ResolvedModel:
@@ -141,8 +178,22 @@ def _folder_of(adapter: ResolvedModel) -> Path:
 
 
 def _weights_in(folder: Path) -> float:
-    """Number of weights in an adapter file (fp32)."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 4
+    """Number of weights in an adapter's files; 0 if they cannot be read."""
+    return float(sum(_weights_in_file(file) for file in folder.glob("*.safetensors")))
+
+
+def _weights_in_file(file: Path) -> int:
+    """Number of weights in a safetensors file, read from its header: 8 bytes with its length, and JSON with the shape of each tensor."""
+    try:
+        with file.open("rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    except (OSError, ValueError):
+        return 0
+    return sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
+TASKS: dict[str, Task] = {"reward_model": "FEATURE_EXTRACTION", "sentiment": "SEQ_CLS"}
+"""The class that a stage trains, if it is not a language model."""
 
 
 def _made_by(step: RecipeStep, views: Mapping[str, View]) -> View | None:
@@ -153,9 +204,14 @@ def _made_by(step: RecipeStep, views: Mapping[str, View]) -> View | None:
     start = views.get("model", views.get("policy"))
     if start is None or step.stage == "evaluation":
         return None
+    generative = getattr(config, "generative", None) is not None
     lora = getattr(config, "lora", None)
-    rank = lora.r if isinstance(lora, LoraSettings) else 0
-    return replace(start, adapters=start.adapters + start.shape.lora_weights(rank)) if rank else View(start.shape, step.name)
+    adapter = Adapter.of(lora) if isinstance(lora, LoraSettings) else None
+    if adapter is None:
+        return View(start.shape, step.name, generative=generative)
+    task: Task = "CAUSAL_LM" if generative else TASKS.get(step.stage, "CAUSAL_LM")
+    weights = start.shape.adapter(adapter, task).weights
+    return replace(start, adapters=(*start.adapters, (step.name, float(weights))), generative=generative)
 
 
 def _loaded(views: Mapping[str, View], config: StepConfig) -> dict[str, View]:
@@ -211,7 +267,10 @@ def _advised(
         return StepMemory(step.name, step.stage, memory)
 
     def total(config: StepConfig) -> float:
-        estimate = memory_of(config, _loaded(views, config), lengths, machine, processes)
+        try:
+            estimate = memory_of(config, _loaded(views, config), lengths, machine, processes)
+        except ModelError:  # e.g. an adapter that the model cannot have
+            return float("inf")
         return float("inf") if estimate is None else estimate.total
 
     config, chosen = step.config, []
@@ -297,7 +356,15 @@ def memory_table(steps: Sequence[StepMemory], machine: Machine) -> Table:
             table.add_row(step.name, *("?" for _ in columns), "?", step.note)
             continue
         memory = step.memory
-        parts = (memory.weights, memory.adapters, memory.gradients, memory.optimizer, memory.kv_cache, memory.activations, memory.logits)
+        parts = (
+            memory.weights + memory.awake,
+            memory.adapters,
+            memory.gradients,
+            memory.optimizer,
+            memory.kv_cache,
+            memory.activations,
+            memory.logits,
+        )
         total = memory.total + PROCESS[machine.kind]
         share = f"{total / machine.bytes:.0%}" if total <= machine.bytes else f"[red]{total / machine.bytes:.0%}: does not fit[/]"
         table.add_row(step.name, *(_gib(part) for part in parts), f"[bold]{_gib(total)}[/]", share)

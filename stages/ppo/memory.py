@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from stages.config import SCORING_ROWS
 from stages.kernels.token_budget import GPU_TOKENS, KEPT_SHARE, rows_per_batch
-from stages.memory.estimate import (
-    FP32,
-    Machine,
-    Memory,
-    dtype_bytes,
-    fillable,
-    kv_cache,
-    lora_rank,
-    phases,
-    trained,
-)
+from stages.memory.estimate import FP32, Machine, Memory, Phase, dtype_bytes, fillable, phases, trained
 from stages.memory.lengths import Counter, Lengths, prompt_texts
-from stages.memory.models import Phase, View, cast_bytes, inference_bytes, largest_pass, policy_logits, reading, saving, training_phase
+from stages.memory.models import (
+    View,
+    cache_bytes,
+    cast_bytes,
+    decoding_phases,
+    inference_bytes,
+    largest_pass,
+    new_adapter,
+    policy_logits,
+    saving,
+    training_phase,
+)
 from stages.ppo.config import PPOStepConfig
+from stages.rewards.memory import Judge, frozen_judge, is_reward_model, judges_of, scoring_phase
 
 
 def lengths_of(config: PPOStepConfig, counter: Counter) -> Lengths:
@@ -30,54 +31,73 @@ def lengths_of(config: PPOStepConfig, counter: Counter) -> Lengths:
 
 
 def estimate(config: PPOStepConfig, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory:
-    """The peak memory of the step, per process."""
+    """The peak memory of the step, per process. Raises ModelError if an adapter does not fit its model."""
     policy, compute = models["policy"], dtype_bytes(config.precision, machine)
     shape, new = policy.shape, config.generation.max_new_tokens
     prompt = min(config.max_prompt_tokens or shape.positions - new, lengths.prompt)
     value = _value_view(config, models)
+    judges = [*judges_of(config.reward, "reward", models), *judges_of(config.monitors, "monitors", models)]
     held_by = _held_by_full_training if config.lora is None else _held_by_adapters
-    held = held_by(config, models, value, compute)
+    held, waiting = held_by(config, models, value, judges, compute)
+    if not config.offload:
+        held = _summed(held, [waiting.reference, *waiting.judges])
+    # With offload, a model that waits is moved to the device when it is needed.
+    reference, scorers = (waiting.reference.held, sum(one.held for one in waiting.judges)) if config.offload else (0.0, 0.0)
 
-    decoding = min(config.generation.batch_size, max(1, config.rollout_batch_size // processes))
     trains_output = config.lora is None
-    cache = kv_cache(shape, decoding, prompt, new, compute, machine.kind)
     copies = cast_bytes(shape.linear_weights + shape.vocabulary * shape.hidden, compute) if config.lora is None else 0.0
-    sampling = (cache + copies, reading(shape, decoding, prompt, compute, machine), 3 * FP32 * decoding * shape.vocabulary)
-    # A GPU keeps the cache and the recorded steps for the next iteration, if they are small enough.
-    records = machine.kind == "cuda" and config.generation.cuda_graphs and policy.quantization != "int8"
-    kept = cache + copies if records and cache + copies <= KEPT_SHARE * machine.bytes else 0.0
+    sampling, kept = _sampling(config, policy, prompt, machine, processes, compute, copies)
     bigger = policy if value is None or value.shape.hidden * value.shape.layers <= shape.hidden * shape.layers else value
     # The casts of both networks stay for all passes of an optimizer step; the plan of a pass counts those of its network.
     other = 0.0 if value is None or config.lora is not None else cast_bytes(min(shape.linear_weights, value.shape.linear_weights), compute)
 
     def trained_on(view: View, rows: float, columns: int, positions: float) -> Phase:
         logits = policy_logits(shape, rows * columns, positions, machine, trains_output=trains_output, compute=compute)
-        _, layers, loss = training_phase(config, view, rows, columns, machine, logits=logits, masked=False)
-        return kept, layers + other, loss
+        passed = training_phase(config, view, rows, columns, machine, logits=logits, masked=False)
+        return replace(passed, cache=kept, activations=passed.activations + other)
 
     def update(rows: float) -> Phase:
         return trained_on(bigger, rows, prompt + new, rows * new)
 
     share = -(-config.minibatch_size // processes)
     episodes = [min(tokens, prompt) + new for _, tokens in lengths.examples] or [prompt + new]
-    updating = update(_update_rows(config, episodes, prompt + new, machine, share, lambda rows: held.total + sum(update(rows))))
+    updating = update(_update_rows(config, episodes, prompt + new, machine, share, lambda rows: held.total + update(rows).total))
     own = max(1, config.rollout_batch_size // processes)
-    judges = [view for field_path, view in models.items() if field_path.startswith(("reward", "monitors"))]
-    scored = min(SCORING_ROWS, own)
-    scoring = [(kept, inference_bytes(view.shape, scored, prompt + new, compute, machine), 0.0) for view in judges]
+    scoring = [replace(scoring_phase(judge, own, prompt + new, compute, machine), cache=kept, awake=scorers) for judge in judges]
     measured = _measured_rows(config, prompt + new, machine, own)
     casts = other + (cast_bytes(shape.linear_weights, compute) if config.lora is None else 0.0)
-    read = inference_bytes(bigger.shape, measured, prompt + new, compute, machine)
+    read = inference_bytes(bigger, measured, prompt + new, compute, machine)
     read_logits = policy_logits(
         shape, measured * (prompt + new), measured * new, machine, trains_output=False, compute=compute, trains=False
     )
-    measuring = (kept, read + casts, read_logits)
+    measuring = Phase(kept, read + casts, read_logits, awake=reference)
     mixing = []
     if config.pretraining_mix is not None:
         block = config.pretraining_mix.block_size
         rows = rows_per_batch(config.rows_per_pass, block, device_type=machine.kind)
         mixing.append(trained_on(policy, rows, block, rows * block))
-    return held + phases(sampling, updating, measuring, *scoring, *mixing, saving(shape))
+    return held + phases(*sampling, updating, measuring, *scoring, *mixing, saving(shape))
+
+
+def _sampling(
+    config: PPOStepConfig, policy: View, prompt: int, machine: Machine, processes: int, compute: int, copies: float
+) -> tuple[list[Phase], float]:
+    """(the phases of sampling, what a GPU keeps of them for the next iteration). vLLM samples in another process.
+
+    ``copies``: bytes of the weights' casts, which decoding has with the cache.
+    """
+    generation = config.generation
+    if generation.vllm is not None:
+        return [], 0.0
+    rows = min(generation.batch_size, max(1, config.rollout_batch_size // processes))
+    weights = FP32 if config.lora is None else compute
+    decoded = decoding_phases(policy, rows, prompt, generation.max_new_tokens, machine, weights=weights, compute=compute)
+    sampling = [replace(phase, cache=phase.cache + copies) for phase in decoded]
+    # A GPU keeps the cache and the recorded steps for the next iteration, if they are small enough.
+    if machine.kind != "cuda" or not generation.cuda_graphs or policy.quantization == "int8":
+        return sampling, 0.0
+    slots = cache_bytes(policy, rows, prompt, generation.max_new_tokens, machine, weights=weights, compute=compute)
+    return sampling, slots + copies if slots and slots + copies <= KEPT_SHARE * machine.bytes else 0.0
 
 
 def _measured_rows(config: PPOStepConfig, length: int, machine: Machine, own: int) -> int:
@@ -115,13 +135,24 @@ def _value_view(config: PPOStepConfig, models: Mapping[str, View]) -> View | Non
 
     def fits(name: str) -> bool:
         """Without tokenizers, models with equally many tokens count as having the same vocabulary."""
-        return models[name].shape.vocabulary == models["policy"].shape.vocabulary and not models[name].shape.encoder
+        view = models[name]
+        return view.shape.vocabulary == models["policy"].shape.vocabulary and not view.shape.encoder and not view.generative
 
     start = config.value_input(fits)
     return None if start is None else models[start]
 
 
-def _held_by_full_training(config: PPOStepConfig, models: Mapping[str, View], value: View | None, compute: int) -> Memory:
+@dataclass(frozen=True)
+class _Waiting:
+    """Models with their own weights that are idle most of the time: the reference, and the models of rewards and monitors."""
+
+    reference: Memory
+    judges: list[Memory]
+
+
+def _held_by_full_training(
+    config: PPOStepConfig, models: Mapping[str, View], value: View | None, judges: list[Judge], compute: int
+) -> tuple[Memory, _Waiting]:
     """Full fine-tuning: every role has its own weights."""
     policy, optimizer = models["policy"], config.training.optimizer
     held = Memory(weights=FP32 * policy.shape.weights) + trained(policy.shape.weights, optimizer)
@@ -130,33 +161,42 @@ def _held_by_full_training(config: PPOStepConfig, models: Mapping[str, View], va
         held += Memory(weights=FP32 * weights) + trained(weights, optimizer)
     if config.ema.decay is not None:
         held += Memory(weights=FP32 * policy.shape.weights)
-    waiting = [models.get("reference", policy).frozen(compute), *_frozen_rewards(models, compute)]
-    return held if config.offload else _summed(held, waiting)
+    reference = models.get("reference", policy).frozen(compute)
+    return held, _Waiting(reference, [frozen_judge(judge, compute) for judge in judges])
 
 
-def _held_by_adapters(config: PPOStepConfig, models: Mapping[str, View], value: View | None, compute: int) -> Memory:
-    """LoRA: roles on the same base share it, and each has its own adapters."""
-    policy, rank, optimizer = models["policy"], lora_rank(config), config.training.optimizer
-    adapter = policy.shape.lora_weights(rank)
-    held = policy.frozen(compute) + replace(trained(adapter, optimizer), adapters=FP32 * (adapter + policy.adapters))
+def _held_by_adapters(
+    config: PPOStepConfig, models: Mapping[str, View], value: View | None, judges: list[Judge], compute: int
+) -> tuple[Memory, _Waiting]:
+    """LoRA: roles on the same base share it, and each has its own adapters. Classifiers and language models that judge do not share it."""
+    assert config.lora is not None
+    policy, optimizer = models["policy"], config.training.optimizer
+    fresh = new_adapter(policy, config.lora, optimizer)
+    held = replace(policy, adapters=()).frozen(compute) + fresh
+    frozen_adapters = dict(policy.adapters)  # below; roles that have one in common load it once
 
     def shares(view: View) -> bool:
         return (view.base, view.quantization, view.double) == (policy.base, policy.quantization, policy.double)
 
-    if value is not None:
-        adapter = value.shape.lora_weights(rank)
-        held += replace(trained(adapter, optimizer), adapters=FP32 * adapter)
-        if not shares(value):
-            held += value.frozen(compute, output=False)
+    if value is not None and shares(value):
+        frozen_adapters |= dict(value.adapters)
+        held += new_adapter(value, config.lora, optimizer, trains_output=False)
+    elif value is not None:
+        held += value.frozen(compute, output=False) + new_adapter(value, config.lora, optimizer, task="FEATURE_EXTRACTION")
     if config.ema.decay is not None:
-        held += Memory(adapters=FP32 * policy.shape.lora_weights(rank))
-    others = [view for field_path, view in models.items() if field_path == "reference" or field_path.startswith(("reward", "monitors"))]
-    waiting = [Memory(adapters=FP32 * view.adapters) if shares(view) else view.frozen(compute, output=False) for view in others]
-    return _summed(held, [part for part in waiting if not config.offload or part.weights == 0])
-
-
-def _frozen_rewards(models: Mapping[str, View], compute: int) -> list[Memory]:
-    return [view.frozen(compute, output=False) for field_path, view in models.items() if field_path.startswith(("reward", "monitors"))]
+        held += Memory(adapters=fresh.adapters)
+    reference, own = Memory(), []
+    if (frozen := models.get("reference")) is not None:
+        if shares(frozen):
+            frozen_adapters |= dict(frozen.adapters)
+        else:
+            reference = frozen.frozen(compute)
+    for judge in judges:
+        if is_reward_model(judge) and shares(judge[1]):
+            frozen_adapters |= dict(judge[1].adapters)
+        else:
+            own.append(frozen_judge(judge, compute))
+    return held + Memory(adapters=FP32 * sum(frozen_adapters.values())), _Waiting(reference, own)
 
 
 def _summed(first: Memory, more: list[Memory]) -> Memory:

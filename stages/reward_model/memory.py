@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from stages.memory.estimate import FP32, Machine, Memory, dtype_bytes, phases
+from stages.memory.estimate import FP32, Machine, Memory, Phase, dtype_bytes, phases
 from stages.memory.lengths import Counter, Lengths, comparison_lengths
-from stages.memory.models import View, inference_bytes, language_model, rows_per_pass, saving, trained_model, training_phase
+from stages.memory.models import (
+    View,
+    decoding_phases,
+    inference_bytes,
+    language_model,
+    rows_per_pass,
+    saving,
+    trained_model,
+    training_phase,
+)
+from stages.reward_model.collection_config import Collection
 from stages.reward_model.config import RewardModelConfig
+from stages.rewards.config import RewardInput
+from stages.rewards.memory import frozen_judge, scoring_phase
 
 
 def lengths_of(config: RewardModelConfig, counter: Counter) -> Lengths:
@@ -16,16 +28,39 @@ def lengths_of(config: RewardModelConfig, counter: Counter) -> Lengths:
 
 
 def estimate(config: RewardModelConfig, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory:
-    """The peak memory of the step, per process."""
-    view, compute = models["model"], dtype_bytes(config.precision, machine)
-    columns = min(config.max_length or view.shape.positions, lengths.comparison)
+    """The peak memory of the step, per process: of its training, or of the models that collect comparisons before it."""
+    columns = min(config.max_length or models["model"].shape.positions, lengths.comparison)
+    made = [_training(config, models["model"], columns, lengths, machine, processes)]
+    if config.collect is not None:
+        made += _collecting(config.collect, models, columns, machine, dtype_bytes(config.precision, machine))
+    return max(made, key=lambda memory: memory.total)
+
+
+def _training(config: RewardModelConfig, view: View, columns: int, lengths: Lengths, machine: Machine, processes: int) -> Memory:
+    compute = dtype_bytes(config.precision, machine)
     rows = rows_per_pass(config, processes, columns, machine, lengths.examples, texts=lengths.completions) * lengths.completions
-    tokens = rows * columns
     if config.generative is not None:
         if config.generative.train:
             return language_model(config, view, rows, columns, machine)
-        return view.frozen(compute) + phases(
-            (0.0, inference_bytes(view.shape, rows, columns, compute, machine), FP32 * tokens * view.shape.vocabulary)
-        )
-    training = training_phase(config, view, rows, columns, machine, logits=0.0, masked=True)
-    return trained_model(config, view, machine, output=False) + phases(training, saving(view.shape, output=False))
+        read = inference_bytes(view, rows, columns, compute, machine, masked=True)
+        return view.frozen(compute) + phases(Phase(activations=read, logits=FP32 * rows * columns * view.shape.vocabulary))
+    training = training_phase(config, view, rows, columns, machine, logits=0.0, masked=True, task="FEATURE_EXTRACTION")
+    return trained_model(config, view, machine, task="FEATURE_EXTRACTION") + phases(training, saving(view.shape, output=False))
+
+
+def _collecting(collection: Collection, models: Mapping[str, View], columns: int, machine: Machine, compute: int) -> list[Memory]:
+    """Each policy that samples completions, and then the judge. Prompts with completions count as long as those of the data."""
+    rows, new = collection.generation.batch_size, collection.generation.max_new_tokens
+    made = []
+    for index in range(len(collection.policies)):
+        view = models.get(f"collect.policies[{index}].model")
+        if view is not None and collection.generation.vllm is None:
+            prompt = max(1, columns - new)
+            made.append(view.frozen(compute) + phases(*decoding_phases(view, rows, prompt, new, machine, weights=compute, compute=compute)))
+    judge = collection.judge if isinstance(collection.judge, RewardInput) else None
+    for field_path in ("collect.judge.model", "collect.judge.people.reward_model"):
+        if (view := models.get(field_path)) is not None:
+            scorer = (judge or RewardInput.model_validate({"model": "the model of people"}), view)
+            scored = scoring_phase(scorer, scorer[0].batch_size, columns, compute, machine)
+            made.append(frozen_judge(scorer, compute) + phases(scored))
+    return made

@@ -264,7 +264,7 @@ def make_cache(model: TransformersModel, most: int) -> DynamicCache:
     Prompts are added in parts (``prompt_cache``, ``put_prompts``).
     """
     cache = DynamicCache(config=model.config)
-    made, room = (ColumnLayer, COLUMN_ROOM) if _reads_by_columns(model) else (RoomyLayer, FIRST_ROOM)
+    made, room = (ColumnLayer, COLUMN_ROOM) if reads_by_columns(model) else (RoomyLayer, FIRST_ROOM)
     cache.layers = [made(min(most, room)) for _ in cache.layers]
     return cache
 
@@ -272,11 +272,11 @@ def make_cache(model: TransformersModel, most: int) -> DynamicCache:
 def make_slot_cache(model: TransformersModel, window: SlotWindow, slots: int) -> DynamicCache:
     """An empty cache for ``model`` with ``slots`` slots. Its layers apply no sliding window."""
     cache = DynamicCache(config=model.config)
-    cache.layers = [SlotLayer(window, slots, by_columns=_reads_by_columns(model)) for _ in cache.layers]
+    cache.layers = [SlotLayer(window, slots, by_columns=reads_by_columns(model)) for _ in cache.layers]
     return cache
 
 
-def _reads_by_columns(model: TransformersModel) -> bool:
+def reads_by_columns(model: TransformersModel) -> bool:
     """Whether ``attend_by_columns`` is the fastest attention for this model: in fp32 on a CPU, if the model uses sdpa."""
     weight = next(model.parameters())
     return weight.device.type == "cpu" and model.dtype == torch.float32 and model.config._attn_implementation == "sdpa"

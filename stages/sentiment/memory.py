@@ -21,8 +21,8 @@ def estimate(config: SentimentConfig, models: Mapping[str, View], lengths: Lengt
     view = models["model"]
     columns = min(config.max_length, lengths.text)
     rows = rows_per_pass(config, processes, columns, machine, lengths.examples)
-    training = training_phase(config, view, rows, columns, machine, logits=0.0, masked=True)
-    step = trained_model(config, view, machine, output=False) + phases(training, saving(view.shape, output=False))
+    training = training_phase(config, view, rows, columns, machine, logits=0.0, masked=True, task="SEQ_CLS")
+    step = trained_model(config, view, machine, task="SEQ_CLS") + phases(training, saving(view.shape, output=False))
     if config.masked is None:
         return step
     masked = config.model_copy(update={"training": config.masked.training, "lora": None})

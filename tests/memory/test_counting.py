@@ -13,7 +13,7 @@ import torch
 from stages.memory import counting, fake_passes
 from stages.memory.counting import has_plain_logits, kept_in, pass_memory
 from stages.memory.fake_passes import LiveBytes
-from stages.memory.passes import PassKind, Polynomial
+from stages.memory.passes import Adapter, PassKind, Polynomial
 from stages.memory.shapes import shape_of
 
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 5, "num_attention_heads": 4, "max_position_embeddings": 256}
@@ -69,7 +69,9 @@ def test_a_polynomial_by_hand() -> None:
         ("llama", {"trains": False}),
         ("gpt_neox", {"compute": 2}),
         ("gemma2", {}),
-        ("qwen2", {"rank": 4}),
+        ("qwen2", {"adapter": Adapter(4)}),
+        ("llama", {"adapter": Adapter(4, ("q_proj", "lm_head"), ("embed_tokens",))}),
+        ("llama", {"adapter": Adapter(4, r"model\.layers\.[13]\.mlp\..*_proj")}),  # two of five layers, so all are counted
     ],
     ids=str,
 )
@@ -159,14 +161,24 @@ def test_capped_and_scaled_logits_are_recognized(family: str, fields: dict[str, 
     assert has_plain_logits(json.dumps({"model_type": family, **SIZES, **fields}), 90) is plain
 
 
-@pytest.mark.parametrize(("quantization", "kept"), [("nf4", 0), ("int8", 3 * 64 * 2)])
-def test_a_quantized_layer_takes_a_dequantized_weight_in_the_backward_pass(quantization: str, kept: int) -> None:
-    layers = torch.nn.Sequential(torch.nn.Linear(64, 160, bias=False, dtype=torch.bfloat16))
-    fake_passes._quantize(layers, quantization)
+@pytest.mark.parametrize(
+    ("quantization", "device", "kept", "forward"),
+    [
+        ("nf4", "cpu", 0, 64 * 160 * 2),  # the weight in bf16
+        ("int8", "cpu", 3 * 64 * 2, 64 * 160 * 2),  # keeps the input
+        ("int8", "cuda", 3 * 64 * 2, 3 * (64 + 4 * 160)),  # codes of the input, and the product in 32-bit integers
+    ],
+)
+def test_a_quantized_layer_takes_what_the_products_of_bitsandbytes_take(quantization: str, device: str, kept: int, forward: int) -> None:
+    layer = torch.nn.Linear(64, 160, bias=False, dtype=torch.bfloat16)
+    layer.__class__ = fake_passes._quantized_class(fake_passes._QuantizedLinear, quantization, device)
+    layer.requires_grad_(False)
     x = torch.ones(3, 64, dtype=torch.bfloat16, requires_grad=True)
     with LiveBytes() as live:
-        output = layers(x * 1)
-        assert live.now == 3 * 160 * 2 + kept  # the output; int8 also keeps the input
+        output = layer(x * 1)
+        made = 3 * 160 * 2
+        assert live.now == made + kept
+        assert live.peak == 3 * 64 * 2 + made + forward  # the input is alive in the forward pass
         before = live.now
         output.sum().backward()
         assert live.peak >= before + 64 * 160 * 2  # the weight in bf16

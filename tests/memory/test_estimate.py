@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 
 from stages.memory.estimate import (
     Machine,
     Memory,
+    Phase,
     activations,
     chunked_logits,
     dtype_bytes,
     frozen_weights,
     full_logits,
-    kv_cache,
     moments,
     phases,
+    quantized_weights,
     tiled_logits,
     trained,
     unchunked_logits,
@@ -37,40 +41,56 @@ def test_weights_by_hand() -> None:
     assert shape.linear_weights == 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160) == 86016
     assert shape.other_weights == 100 * 64 + 5 * 64  # embedding, two norms a layer and one at the end
     assert frozen_weights(shape, "none", double=True, compute=2) == 2 * (86016 + 6720 + 6400)
-    assert frozen_weights(shape, "int8", double=True, compute=2) == 86016 + 2 * (6720 + 6400)
-    assert frozen_weights(shape, "nf4", double=False, compute=2, output=False) == 86016 * 0.5625 + 2 * 6720
+    rows = 2 * (2 * 64 + 2 * 32 + 2 * 160 + 64)  # outputs of a layer's seven modules
+    assert frozen_weights(shape, "int8", double=True, compute=2) == 86016 + 4 * rows + 2 * (6720 + 6400)
+    tables = 14 * 16 * 4  # of each module
+    assert frozen_weights(shape, "nf4", double=False, compute=2, output=False) == 86016 * 0.5625 + tables + 2 * 6720
 
 
-@pytest.mark.parametrize("double", [False, True])
-def test_nf4_size_equals_what_bitsandbytes_stores(double: bool) -> None:
+@pytest.mark.parametrize("quantization", ["int8", "nf4", "nf4, double"])
+def test_quantized_weights_have_the_bytes_of_what_bitsandbytes_stores(quantization: str) -> None:
+    """Every tensor of every quantized module that transformers makes of a model whose output layer is not quantized."""
     import torch
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    from stages.config import ModelInput
+    from stages.models.adapters import quantization_config
+
+    kind, double = quantization.partition(",")[0], quantization.endswith("double")
+    shape = llama(intermediate_size=168)  # 168 x 64 weights are no multiple of 256 blocks
+    fields = json.loads(shape.config)
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
+    settings = quantization_config(
+        ModelInput.model_validate({"ref": "x", "quantization": kind, "double_quantization": double}), torch.float32
+    )
+    weights = {name: module.weight.data for name, module in plain.named_modules() if isinstance(module, torch.nn.Linear)}
+    made = replace_with_bnb_linear(plain, get_keys_to_not_convert(plain), settings)
+    stored = 0
+    for name, module in made.named_modules():
+        if isinstance(module, Linear8bitLt):
+            quantized = type(module.weight)(weights[name], requires_grad=False).to("cpu")
+            stored += quantized.data.nbytes + quantized.SCB.nbytes
+        elif isinstance(module, Linear4bit):
+            data, state = bitsandbytes_nf4(weights[name], double=double)
+            scales = [state.absmax, state.code, *([state.offset, state.state2.absmax] if double else [])]
+            stored += data.nbytes + sum(tensor.nbytes for tensor in scales)
+    assert "lm_head" in weights and type(made.lm_head) is torch.nn.Linear
+    assert quantized_weights(shape, kind, double=double) == stored
+
+
+def bitsandbytes_nf4(weight: Any, *, double: bool) -> Any:
     from bitsandbytes.functional import quantize_4bit
 
-    weight = torch.randn(256, 4096)
-    packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
-    scales = state.absmax.numel() * state.absmax.element_size()
-    if double:
-        scales += state.state2.absmax.numel() * state.state2.absmax.element_size()
-    shape = llama()
-    per_weight = frozen_weights(shape, "nf4", double=double, compute=0) / shape.linear_weights
-    assert per_weight * weight.numel() == pytest.approx(packed.numel() + scales, rel=1e-6)
-
-
-def test_cache_size_equals_transformers() -> None:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=100, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-    )
-    cache = LlamaForCausalLM(config)(input_ids=torch.ones(3, 7, dtype=torch.long)).past_key_values
-    held = sum(tensor.numel() * 4 for layer in cache.layers for tensor in (layer.keys, layer.values))
-    assert kv_cache(llama(), rows=3, prompt=5, new=2, compute=4) == held
+    return quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
 
 
 def test_moments_and_gradients() -> None:
     assert trained(1000, "adamw") == Memory(gradients=4000, optimizer=8000)
     assert moments(256, "adamw_8bit") == 2 * (256 + 4)
+    assert moments(256, "adamw_8bit", small=256) == 2 * 4 * 256  # tensors that are too small for 8 bits
     assert moments(256, "paged_adamw") == 2 * 4 * 256
 
 
@@ -138,8 +158,8 @@ def test_capped_logits_take_what_the_loss_of_a_policy_takes() -> None:
 
 
 def test_phases_follow_each_other() -> None:
-    memory = phases((5, 1, 1), (0, 4, 6))
-    assert (memory.kv_cache, memory.activations, memory.logits, memory.passing) == (5, 4, 6, 10)
+    memory = phases(Phase(5, 1, 1), Phase(0, 4, 6), Phase(awake=9))
+    assert (memory.kv_cache, memory.activations, memory.logits, memory.awake, memory.passing) == (5, 4, 6, 9, 10)
     assert (memory + Memory(weights=1, gradients=2)).total == 13
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from stages.memory.estimate import Machine
+from stages.memory.estimate import Machine, Phase
 from stages.memory.fake_passes import LiveBytes
 from stages.memory.lengths import Counter, Lengths, comparison_lengths, demonstration_lengths
 from stages.memory.models import largest_pass, rows_per_pass, saving
@@ -59,9 +59,9 @@ def test_the_check_of_a_saved_model_takes_it_in_fp32_and_what_the_search_for_inf
     with LiveBytes() as live:
         torch.isfinite(saved).all()
     layers, norms, embedding = 2 * (4 * 32 * 32 + 3 * 32 * 88), 5 * 32, 200 * 32
-    assert saving(shape) == (0.0, 4 * (layers + norms + 2 * embedding) + live.peak, 0.0)
-    assert saving(shape, output=False) == (0.0, 4 * (layers + norms + embedding) + live.peak, 0.0)
-    assert saving(replace(shape, vocabulary=10_000_000)) == (0.0, 0.0, 0.0)  # so large a model is not checked
+    assert saving(shape) == Phase(activations=4 * (layers + norms + 2 * embedding) + live.peak)
+    assert saving(shape, output=False) == Phase(activations=4 * (layers + norms + embedding) + live.peak)
+    assert saving(replace(shape, vocabulary=10_000_000)) == Phase()  # so large a model is not checked
 
 
 def test_examples_have_the_lengths_of_the_data(tmp_path: Path) -> None:

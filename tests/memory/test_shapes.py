@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 
-from stages.memory.counting import model_weights, uncounted
+from stages.config import LoraSettings
+from stages.errors import ModelError
+from stages.memory.counting import model_weights, pass_memory, uncounted
+from stages.memory.decoding import LayerStates
+from stages.memory.passes import Adapter, PassKind, Task
 from stages.memory.shapes import KNOWN_MODELS, Shape, shape_of, shape_of_folder, shape_of_hub
+from stages.memory.weights import AdapterWeights
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": False, "num_key_value_heads": 2, "intermediate_size": 88},
@@ -45,8 +50,9 @@ def test_every_weight_is_counted(name: str) -> None:
     made = weights_of(built(config))
     assert shape.weights == made
     counted = model_weights(shape.config, 200)
-    # A fused layer for queries, keys and values has one adapter; the formula has three.
-    assert counted == (replace(shape.formula, adapter=counted.adapter) if family.startswith("gpt") else shape.formula)
+    assert counted is not None
+    # A fused layer for queries, keys and values is one module; the formula has three.
+    assert counted == (replace(shape.formula, quantizable=counted.quantizable) if family.startswith("gpt") else shape.formula)
 
 
 UNUSUAL: dict[str, dict[str, Any]] = {
@@ -68,11 +74,13 @@ def test_weights_of_experts_and_state_space_models_are_counted(name: str) -> Non
     assert shape.weights == weights_of(built(AutoConfig.for_model(name, **fields)))
 
 
-def test_experts_in_one_tensor_are_neither_quantized_nor_adapted() -> None:
+def test_experts_in_one_tensor_are_not_quantized_but_adapted() -> None:
     shape = shape_of({"model_type": "mixtral", "vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 3, **UNUSUAL["mixtral"]})
     assert shape is not None
     assert shape.linear_weights == 3 * (32 * 32 + 32 * 16 + 32 * 16 + 32 * 32)  # query, key, value, output
-    assert shape.lora_weights(2) == 2 * 3 * (64 + 48 + 48 + 64)
+    attention = 64 + 48 + 48 + 64
+    # peft adds an adapter of each expert: of twice the rank for gate and up, which are one tensor
+    assert shape.adapter(Adapter(2)).weights == 3 * (2 * (attention + 32 + 4) + 4 * 4 * (32 + 176) + 4 * 2 * (88 + 32))
     experts, router, embedding, norms = 3 * 4 * 3 * 32 * 88, 3 * 4 * 32, 200 * 32, 7 * 32
     assert shape.other_weights == experts + router + embedding + norms
 
@@ -84,10 +92,14 @@ def test_without_a_count_the_weights_are_those_of_the_formula() -> None:
     assert shape is not None
     with uncounted() as messages:
         assert shape.linear_weights == shape.formula.linear
-        assert shape.lora_weights(2) == 2 * shape.formula.adapter
+        assert shape.adapter(Adapter(2)).weights == 2 * 3 * (4 * (32 + 32) + 3 * (32 + 128))
+        kept = shape.decoding("cpu", 4, 4).layers
+    assert kept == (LayerStates(token=2 * 32 * 4, state=0, window=0, number=3),)
+    reason = "cannot be counted: transformers has no model type 'nobody-made-this'"
     assert messages == [
-        "the weights of nobody-made-this are computed as those of a plain transformer, because they cannot be counted: "
-        "transformers has no model type 'nobody-made-this'"
+        f"the weights of nobody-made-this are computed as those of a plain transformer, because they {reason}",
+        f"the adapter of nobody-made-this is computed as one on a plain transformer, because it {reason}",
+        f"the KV cache of nobody-made-this is computed as that of a plain transformer, because it {reason}",
     ]
 
 
@@ -114,20 +126,83 @@ def test_unknown_model_has_no_shape() -> None:
     assert shape_of({"architectures": ["Mystery"]}) is None
 
 
-def test_an_adapter_on_every_product_is_counted() -> None:
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
+ADAPTERS: dict[str, tuple[Task, dict[str, Any]]] = {
+    "all-linear": ("CAUSAL_LM", {}),
+    "two modules": ("CAUSAL_LM", {"target_modules": ["q_proj", "v_proj"]}),
+    "one layer": ("CAUSAL_LM", {"target_modules": r"model\.layers\.3\..*_proj"}),
+    "copies": ("CAUSAL_LM", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "scalar head": ("FEATURE_EXTRACTION", {"target_modules": ["down_proj"], "modules_to_save": ["norm"]}),
+    "classifier": ("SEQ_CLS", {}),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_has_the_weights_that_peft_makes(name: str) -> None:
+    """Five layers: those of like layers are extrapolated. ``small``: in tensors of less than 4096 weights."""
+    from peft import LoraConfig, TaskType, get_peft_model
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
     config = LlamaConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=88, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=300, hidden_size=32, intermediate_size=88, num_hidden_layers=5, num_attention_heads=4, tie_word_embeddings=False
     )
-    with torch.device("meta"):
-        model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, target_modules="all-linear"))
-    adapters = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name)
+    task, settings = ADAPTERS[name]
+    auto = {"CAUSAL_LM": AutoModelForCausalLM, "FEATURE_EXTRACTION": AutoModel, "SEQ_CLS": AutoModelForSequenceClassification}[task]
+    excluded = "score" if task == "SEQ_CLS" else None  # its copy is trained instead
+    real = LoraConfig(r=4, task_type=TaskType(task), exclude_modules=excluded, **{"target_modules": "all-linear", **settings})
+    trained = {key: one.numel() for key, one in get_peft_model(auto.from_config(config), real).named_parameters() if one.requires_grad}
     shape = shape_of(config.to_dict())
     assert shape is not None
-    assert shape.lora_weights(4) == adapters
+    counted = shape.adapter(_kind_of(r=4, **settings), task)
+    output = sum(number for key, number in trained.items() if "lm_head" in key)
+    small = sum(number for number in trained.values() if number < 4096)
+    assert counted == AdapterWeights(sum(trained.values()), output, small)
+
+
+def _kind_of(**settings: Any) -> Adapter:
+    adapter = Adapter.of(LoraSettings.model_validate(settings))
+    assert adapter is not None and adapter.settings == LoraSettings.model_validate(settings)
+    return adapter
+
+
+def test_an_adapter_that_does_not_fit_is_an_error() -> None:
+    own = shape(model_type="llama", vocab_size=50)
+    for _ in range(2):  # counted, and kept
+        with pytest.raises(ModelError, match="target_modules names query_proj, which LlamaForCausalLM does not have"):
+            own.adapter(Adapter(4, ("query_proj",)))
+
+
+GEMMA = {
+    "model_type": "gemma3",
+    "text_config": {"model_type": "gemma3_text", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 7, "head_dim": 8},
+    "vision_config": {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    },
+    "mm_tokens_per_image": 1,
+}
+
+
+def test_a_model_of_several_modalities_has_the_sizes_of_its_text_part_and_the_weights_of_all_parts() -> None:
+    """Its config leaves out what the class has as a default: heads, key-value heads and the vocabulary."""
+    from transformers import Gemma3Config
+
+    shape = shape_of(GEMMA)
+    assert shape is not None
+    config = Gemma3Config(**{name: value for name, value in GEMMA.items() if name != "model_type"})
+    text = config.text_config
+    assert (shape.hidden, shape.layers, shape.head_width, shape.kv_heads) == (32, 7, 8, text.num_key_value_heads)
+    assert (shape.heads, shape.vocabulary, shape.positions) == (text.num_attention_heads, text.vocab_size, text.max_position_embeddings)
+    assert shape.weights == weights_of(built(config))
+    # five layers of six have a window: 4 bytes, two tensors, 4 heads of 8
+    full, windowed = sorted(shape.decoding("cpu", 4, 4).layers, key=lambda layer: layer.window)
+    assert (full.token, full.window, full.number) == (4 * 2 * 4 * 8, 0, 1)
+    assert (windowed.token, windowed.window, windowed.number) == (4 * 2 * 4 * 8, text.sliding_window, 6)
+    kind = PassKind(shape.config, shape.vocabulary, "cpu", weights=4, compute=4, trains=True)
+    assert pass_memory(kind) is not None and pass_memory(replace(kind, adapter=Adapter(2, ("q_proj",)))) is not None
 
 
 def shape(**fields: Any) -> Shape:

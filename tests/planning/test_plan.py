@@ -120,13 +120,14 @@ def test_the_plan_says_what_it_cannot_count(recipe: Any, tmp_path: Path, tiny_ll
     reason = "cannot be counted: transformers has no model type 'nobody-made-this'"
     weights = f"the weights of nobody-made-this are computed as those of a plain transformer, because they {reason}"
     layers = f"the activations of nobody-made-this are estimated by constants, because its layers {reason}"
+    cache = f"the KV cache of nobody-made-this is computed as that of a plain transformer, because it {reason}"
     for _ in range(2):
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 0, result.output
-        assert result.output.count(f"aligned: {weights}") == result.output.count(f"aligned: {layers}") == 1
+        assert [result.output.count(f"aligned: {message}") for message in (weights, layers, cache)] == [1, 1, 1]
         counting._counts.clear()  # as in another process
     (step,) = json.loads(CliRunner().invoke(app, [*command, "--json"]).output)["memory"]
-    assert sorted(step["uncounted"]) == [layers, weights]
+    assert sorted(step["uncounted"]) == [cache, layers, weights]
 
 
 def test_a_state_space_model_has_a_plan(recipe: Any, tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,8 +136,8 @@ def test_a_state_space_model_has_a_plan(recipe: Any, tmp_path: Path, tiny_llama_
     path = recipe(policy=folder_of(tmp_path / "rwkv", tiny_llama_folder, model_type="rwkv", **sizes), value="shared", precision="fp32")
     step = planned(path, tmp_path, 24)["aligned"]
     assert step.memory is not None
-    assert step.memory.kv_cache == 0 and step.memory.activations > 0
-    assert step.uncounted == ["the states that rwkv keeps while it decodes are not counted; they do not grow with the length"]
+    assert step.memory.kv_cache == 0 and step.memory.activations > 0  # it has no cache: each step reads the text so far
+    assert step.uncounted == []
 
 
 def test_lengths_come_from_the_data(recipe: Any, tmp_path: Path, tiny_llama_folder: Path) -> None:
@@ -188,3 +189,127 @@ def test_command_prints_tables_and_json(recipe: Any, tmp_path: Path, monkeypatch
     parts = step["bytes"]
     assert parts["total"] == sum(parts[name] for name in ("weights", "adapters", "gradients", "optimizer", "passing"))
     assert step["advice"]
+
+
+# Rewards, and adapters other than the default
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+"""As a Llama with vocabulary 90, tied: a layer has 4 x 32 x 32 + 3 x 32 x 88 linear weights."""
+
+
+@pytest.fixture
+def small(tmp_path: Path, tiny_llama_folder: Path) -> Any:
+    """make(name, **fields of the config) -> a folder with a Llama of size SMALL, without weights."""
+
+    def make(name: str, **fields: Any) -> str:
+        config = {"model_type": "llama", "vocab_size": 90, "tie_word_embeddings": True, **SMALL, **fields}
+        return folder_of(tmp_path / name, tiny_llama_folder, **config)
+
+    return make
+
+
+def held(recipe: Any, tmp_path: Path, **fields: Any) -> Any:
+    settings = {"value": "shared", "precision": "fp32", "generation": {"max_new_tokens": 8}, **fields}
+    memory = planned(recipe(**settings), tmp_path, 24)["aligned"].memory
+    assert memory is not None
+    return memory
+
+
+def test_an_adapter_on_some_modules_by_hand(recipe: Any, tmp_path: Path, small: Any) -> None:
+    """A value network on the same base has its own adapter, but no gradients of its copy of the output layer."""
+    lora = {"r": 4, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}
+    policy = small("policy", tie_word_embeddings=False)
+    memory = held(recipe, tmp_path, policy=policy, value="policy", lora=lora)
+    low_rank, copy = 2 * 2 * 4 * (32 + 32), 90 * 32
+    assert memory.adapters == 4 * 2 * (low_rank + copy)
+    assert memory.gradients == 4 * (2 * low_rank + copy)
+    assert memory.optimizer == 2 * memory.gradients
+
+
+def test_an_adapter_that_does_not_fit_ends_the_plan_with_the_name_of_the_step(recipe: Any, tmp_path: Path, small: Any) -> None:
+    path = recipe(policy=small("policy"), value="shared", lora={"target_modules": ["query_proj"]})
+    result = CliRunner().invoke(app, ["plan", str(path), "--home", str(tmp_path), "--device-memory", "24"])
+    assert result.exit_code == 2
+    assert "aligned: lora.target_modules names query_proj, which LlamaForCausalLM does not have" in " ".join(result.output.split())
+
+
+def test_rewards_have_their_own_weights_unless_they_share_the_backbone(recipe: Any, tmp_path: Path, small: Any) -> None:
+    """A scalar reward model on the policy's base shares it; classifiers and language models that judge are loaded apart."""
+    policy, lora = small("policy"), {"r": 4}
+    layers = 2 * (4 * 32 * 32 + 3 * 32 * 88) + 5 * 32 + 90 * 32
+    bigger = 2 * (4 * 64 * 64 + 3 * 64 * 88) + 5 * 64 + 90 * 64
+
+    def weights(*rewards: dict[str, Any], monitors: Any = ()) -> float:
+        memory = held(recipe, tmp_path, policy=policy, lora=lora, reward=list(rewards), monitors=list(monitors))
+        return float(memory.weights) / 4
+
+    assert weights({"model": policy}) == layers
+    assert weights({"model": policy, "label": 0}) == 2 * layers
+    assert weights({"model": policy, "answers": ["Yes", "No"]}) == 2 * layers  # tied: the output layer is the embedding
+    other = small("bigger", hidden_size=64, tie_word_embeddings=False)
+    assert weights({"model": other}) == layers + bigger
+    assert weights({"model": other, "answers": ["Yes", "No"], "name": "asked"}) == layers + bigger + 90 * 64
+    assert weights({"ensemble": [{"model": other}, {"model": policy}], "name": "two"}) == layers + bigger
+    assert weights({"model": policy}, monitors=[{"model": other}]) == layers + bigger
+
+
+def test_the_batch_size_of_a_reward_decides_its_activations(recipe: Any, tmp_path: Path, small: Any) -> None:
+    big = small("big", hidden_size=512, intermediate_size=2048, max_position_embeddings=1024)
+    common = {"policy": small("policy"), "rollout_batch_size": 256, "minibatch_size": 8, "microbatch_size": 1}
+
+    def taken(**reward: Any) -> Any:
+        return held(recipe, tmp_path, **common, reward=[{"model": big, "label": 0, **reward}])
+
+    small_batch, large_batch = taken(batch_size=128), taken(batch_size=256)
+    assert large_batch.activations == pytest.approx(2 * small_batch.activations, rel=0.01)
+    # A language model that judges also makes the logits of every token; its texts have the question besides.
+    asked = taken(batch_size=256, label=None, answers=["Yes", "No"], question="{completion}" + "?" * 600)
+    assert asked.logits > 256 * 200 * 90 * 4
+    assert asked.activations > large_batch.activations
+
+
+def test_a_model_that_waits_is_on_the_gpu_while_it_is_used(recipe: Any, tmp_path: Path, small: Any) -> None:
+    big = small("big", hidden_size=64)
+    common = {"policy": small("policy"), "reward": [{"model": big}]}
+    present, waiting = held(recipe, tmp_path, **common), held(recipe, tmp_path, **common, offload=True)
+    policy = 2 * (4 * 32 * 32 + 3 * 32 * 88) + 5 * 32 + 90 * 32
+    reward = 2 * (4 * 64 * 64 + 3 * 64 * 88) + 5 * 64 + 90 * 64
+    assert (present.weights, present.awake) == (4 * (2 * policy + reward), 0)
+    assert (waiting.weights, waiting.awake) == (4 * policy, 4 * reward)  # the reference is smaller, and used in another phase
+
+
+def test_adapters_that_several_roles_have_in_common_are_loaded_once(tmp_path: Path, small: Any) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b", "text": "a b"}) + "\n")
+    (tmp_path / "ranked.jsonl").write_text(json.dumps({"prompt": "a", "completions": ["b", "c"], "ranks": [0, 1]}) + "\n")
+    lora = {"r": 4}
+    steps: list[dict[str, Any]] = [
+        {"stage": "sft", "name": "sft", "model": small("base"), "lora": lora, "data": {"train": str(tmp_path / "rows.jsonl")}},
+        {"stage": "reward_model", "name": "liked", "model": "sft", "lora": lora, "data": {"train": str(tmp_path / "ranked.jsonl")}},
+        {
+            "stage": "ppo",
+            "name": "aligned",
+            "policy": "sft",
+            "lora": lora,
+            "data": str(tmp_path / "rows.jsonl"),
+            "reward": [{"model": "liked"}],
+            "generation": {"max_new_tokens": 8},
+        },
+    ]
+    for step in steps:
+        step["precision"] = "fp32"
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"name": "planned", "steps": steps}))
+    memory = planned(tmp_path / "recipe.yaml", tmp_path, 24)["aligned"].memory
+    assert memory is not None
+    adapter = 2 * 4 * (4 * (32 + 32) + 3 * (32 + 88))
+    assert memory.adapters == 4 * 4 * adapter  # of sft, of the reward model, and the new ones of policy and value network
+
+
+def test_the_plan_names_what_other_processes_and_texts_decide(recipe: Any, tmp_path: Path, small: Any) -> None:
+    policy = {"ref": small("policy"), "quantization": "int8"}
+    settings = {"value": "shared", "lora": {"r": 4}, "generation": {"max_new_tokens": 8, "engine": {"vllm": {"start": {}}}}}
+    step = planned(recipe(policy=policy, **settings), tmp_path, 24)["aligned"]
+    assert step.memory is not None and step.memory.kv_cache == 0
+    servers, outliers = step.uncounted
+    assert servers == "the weights and the KV cache of the vLLM servers, which take up to 45% of the first GPU, are not part of the plan"
+    assert outliers.startswith("int8 also keeps the columns of activations with outliers")

@@ -73,7 +73,7 @@ def test_completions_equal_those_of_plain_forward_passes(model, case: str) -> No
 
 
 def test_completions_equal_those_of_plain_forward_passes_with_a_cache_by_tokens(model, monkeypatch) -> None:
-    monkeypatch.setattr(cache, "_reads_by_columns", lambda model: False)
+    monkeypatch.setattr(cache, "reads_by_columns", lambda model: False)
     check_by_plain_passes(model, sample(model), {})
 
 

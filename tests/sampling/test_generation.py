@@ -160,7 +160,7 @@ def test_equal_prompts_are_read_once(model, monkeypatch) -> None:
 
 @pytest.mark.parametrize("layer_room", ["COLUMN_ROOM", "FIRST_ROOM"])
 def test_the_cache_grows_and_loses_rows_without_changing_a_text(model, monkeypatch, layer_room) -> None:
-    monkeypatch.setattr(cache, "_reads_by_columns", lambda model: layer_room == "COLUMN_ROOM")
+    monkeypatch.setattr(cache, "reads_by_columns", lambda model: layer_room == "COLUMN_ROOM")
     stop = tuple(range(100, 115))  # a twentieth of the tokens: rows last for different times
     settings = {"max_new_tokens": 60, "stop": stop}
     expected = rows(sample(model, PROMPTS, [1, 2, 3, 4], **settings))
