@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from stages.evaluation.config import EvaluationConfig
 from stages.memory.estimate import Machine, Memory, Phase, dtype_bytes, phases
 from stages.memory.lengths import Counter, Lengths, prompt_texts, sample
-from stages.memory.models import View, decoding_phases, inference_bytes, policy_logits
+from stages.memory.models import View, decoding_phases, inference_phase, policy_logits
 from stages.rewards.config import RewardInput
 from stages.rewards.memory import frozen_judge, scoring_phase
 
@@ -26,16 +26,16 @@ def lengths_of(config: EvaluationConfig, counter: Counter) -> Lengths:
 
 def estimate(config: EvaluationConfig, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory:
     """One model at a time: candidates, then the value network of the token details, and judges and other reward sources."""
-    compute = dtype_bytes(config.precision, machine)
-    columns = lengths.prompt + config.generation.max_new_tokens
+    compute, new = dtype_bytes(config.precision, machine), config.generation.max_new_tokens
     made = [_candidate(config, models[name], lengths, machine, compute) for name in _candidates(config) if name in models]
     for field_path, source in config.rewards().items():
         if (view := models.get(f"{field_path}.model")) is not None:
             judge = (source, view)
-            scored = scoring_phase(judge, _completions(config, source), columns, compute, machine)
+            scored = scoring_phase(judge, _completions(config, source), lengths.prompt, new, compute, machine)
             made.append(frozen_judge(judge, compute) + phases(scored))
     if (value := models.get("token_details.value")) is not None:
-        made.append(value.frozen(compute, output=False) + phases(Phase(activations=inference_bytes(value, 1, columns, compute, machine))))
+        read = inference_phase(value, 1, lengths.prompt + new, compute, machine)
+        made.append(value.frozen(compute, output=False) + phases(read))
     return max(made, key=lambda memory: memory.total, default=Memory())
 
 
@@ -53,7 +53,7 @@ def _completions(config: EvaluationConfig, source: RewardInput) -> int:
 def _candidate(config: EvaluationConfig, view: View, lengths: Lengths, machine: Machine, compute: int) -> Memory:
     """A candidate answers, and reads its answers and the texts of further measurements."""
     rows, new = config.generation.batch_size, config.generation.max_new_tokens
-    passes = []
+    passes: list[Phase] = []
     if config.generation.vllm is None:
         passes += decoding_phases(view, rows, lengths.prompt, new, machine, weights=compute, compute=compute)
     if config.kl_reference is not None:
@@ -62,13 +62,12 @@ def _candidate(config: EvaluationConfig, view: View, lengths: Lengths, machine: 
         passes.append(_measured(view, rows, lengths.text, rows * lengths.text, machine, compute))
     if config.perplexity is not None:
         columns = config.perplexity_block_size
-        read = inference_bytes(view, rows, columns, compute, machine, masked=True)
-        passes.append(Phase(activations=read, logits=rows * columns * view.shape.vocabulary * compute))
+        logits = rows * columns * view.shape.vocabulary * compute
+        passes.append(inference_phase(view, rows, columns, compute, machine, logits=logits, masked=True))
     return view.frozen(compute) + phases(*passes or [Phase()])
 
 
 def _measured(view: View, rows: int, columns: int, positions: int, machine: Machine, compute: int) -> Phase:
     """A pass that reads the log-probabilities at ``positions``."""
-    read = inference_bytes(view, rows, columns, compute, machine)
-    logits = policy_logits(view.shape, rows * columns, positions, machine, trains_output=False, compute=compute, trains=False)
-    return Phase(activations=read, logits=logits)
+    logits = policy_logits(view, rows * columns, positions, machine, compute=compute)
+    return inference_phase(view, rows, columns, compute, machine, logits=logits)

@@ -168,13 +168,16 @@ def unchunked_logits(shape: Shape, positions: float) -> float:
     return 5 * positions * shape.vocabulary * FP32
 
 
-def full_logits(shape: Shape, tokens: float, positions: float, *, compute: int = FP32) -> float:
-    """The loss of a policy whose model caps or scales its logits, and so makes them for all ``tokens`` of a pass.
+def full_logits(shape: Shape, tokens: float, positions: float, *, compute: int = FP32, capped: bool = True) -> float:
+    """The loss of a policy that makes the logits of all ``tokens`` of a pass: its model changes them, or an adapter its output layer.
 
-    ``positions``: those that the loss reads. At the peak of the backward pass there are three copies of the logits, and the gradient of the
-    positions in fp32.
+    ``positions``: those that the loss reads. At the peak of the backward pass of a cap there are three copies of the logits, and the gradient
+    of the positions in fp32. Without a cap (``capped``) the logits are freed; at the peak there are their gradient, with what is added to it,
+    and four copies of the positions.
     """
-    return (3 * tokens * compute + positions * FP32) * shape.vocabulary
+    if capped:
+        return (3 * tokens * compute + positions * FP32) * shape.vocabulary
+    return (2 * tokens * compute + 4 * positions * FP32) * shape.vocabulary
 
 
 def tiled_logits(shape: Shape, positions: float, machine: Machine, *, trains_output: bool, compute: int = FP32) -> float:

@@ -145,8 +145,13 @@ def training_phase(
     return Phase(activations=peak, logits=max(0.0, logits - (peak - kept)))
 
 
-def inference_bytes(view: View, rows: float, columns: int, compute: int, machine: Machine, *, masked: bool = False) -> float:
-    """The largest tensors of a pass without a backward pass over ``rows`` sequences of ``columns`` tokens. ``masked``: with padding."""
+def inference_phase(
+    view: View, rows: float, columns: int, compute: int, machine: Machine, *, logits: float = 0.0, masked: bool = False
+) -> Phase:
+    """A pass without a backward pass over ``rows`` sequences of ``columns`` tokens. ``masked``: the rows have padding.
+
+    ``logits``: bytes of what follows the layers, when their tensors are freed except for the last hidden states.
+    """
     kind = PassKind(
         view.shape.config,
         view.shape.vocabulary,
@@ -158,7 +163,11 @@ def inference_bytes(view: View, rows: float, columns: int, compute: int, machine
         masked=masked,
     )
     counted = pass_memory(kind)
-    return inference(view.shape, rows * columns, compute) if counted is None else counted.peak.at(view.shape.layers, rows, columns)
+    if counted is None:
+        kept, peak = rows * columns * view.shape.hidden * compute, inference(view.shape, rows * columns, compute)
+    else:
+        kept, peak = (part.at(view.shape.layers, rows, columns) for part in (counted.kept, counted.peak))
+    return Phase(activations=peak, logits=max(0.0, logits - (peak - kept)))
 
 
 def decoding_phases(view: View, rows: int, prompt: int, new: int, machine: Machine, *, weights: int, compute: int) -> list[Phase]:
@@ -175,9 +184,10 @@ def decoding_phases(view: View, rows: int, prompt: int, new: int, machine: Machi
     sampled = 3 * FP32 * rows * shape.vocabulary
     columns = tokens if memory.method == "text" else prompt
     logits = compute * shape.vocabulary * read * (1 if memory.limits_logits else columns)
-    reading = Phase(at_first, inference_bytes(view, read, columns, compute, machine, masked=memory.method != "text") + apart, logits)
     if memory.method == "text":
-        return [replace(reading, logits=logits + sampled)]
+        return [inference_phase(view, read, columns, compute, machine, logits=logits + sampled)]
+    reading = inference_phase(view, read, columns, compute, machine, logits=logits, masked=True)
+    reading = replace(reading, cache=at_first, activations=reading.activations + apart)
     return [reading, Phase(at_last, rows * memory.of_step(tokens, device), sampled)]
 
 
@@ -187,14 +197,31 @@ def cache_bytes(view: View, rows: int, prompt: int, new: int, machine: Machine, 
     return cached(memory, rows, prompt, new, machine.kind)[1] if memory.in_slots(prompt + new, machine.kind) else 0.0
 
 
+def changes_output(view: View, lora: LoraSettings | None) -> bool:
+    """Whether a new adapter changes the output layer of a language model: by a copy or a low-rank update."""
+    return lora is not None and view.shape.adapter(_adapter_of(lora)).output > 0
+
+
 def policy_logits(
-    shape: Shape, tokens: float, positions: float, machine: Machine, *, trains_output: bool, compute: int, trains: bool = True
+    view: View,
+    tokens: float,
+    positions: float,
+    machine: Machine,
+    *,
+    compute: int,
+    lora: LoraSettings | None = None,
+    trains: bool = False,
 ) -> float:
-    """Bytes of the logits in a pass of a policy over ``tokens``, of which the loss (or the measurement) reads ``positions``."""
-    if has_plain_logits(shape.config, shape.vocabulary):
-        return chunked_logits(shape, positions, machine, trains_output=trains_output, compute=compute)
+    """Bytes of the logits in a pass of a policy over ``tokens``, of which the loss (or the measurement) reads ``positions``.
+
+    They are made in chunks, unless the model changes them, or an adapter changes the output layer. ``lora``: the policy's new adapter.
+    """
+    shape, adapted = view.shape, changes_output(view, lora)
+    is_plain = has_plain_logits(shape.config, shape.vocabulary)
+    if is_plain and not adapted:
+        return chunked_logits(shape, positions, machine, trains_output=trains and lora is None, compute=compute)
     if trains:
-        return full_logits(shape, tokens, positions, compute=compute)
+        return full_logits(shape, tokens, positions, compute=compute, capped=not is_plain)
     return (2 * tokens * compute + 2 * positions * FP32) * shape.vocabulary
 
 
@@ -251,7 +278,8 @@ def language_model(config: TrainingStepConfig, view: View, rows: float, columns:
     logits = unchunked_logits(view.shape, rows * columns)
     if tiled:
         compute = dtype_bytes(config.precision, machine)
-        logits = tiled_logits(view.shape, rows * columns, machine, trains_output=config.lora is None, compute=compute)
+        trains_output = config.lora is None or changes_output(view, config.lora)
+        logits = tiled_logits(view.shape, rows * columns, machine, trains_output=trains_output, compute=compute)
     return trained_model(config, view, machine) + phases(
         training_phase(config, view, rows, columns, machine, logits=logits, masked=has_padding(config)),
         saving(view.shape),

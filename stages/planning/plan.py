@@ -70,14 +70,15 @@ def plan_memory(
 
 def _plan_memory(recipe: Recipe, registry: Registry, machine: Machine, reused: Mapping[str, Path], processes: int) -> list[StepMemory]:
     made: dict[str, View] = {}
+    unknown: dict[str, list[str]] = {}  # by step: the models of unknown size that it starts from
     estimates = []
     for step in recipe.steps:
         with uncounted() as messages, _named(step.name):
-            views, missing = _views(step, made, registry)
+            views, missing = _views(step, made, unknown, registry)
             folder = _folder(step, registry, reused)
             if missing:
-                note = f"the size of {', '.join(missing)} is unknown until it is downloaded"
-                estimates.append(StepMemory(step.name, step.stage, None, note))
+                unknown[step.name] = missing
+                estimates.append(StepMemory(step.name, step.stage, None, _unknown_note(missing)))
             elif step.name not in reused:
                 lengths = lengths_of(step.config, folder)
                 memory = memory_of(step.config, _loaded(views, step.config), lengths, machine, processes)
@@ -115,17 +116,28 @@ def _outside(config: StepConfig) -> list[str]:
 # The models that a step reads
 
 
-def _views(step: RecipeStep, made: Mapping[str, View], registry: Registry) -> tuple[dict[str, View], list[str]]:
-    """Return (models by field path, refs of models with unknown size)."""
+def _views(
+    step: RecipeStep, made: Mapping[str, View], unknown: Mapping[str, list[str]], registry: Registry
+) -> tuple[dict[str, View], list[str]]:
+    """Return (models by field path, refs of models with unknown size).
+
+    If the model of another step has an unknown size, the result names the models that this step starts from.
+    """
     views: dict[str, View] = {}
-    missing = []
+    missing: set[str] = set()
     for field_path, reference in step.models.items():
         view = made.get(reference.target) if reference.kind == "step" else _foreign(reference, registry)
-        if view is None:
-            missing.append(reference.input.ref)
-        else:
+        if view is not None:
             views[field_path] = view
-    return views, sorted(set(missing))
+        else:
+            missing.update(unknown.get(reference.target, [reference.input.ref]))
+    return views, sorted(missing)
+
+
+def _unknown_note(refs: Sequence[str]) -> str:
+    """Why the memory of a step is unknown."""
+    models = f"{', '.join(refs)} {'is' if len(refs) == 1 else 'are'}"
+    return f"the size of {models} unknown: there is no usable config.json in the Hub cache or the folder. A run downloads models of the Hub"
 
 
 def _foreign(reference: Reference, registry: Registry) -> View | None:

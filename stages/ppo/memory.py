@@ -13,7 +13,7 @@ from stages.memory.models import (
     cache_bytes,
     cast_bytes,
     decoding_phases,
-    inference_bytes,
+    inference_phase,
     largest_pass,
     new_adapter,
     policy_logits,
@@ -44,7 +44,6 @@ def estimate(config: PPOStepConfig, models: Mapping[str, View], lengths: Lengths
     # With offload, a model that waits is moved to the device when it is needed.
     reference, scorers = (waiting.reference.held, sum(one.held for one in waiting.judges)) if config.offload else (0.0, 0.0)
 
-    trains_output = config.lora is None
     copies = cast_bytes(shape.linear_weights + shape.vocabulary * shape.hidden, compute) if config.lora is None else 0.0
     sampling, kept = _sampling(config, policy, prompt, machine, processes, compute, copies)
     bigger = policy if value is None or value.shape.hidden * value.shape.layers <= shape.hidden * shape.layers else value
@@ -52,7 +51,7 @@ def estimate(config: PPOStepConfig, models: Mapping[str, View], lengths: Lengths
     other = 0.0 if value is None or config.lora is not None else cast_bytes(min(shape.linear_weights, value.shape.linear_weights), compute)
 
     def trained_on(view: View, rows: float, columns: int, positions: float) -> Phase:
-        logits = policy_logits(shape, rows * columns, positions, machine, trains_output=trains_output, compute=compute)
+        logits = policy_logits(policy, rows * columns, positions, machine, compute=compute, lora=config.lora, trains=True)
         passed = training_phase(config, view, rows, columns, machine, logits=logits, masked=False)
         return replace(passed, cache=kept, activations=passed.activations + other)
 
@@ -63,14 +62,12 @@ def estimate(config: PPOStepConfig, models: Mapping[str, View], lengths: Lengths
     episodes = [min(tokens, prompt) + new for _, tokens in lengths.examples] or [prompt + new]
     updating = update(_update_rows(config, episodes, prompt + new, machine, share, lambda rows: held.total + update(rows).total))
     own = max(1, config.rollout_batch_size // processes)
-    scoring = [replace(scoring_phase(judge, own, prompt + new, compute, machine), cache=kept, awake=scorers) for judge in judges]
+    scoring = [replace(scoring_phase(judge, own, prompt, new, compute, machine), cache=kept, awake=scorers) for judge in judges]
     measured = _measured_rows(config, prompt + new, machine, own)
     casts = other + (cast_bytes(shape.linear_weights, compute) if config.lora is None else 0.0)
-    read = inference_bytes(bigger, measured, prompt + new, compute, machine)
-    read_logits = policy_logits(
-        shape, measured * (prompt + new), measured * new, machine, trains_output=False, compute=compute, trains=False
-    )
-    measuring = Phase(kept, read + casts, read_logits, awake=reference)
+    logits = policy_logits(policy, measured * (prompt + new), measured * new, machine, compute=compute, lora=config.lora)
+    read = inference_phase(bigger, measured, prompt + new, compute, machine, logits=logits)
+    measuring = replace(read, cache=kept, activations=read.activations + casts, awake=reference)
     mixing = []
     if config.pretraining_mix is not None:
         block = config.pretraining_mix.block_size

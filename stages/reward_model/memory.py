@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from stages.memory.estimate import FP32, Machine, Memory, Phase, dtype_bytes, phases
+from stages.memory.estimate import Machine, Memory, dtype_bytes, phases
 from stages.memory.lengths import Counter, Lengths, comparison_lengths
 from stages.memory.models import (
     View,
     decoding_phases,
-    inference_bytes,
+    inference_phase,
     language_model,
     rows_per_pass,
     saving,
@@ -42,8 +42,8 @@ def _training(config: RewardModelConfig, view: View, columns: int, lengths: Leng
     if config.generative is not None:
         if config.generative.train:
             return language_model(config, view, rows, columns, machine)
-        read = inference_bytes(view, rows, columns, compute, machine, masked=True)
-        return view.frozen(compute) + phases(Phase(activations=read, logits=FP32 * rows * columns * view.shape.vocabulary))
+        logits = compute * rows * columns * view.shape.vocabulary
+        return view.frozen(compute) + phases(inference_phase(view, rows, columns, compute, machine, logits=logits, masked=True))
     training = training_phase(config, view, rows, columns, machine, logits=0.0, masked=True, task="FEATURE_EXTRACTION")
     return trained_model(config, view, machine, task="FEATURE_EXTRACTION") + phases(training, saving(view.shape, output=False))
 
@@ -52,15 +52,15 @@ def _collecting(collection: Collection, models: Mapping[str, View], columns: int
     """Each policy that samples completions, and then the judge. Prompts with completions count as long as those of the data."""
     rows, new = collection.generation.batch_size, collection.generation.max_new_tokens
     made = []
+    prompt = max(1, columns - new)
     for index in range(len(collection.policies)):
         view = models.get(f"collect.policies[{index}].model")
         if view is not None and collection.generation.vllm is None:
-            prompt = max(1, columns - new)
             made.append(view.frozen(compute) + phases(*decoding_phases(view, rows, prompt, new, machine, weights=compute, compute=compute)))
     judge = collection.judge if isinstance(collection.judge, RewardInput) else None
     for field_path in ("collect.judge.model", "collect.judge.people.reward_model"):
         if (view := models.get(field_path)) is not None:
             scorer = (judge or RewardInput.model_validate({"model": "the model of people"}), view)
-            scored = scoring_phase(scorer, scorer[0].batch_size, columns, compute, machine)
+            scored = scoring_phase(scorer, scorer[0].batch_size, prompt, new, compute, machine)
             made.append(frozen_judge(scorer, compute) + phases(scored))
     return made

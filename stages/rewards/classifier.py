@@ -148,7 +148,9 @@ class ClassifierSource:
         self.model.config.pad_token_id = pad
         try:
             moved = moved_together(list(batch.values()), self.model.device)
-            output: Tensor = self.model(**dict(zip(batch, moved, strict=True))).logits
+            # A decoder would otherwise keep keys and values, which nothing reads.
+            options = {"use_cache": False} if "use_cache" in self._accepted else {}
+            output: Tensor = self.model(**dict(zip(batch, moved, strict=True)), **options).logits
         finally:
             self.model.config.pad_token_id = own
         return output.float()

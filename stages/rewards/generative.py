@@ -144,7 +144,7 @@ class GenerativeSource:
             questions, answers = [question for question, _ in texts], [answer for _, answer in texts]
             batch = sequence_batch(questions, answers, self.tokenizer.pad_token_id, device)
             mask = (torch.arange(batch.input_ids.shape[1], device=device) < batch.lengths[:, None]).long()
-            logits = self.model(input_ids=batch.input_ids, attention_mask=mask).logits[batch.rows, batch.columns]
+            logits = self.model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).logits[batch.rows, batch.columns]
             chosen = logits.float().log_softmax(dim=-1).gather(1, batch.tokens[:, None]).squeeze(1).cpu()  # the CPU waits once
             logprobs[list(indices)] = torch.stack([part.sum() for part in chosen.split([len(answer) for answer in answers])])
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from stages.memory.estimate import Machine, Memory, Phase
 from stages.memory.lengths import CHARACTERS_PER_TOKEN
-from stages.memory.models import View, inference_bytes
+from stages.memory.models import View, inference_phase
 from stages.rewards.config import RewardInput, leaves
 
 Judge = tuple[RewardInput, View]
@@ -35,17 +35,26 @@ def frozen_judge(judge: Judge, compute: int) -> Memory:
     return judge[1].frozen(compute, output=is_generative(judge))
 
 
-def scoring_phase(judge: Judge, completions: int, columns: int, compute: int, machine: Machine) -> Phase:
-    """The largest pass of a source over ``completions`` texts of up to ``columns`` tokens. Texts that are too long are cut.
+def scoring_phase(judge: Judge, completions: int, prompt: int, new: int, compute: int, machine: Machine) -> Phase:
+    """The largest pass of a source over ``completions`` texts: prompts of up to ``prompt`` tokens with ``new`` tokens.
 
-    A language model reads each text twice, with a question and one of two answers, and makes the logits of all tokens.
+    Texts that are too long are cut. A language model reads each text twice, with a question and one of two answers, and makes the logits of
+    all tokens.
     """
     source, view = judge
+    columns = min(_columns(judge, prompt, new), view.shape.positions)
     if not is_generative(judge):
-        columns = min(columns, view.shape.positions)
         rows = min(source.batch_size, completions)
-        return Phase(activations=inference_bytes(view, rows, columns, compute, machine, masked=source.label is not None))
-    asked = int(len(source.question) / CHARACTERS_PER_TOKEN)
-    columns, rows = min(columns + asked, view.shape.positions), min(source.batch_size, 2 * completions)
-    read = inference_bytes(view, rows, columns, compute, machine, masked=True)
-    return Phase(activations=read, logits=rows * columns * view.shape.vocabulary * compute)
+        return inference_phase(view, rows, columns, compute, machine, masked=source.label is not None)
+    rows = min(source.batch_size, 2 * completions)
+    logits = rows * columns * view.shape.vocabulary * compute
+    return inference_phase(view, rows, columns, compute, machine, logits=logits, masked=True)
+
+
+def _columns(judge: Judge, prompt: int, new: int) -> int:
+    """The most tokens of a text that a source reads, if it can read all."""
+    source, _ = judge
+    if is_generative(judge):
+        asked = int(len(source.question) / CHARACTERS_PER_TOKEN)
+        return asked + new + (prompt if "{prompt}" in source.question else 0)
+    return new if source.label is not None and source.reads == "completion" else prompt + new

@@ -1,4 +1,4 @@
-"""Compares the planned bytes of a step's tensors with the measured bytes, on a CPU, for six model families.
+"""Compares the planned bytes of a step's tensors with the measured bytes, on a CPU, for nine model families.
 
     .venv/bin/python tests/benchmarks/memory_tensors.py [--only WORDS] [--markdown FILE]
 
@@ -6,7 +6,7 @@ Each step runs with a small model of random weights. The measured value is the l
 every tensor operation. The memory that an operation uses inside is not measured. The planned value does not include the overhead of an
 allocator (``HEAP``).
 
-Time: 10 minutes, measured on a core that other jobs used too; sixteen short steps. Result: printed, and written to --markdown; docs/gpu.md.
+Time: 15 minutes on a core that other jobs used too; twenty short steps. Result: printed, and written to --markdown; docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -33,6 +33,25 @@ SHAPES = {
     "DistilBERT": {
         "model_type": "distilbert",
         **{"vocab_size": 4096, "dim": 256, "hidden_dim": 1024, "n_layers": 4, "n_heads": 4, "max_position_embeddings": 256},
+    },
+    "LFM2": {
+        "model_type": "lfm2",
+        **COMMON,
+        "intermediate_size": 688,
+        "block_auto_adjust_ff_dim": False,
+        "num_key_value_heads": 2,
+        "layer_types": ["conv", "full_attention", "conv", "conv"],
+    },
+    "Bamba": {
+        "model_type": "bamba",
+        **{**COMMON, "intermediate_size": 688, "num_key_value_heads": 2, "attn_layer_indices": [1], "tie_word_embeddings": True},
+        **{"mamba_n_heads": 16, "mamba_d_head": 32, "mamba_d_state": 64, "mamba_n_groups": 1, "mamba_expand": 2, "mamba_chunk_size": 32},
+    },
+    "DeepSeek V3": {
+        "model_type": "deepseek_v3",
+        **{**COMMON, "intermediate_size": 688, "num_key_value_heads": 4, "kv_lora_rank": 64, "q_lora_rank": 96, "v_head_dim": 64},
+        **{"qk_rope_head_dim": 32, "qk_nope_head_dim": 64, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+        **{"moe_intermediate_size": 128, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     },
     "Gemma 3": {"model_type": "gemma3_text", **COMMON, "intermediate_size": 688, "num_key_value_heads": 1, "head_dim": 64},
 }
@@ -78,6 +97,14 @@ SETUPS: dict[str, dict[str, Any]] = {
     "Gemma 3, PPO, LoRA": {"shape": "Gemma 3", "fields": LORA, "learned": False},
     "Llama, DPO, full": {"shape": "Llama", "stage": "dpo"},
     "Llama, DPO, LoRA, bf16": {"shape": "Llama", "stage": "dpo", "fields": {**LORA, "precision": "bf16"}},
+    "LFM2 (convolutions and attention), PPO, full": {"shape": "LFM2"},
+    "Bamba (Mamba 2 and attention), PPO, LoRA": {"shape": "Bamba", "fields": LORA, "learned": False},
+    "DeepSeek V3 (compressed keys, experts), PPO, full": {"shape": "DeepSeek V3"},
+    "Llama, PPO, LoRA on queries and values, copy of the output layer": {
+        "shape": "Llama",
+        "fields": {"lora": {"r": 16, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}},
+        "learned": False,
+    },
     "DistilBERT, classifier": {"shape": "DistilBERT", "stage": "sentiment", "fields": {"max_length": 128}},
 }
 
@@ -108,7 +135,7 @@ def planned_and_measured(setup: dict[str, Any], work: Path) -> tuple[float, floa
         registry = Registry(home / "registry")
         step = load_recipe(home / "recipe.yaml", [], registry).steps[0]
         planner = importlib.import_module(str(STAGES[stage].memory))
-        models = _loaded(_views(step, {}, registry)[0], step.config)
+        models = _loaded(_views(step, {}, {}, registry)[0], step.config)
         lengths = planner.lengths_of(step.config, Counter(_folder(step, registry, {})))
         planned = planner.estimate(step.config, models, lengths, Machine("cpu", 8 << 30, 4, "this machine"), 1)
         context, _ = _context(step, home, registry)

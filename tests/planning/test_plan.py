@@ -98,7 +98,18 @@ def test_plan_reports_what_cannot_fit(recipe: Any, tmp_path: Path) -> None:
 def test_unknown_sizes_are_not_guessed(recipe: Any, tmp_path: Path) -> None:
     step = planned(recipe(policy="nobody/secret", value="shared"), tmp_path, 24)["aligned"]
     assert step.memory is None
-    assert "the size of nobody/secret is unknown until it is downloaded" in step.note
+    assert step.note.startswith("the size of nobody/secret is unknown")
+
+
+def test_steps_after_a_model_of_unknown_size_name_that_model(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    steps = [
+        {"stage": "sft", "name": name, "model": model, "data": {"train": str(tmp_path / "rows.jsonl")}}
+        for name, model in (("first", "nobody/secret"), ("second", "first"), ("third", "second"))
+    ]
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"name": "planned", "steps": steps}))
+    for step in planned(tmp_path / "recipe.yaml", tmp_path, 24).values():
+        assert step.note.startswith("the size of nobody/secret is unknown")
 
 
 def folder_of(folder: Path, tokenizer: Path, **config: Any) -> str:
