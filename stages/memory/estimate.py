@@ -171,9 +171,9 @@ def unchunked_logits(shape: Shape, positions: float) -> float:
 def full_logits(shape: Shape, tokens: float, positions: float, *, compute: int = FP32, capped: bool = True) -> float:
     """The loss of a policy that makes the logits of all ``tokens`` of a pass: its model changes them, or an adapter its output layer.
 
-    ``positions``: those that the loss reads. At the peak of the backward pass of a cap there are three copies of the logits, and the gradient
-    of the positions in fp32. Without a cap (``capped``) the logits are freed; at the peak there are their gradient, with what is added to it,
-    and four copies of the positions.
+    ``positions``: those that the loss reads. At the peak of the backward pass of a cap there are three copies of the logits, and the
+    gradient of the positions in fp32. Without a cap (``capped``) the logits are freed; at the peak there are two copies of their gradient,
+    and four of the positions.
     """
     if capped:
         return (3 * tokens * compute + positions * FP32) * shape.vocabulary
