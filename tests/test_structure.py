@@ -36,7 +36,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "memory": {"corpora", "kernels", "models", "sampling", "tokens"},
     "engines": {"models", "process", "registry", "sampling", "step"},
     "corpora": {"hub", "models", "registry", "tokens"},
-    "rewards": {"corpora", "models", "process", "registry", "rl", "sampling", "tokens"},
+    "rewards": {"corpora", "memory", "models", "process", "registry", "rl", "sampling", "tokens"},
     "labelling": {"corpora", "process", "stats", "step"},
     "judges": {"corpora", "labelling", "process", "rewards"},
     "training": {"corpora", "engines", "kernels", "models", "process", "registry", "rewards", "sampling", "step"},

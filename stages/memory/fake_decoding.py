@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
-from stages.memory.decoding import DecodingMemory, LayerStates
+from stages.memory.decoding import DecodingMemory, LayerStates, Method
 from stages.memory.fake_passes import LiveBytes, are_alike, give_fake_weights, text_config_of, whole_model, without_values
 from stages.memory.passes import PassKind
 from stages.sampling.cache import (
@@ -53,7 +53,7 @@ def count(kind: PassKind) -> DecodingMemory:
     layers = _number_of_layers(kind, kinds)
     model = _model(kind, layers)
     support = decoding_support(model)
-    method = "text" if support.cache_name is None else "in place" if support.adds_mask else "cache"
+    method: Method = "text" if support.cache_name is None else "in place" if support.adds_mask else "cache"
     slots = -1 if support.slot_tokens == math.inf else int(support.slot_tokens)
     if method == "text":
         return DecodingMemory((), method, False, slots, (0.0, 0.0), (0.0, 0.0), support.limits_logits)
@@ -168,8 +168,8 @@ def _options(support: DecodingSupport, read: DynamicCache, cache: DynamicCache) 
 
 
 def _dtype_of(cache: DynamicCache) -> torch.dtype:
-    dtype: torch.dtype = next(layer.keys.dtype for layer in cache.layers if getattr(layer, "keys", None) is not None)
-    return dtype
+    keys = [getattr(layer, "keys", None) for layer in cache.layers]
+    return next(tensor.dtype for tensor in keys if isinstance(tensor, Tensor))
 
 
 def _sizes(cache: DynamicCache) -> Sizes:

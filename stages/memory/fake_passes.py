@@ -264,7 +264,9 @@ def _adapted_model(kind: PassKind, layers: int) -> TransformersModel:
     if kind.adapter.is_everywhere:
         return adapted
     inner = plain_model(adapted)
-    return inner.base_model if kind.task == "SEQ_CLS" else inner.get_decoder()
+    transformer = inner.base_model if kind.task == "SEQ_CLS" else inner.get_decoder()
+    assert isinstance(transformer, PreTrainedModel)
+    return transformer
 
 
 def _model(kind: PassKind, layers: int) -> TransformersModel:
@@ -418,7 +420,8 @@ QUANTIZED: dict[type[nn.Module], tuple[str, str]] = {}
 def _quantize(model: TransformersModel, quantization: str, device: str) -> None:
     """Make those linear layers that bitsandbytes would quantize behave like quantized ones."""
     for module in quantized_modules(plain_model(model)):
-        module.__class__ = _quantized_class(_QuantizedConv1D if isinstance(module, Conv1D) else _QuantizedLinear, quantization, device)
+        kind = _QuantizedConv1D if isinstance(module, Conv1D) else _QuantizedLinear
+        module.__class__ = _quantized_class(kind, quantization, device)  # type: ignore[assignment]  # a subclass of the layer's own class
         module.requires_grad_(False)
 
 
