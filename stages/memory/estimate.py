@@ -173,11 +173,11 @@ def full_logits(shape: Shape, tokens: float, positions: float, *, compute: int =
 
     ``positions``: those that the loss reads. At the peak of the backward pass of a cap there are three copies of the logits, and the
     gradient of the positions in fp32. Without a cap (``capped``) the logits are freed; at the peak there are two copies of their gradient,
-    and four of the positions.
+    and two of that of the positions.
     """
     if capped:
         return (3 * tokens * compute + positions * FP32) * shape.vocabulary
-    return (2 * tokens * compute + 4 * positions * FP32) * shape.vocabulary
+    return 2 * (tokens * compute + positions * FP32) * shape.vocabulary
 
 
 def tiled_logits(shape: Shape, positions: float, machine: Machine, *, trains_output: bool, compute: int = FP32) -> float:
