@@ -7,6 +7,7 @@ Probabilities are computed as in transformers' text-classification pipeline: a s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -149,7 +150,7 @@ class ClassifierSource:
         try:
             moved = moved_together(list(batch.values()), self.model.device)
             # A decoder would otherwise keep keys and values, which nothing reads.
-            options = {"use_cache": False} if "use_cache" in self._accepted else {}
+            options = {"use_cache": False} if "use_cache" in signature(self.model.forward).parameters else {}
             output: Tensor = self.model(**dict(zip(batch, moved, strict=True)), **options).logits
         finally:
             self.model.config.pad_token_id = own
