@@ -34,7 +34,7 @@ class Fixed(torch.nn.Module):
         rest = (1 - sum(probabilities.values())) / (size - len(probabilities))
         self.logits = torch.nn.Parameter(torch.tensor([math.log(probabilities.get(token, rest)) + 3.0 for token in range(size)]))
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool) -> Any:
         self.sizes.append(len(input_ids))
         if len(input_ids) > self.most_rows:
             raise torch.OutOfMemoryError("CUDA out of memory")
