@@ -136,7 +136,9 @@ def test_passes_over_rows_of_similar_length_have_the_gradient_of_one_padded_pass
     rows = [torch.arange(2 if number % 2 else 12) + number for number in range(8)]
     gradients, sizes = [], []
     for microbatch in (8, 4):
-        trainer = make_trainer(step_context(), tiny_llama_folder, microbatch_size=microbatch, rows=8)
+        context = step_context()
+        trainer = make_trainer(context, tiny_llama_folder, microbatch_size=microbatch, rows=8)
+        trainer.context = context  # as ``train`` sets it
         trainer.model.register_forward_pre_hook(lambda *given: sizes.append(tuple(given[2]["input_ids"].shape)), with_kwargs=True)
         trainer.training_step(trainer.model, padded(rows), sum(len(row) - 1 for row in rows))
         gradients.append([parameter.grad for parameter in trainer.model.parameters()])
