@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stages.config import GenerationSettings
 from stages.sampling.cache import PromptLayer, forward_options, layers_of
-from stages.sampling.decoding import CUDA_CHECK_EVERY, Decoded, Endings
+from stages.sampling.decoding import CHECK_EVERY, Decoded, Endings
 from stages.sampling.padding import left_pad
 from stages.sampling.readers import read_in_parts
 from stages.sampling.slots import Choice
@@ -130,7 +130,7 @@ class SlotDecoder:
         most = self._settings.max_new_tokens
         left = [most - occupant.sampled for occupant in self._occupants.values()]
         may_end = bool(self._stop_ids or self._late_stop_ids)
-        check_every = CUDA_CHECK_EVERY if self._device.type == "cuda" else 1
+        check_every = CHECK_EVERY.get(self._device.type, 1)
         number = min(check_every, max(left)) if may_end else min(left)
         for _ in range(number):
             occupied = self._occupants.values()

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from stages.model_types import TransformersModel
 
 COMPACT_BELOW = 0.75  # finished rows leave the cache when the share of running rows falls below this
-CUDA_CHECK_EVERY = 8  # steps between two checks for finished rows; each check makes the CPU wait for the GPU
+CHECK_EVERY = {"cpu": 1, "cuda": 8}
+"""By device type: steps between two checks for finished rows. Each check makes the CPU wait for a GPU."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def decode(
     logits = _read_prompts(reader, prompt_ids, prompt_mask, rows)
     endings = Endings.of(logits.shape[-1], stop_ids, late_stop_ids, settings.stop_after, logits.device)
     responses = Responses(noise, pad_token_id)
-    check_every = CUDA_CHECK_EVERY if logits.device.type == "cuda" else 1
+    check_every = CHECK_EVERY.get(logits.device.type, 1)
     num_running = len(rows)
     with reader.stepping():
         for step in range(settings.max_new_tokens):

@@ -1,6 +1,6 @@
 """A recorder that works on a CPU like a CUDA graph: it runs the same operations on the same memory again, without Python.
 
-An operation that makes new tensors writes them to those of the recording. An operation that reads a number fails, as during a capture.
+An operation that makes new tensors writes them to those of the recording. An operation that reads numbers fails, as during a capture.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Tape(TorchDispatchMode):
         self.operations: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None) -> Any:
-        if function is torch.ops.aten._local_scalar_dense.default:
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
             raise RuntimeError("operation not permitted when stream is capturing\nlong story")
         result = function(*arguments, **(options or {}))
         self.operations.append((function, arguments, options or {}, result))

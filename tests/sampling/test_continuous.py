@@ -72,6 +72,14 @@ def test_completions_equal_those_of_plain_forward_passes(model, case: str) -> No
         assert min(generated.lengths.tolist()) > 7
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_quantized_weights_give_the_same_completions_in_slots(tiny_llama_folder, resolve_folder, quantization: str) -> None:
+    source = resolve_folder(tiny_llama_folder, quantization=quantization)
+    quantized = load_language_model(source, dtype=torch.float32, trainable=False)
+    generated, expected = (sample(quantized, continuous_batching=continuous) for continuous in (True, False))
+    assert rows(generated) == rows(expected)
+
+
 def test_completions_equal_those_of_plain_forward_passes_with_a_cache_by_tokens(model, monkeypatch) -> None:
     monkeypatch.setattr(cache, "reads_by_columns", lambda model: False)
     check_by_plain_passes(model, sample(model), {})

@@ -12,10 +12,13 @@ from torch import nn
 
 from stages.config import GenerationSettings
 from stages.models.loading import load_language_model
-from stages.sampling import generation, graphs, workspace
+from stages.models.own_layers import use_own_layers
+from stages.sampling import decoding, generation, graphs, workspace
 from stages.sampling.generation import Generated, generate
 from stages.sampling.graphs import GraphPool, Recording, Size
+from stages.sampling.probe import fits_slots, usable_support
 from stages.sampling.slots import Slots
+from tests.sampling import test_families as families
 from tests.sampling.tape import TapeRecorder
 
 PROMPTS = [[10, 11, 12, 13, 14], [20], [30, 31, 32], [40, 41], [50, 51], [60]]
@@ -289,6 +292,92 @@ def test_model_that_cannot_be_recorded_still_decodes(model, recorder, monkeypatc
     assert graphs._refusals.total() == len(attempts)
     said = [message for message in caplog.messages if "CUDA graph" in message]
     assert len(said) == 1 and "long story" not in said[0] and "generation.cuda_graphs: false" in said[0]
+
+
+# Kinds of models, decoded as on a GPU: in slots, with recorded steps, and a check for finished rows in every eighth step
+
+IN_SLOTS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 64},
+    "phi3": {"sliding_window": 64},
+    "gemma2": {"sliding_window": 64, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+    "gemma3_text": {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
+    "gpt_oss": {"sliding_window": 64},
+    "llama4_text": {"attention_chunk_size": 64},
+    "granite": {"logits_scaling": 0.25, "residual_multiplier": 0.5},
+    "deepseek_v3": families.MLA,
+    "gpt2": {},
+    "opt": {},
+    "gptj": {"rotary_dim": 4},
+    "mixtral": {"sliding_window": None},
+}
+
+
+@pytest.fixture
+def as_on_a_gpu(recorder, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setitem(decoding.CHECK_EVERY, "cpu", 8)
+    return recorder
+
+
+@pytest.mark.parametrize("kind", IN_SLOTS)
+def test_recorded_steps_of_a_family_decode_the_tokens_of_plain_passes(kind: str, as_on_a_gpu, monkeypatch) -> None:
+    monkeypatch.setattr(graphs, "_refusals", Counter())
+    model, reference = families.make(kind, **IN_SLOTS[kind]), families.make(kind, "eager", **IN_SLOTS[kind])
+    use_own_layers(model)
+    assert fits_slots(model, usable_support(model), 64)
+    greedy = families.sample(model, batch_size=2)  # five prompts: slots are refilled, and compacted at the end
+    for row, prompt in enumerate(families.PROMPTS):
+        assert greedy.response_ids[row][greedy.response_mask[row]].tolist() == families.plain(reference, prompt)[0]
+    assert as_on_a_gpu.recorded or graphs._refusals  # experts that are chosen by reading numbers cannot be recorded
+    for options in ({"temperature": 0.7, "top_k": 20}, {"top_p": 0.9, "continuous_batching": False}):
+        settings = GenerationSettings(max_new_tokens=24, batch_size=2, stop_after=6, **options)
+        made = [
+            generate(model, families.PROMPTS, chosen, seeds=range(5), stop_ids=(5,), late_stop_ids=families.STOPS, pad_token_id=0)
+            for chosen in (settings, settings.model_copy(update={"cuda_graphs": False}))
+        ]
+        assert_same(*made)
+        assert not made[0].stopped.all() or made[0].lengths.max() > 6
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "falcon_h1", "mamba2", "jamba", "bloom", "recurrent_gemma"])
+def test_a_family_without_slots_decodes_the_tokens_of_plain_passes_with_rare_checks(kind: str, monkeypatch) -> None:
+    monkeypatch.setitem(decoding.CHECK_EVERY, "cpu", 8)
+    monkeypatch.setattr(decoding, "COMPACT_BELOW", 1.0)
+    model = families.make(kind, **families.FAMILIES[kind])
+    generated = families.sample(model, batch_size=3)
+    for row, prompt in enumerate(families.PROMPTS):
+        assert generated.response_ids[row][generated.response_mask[row]].tolist() == families.plain(model, prompt)[0]
+
+
+def test_nf4_weights_with_an_adapter_are_decoded_with_recorded_steps(as_on_a_gpu, tiny_llama_folder, resolve_folder) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    source = resolve_folder(tiny_llama_folder, quantization="nf4")
+    adapted = get_peft_model(
+        load_language_model(source, dtype=torch.float32, trainable=False), LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+    )
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    generated = sample(adapted)
+    assert as_on_a_gpu.recorded and kept_pool().steps["replayed"]
+    assert_same(generated, sample(adapted, cuda_graphs=False))
+
+
+def test_size_that_does_not_fit_into_memory_is_computed_and_others_are_recorded(model, recorder, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(graphs, "_refusals", Counter())
+    own, attempts = recorder.record, []
+
+    def record(step: Any) -> Recording:
+        attempts.append(None)
+        if len(attempts) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(step)
+
+    monkeypatch.setattr(recorder, "record", record)
+    generated = sample(model)
+    assert len(attempts) > 1 and recorder.recorded == len(attempts) - 1
+    assert_same(generated, sample(model, cuda_graphs=False))
+    assert [message for message in caplog.messages if "CUDA out of memory" in message]
 
 
 def test_rejection_is_logged_again_at_the_tenth(monkeypatch, caplog) -> None:
