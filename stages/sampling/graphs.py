@@ -144,7 +144,7 @@ class GraphPool:
         try:
             recording = checked_recording(self._recorder, lambda: compute(size), slots)
         except Exception as error:  # of any class: the step is then computed, which raises the error again if recording is not its cause
-            if is_out_of_memory(error):
+            if any(is_out_of_memory(one) for one in _with_contexts(error)):
                 self._refused.add(key)  # a smaller size may fit
             else:
                 self._recorder = None
@@ -166,6 +166,13 @@ class GraphPool:
             if of_kind == kind and recording.rows >= size.rows and recording.columns >= size.columns
         ]
         return self._recordings[min(fitting)[1], kind] if fitting else None
+
+
+def _with_contexts(error: BaseException | None) -> Iterator[BaseException]:
+    """``error``, and the errors during which it was raised: after one in a recording, the end of the recording may raise another."""
+    while error is not None:
+        yield error
+        error = error.__context__
 
 
 def refuse(reason: str) -> None:

@@ -42,21 +42,28 @@ class LastAttempt:
     def __init__(self, what: str, advice: str = ADVICE) -> None:
         self.what, self.advice = what, advice
         self.begun = False  # whether the next pass is the second attempt
+        self._said = False  # whether the log says that a single row was repeated
         self._taken = ""  # memory that is taken before the second attempt
 
     def begin(self, error: BaseException, tokens: int | None = None) -> None:
-        """Allow a second attempt. Raises MemoryExhausted if this was the second one. ``tokens``: of the row, if they are known."""
+        """Allow a second attempt; the log says so once. ``tokens``: of the row, if they are known.
+
+        Raises MemoryExhausted if this was the second attempt.
+        """
         if self.begun:
             length = "" if tokens is None else f" of {tokens} tokens"
             raise MemoryExhausted(
                 f"{self.what}: memory ran out in a pass over one sequence{length}, which cannot be divided{self._taken}. {self.advice}"
             ) from error
         self.begun = True
+        if not self._said:
+            self._said = True
+            logger.warning("%s: memory ran out in a pass over one sequence; it is repeated after freeing what decoding keeps", self.what)
 
     def release(self) -> None:
         """``release_memory``, and measure what is still taken."""
         release_memory()
-        if self.begun and torch.cuda.is_available():
+        if self.begun and torch.cuda.is_initialized():
             free, total = torch.cuda.mem_get_info()
             self._taken = f" ({(total - free) / 2**30:.1f} of the GPU's {total / 2**30:.1f} GiB were taken before it)"
 
@@ -79,7 +86,7 @@ class RowLimit:
         return rows if self.rows is None else min(rows, self.rows)
 
     def retreat(self, error: BaseException, rows: int) -> None:
-        """Halve the limit after memory ran out in a pass over ``rows`` rows. The log says so the first time.
+        """Halve the limit after memory ran out in a pass over ``rows`` rows. The log says so the first time. A single row changes no limit.
 
         Raises ``error`` if it is another error, and MemoryExhausted if a single row did not fit twice. Call it in the ``except`` clause,
         and ``release`` after that clause.
@@ -88,7 +95,8 @@ class RowLimit:
             raise error
         if rows <= 1:
             self.last_attempt.begin(error)
-        elif self.rows is None:
+            return
+        if self.rows is None:
             logger.warning("%s: memory ran out in a pass over %d sequences; continuing with half as many. %s", self.what, rows, self.same)
         self.rows = -(-rows // 2)
 

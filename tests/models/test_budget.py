@@ -137,19 +137,22 @@ def test_other_errors_and_single_rows_are_not_retried() -> None:
 
 def test_one_row_fits_after_the_decoding_workspace_is_freed(monkeypatch, caplog) -> None:
     done: list[int] = []
+    sizes: list[int] = []
 
     def work(rows: list[int]) -> None:
         if workspace._kept is not None:
             raise torch.OutOfMemoryError("x")
+        sizes.append(len(rows))
         done.extend(rows)
 
-    budget = PassBudget("update", "cpu", 1, rows=1, trains=True)
+    model, budget = torch.nn.Linear(1, 1), PassBudget("update", "cpu", 1, rows=1, trains=True)
     for _ in range(2):  # a later call of ``generate`` keeps a workspace again
         monkeypatch.setattr(workspace, "_kept", object())
         budget.each(range(2), [10] * 2, work)
         monkeypatch.setattr(workspace, "_kept", object())
-        each_group("scoring", [[2], [3]], work)
-    assert done == [0, 1, 2, 3] * 2 and not budget.retreats and not caplog.messages
+        each_group("scoring", [[2], [3, 4]], work, known_by=model)
+    assert done == [0, 1, 2, 3, 4] * 2 and sizes[-1] == 2 and not budget.retreats
+    assert [message.partition(":")[0] for message in caplog.messages] == ["update", "scoring"]  # once each
 
 
 def test_groups_are_halved_and_every_row_is_computed_once(caplog) -> None:

@@ -24,10 +24,12 @@ from stages.kernels.casts import kept_casts
 from stages.models.likelihood import measure_likelihood
 from stages.models.packing import packing_kernel
 from stages.models.responses import Policy, sequence_batch
+from stages.process.gpus import own_peak
 from stages.recipe.schema import load_recipe
 from stages.registry.ledger import Registry
-from stages.sampling import graphs, workspace
+from stages.sampling import graphs, retreats, workspace
 from stages.sampling.generation import generate
+from stages.training.microbatches import PassesByTokens
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "gpu"))
 from measures import step_context  # noqa: E402
@@ -36,6 +38,7 @@ pretend_cuda: Any = sys.modules["pretend_cuda"]
 OWN = str(Path(graphs.__file__).parents[1]) + os.sep  # this project's files
 LIBRARIES = "transformers, TRL:"
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
+JUDGE: dict[str, Any] = {"answers": [" yes", " no"], "question": "{completion} Good?", "name": "asked"}
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -154,12 +157,12 @@ def training_waits(model: str) -> dict[str, Any]:
     return made
 
 
-def run_step(step: dict[str, Any], home: Path) -> None:
+def run_step(step: dict[str, Any], home: Path) -> Any:
     recipe_file = home / "recipe.yaml"
     recipe_file.write_text(json.dumps({"name": "test", "steps": [step]}))  # JSON is YAML
     registry = Registry(home / "registry")
     (loaded,) = load_recipe(recipe_file, [], registry).steps
-    run_function(step["stage"])(loaded.config, step_context(loaded, home, registry))
+    return run_function(step["stage"])(loaded.config, step_context(loaded, home, registry))
 
 
 def decoding_waits() -> dict[str, int]:
@@ -180,6 +183,107 @@ def likelihood_waits() -> int:
     with waits_by_place() as places:
         measure_likelihood(language_model, rows, pad_token_id=0, batch_size=8, device=torch.device("cuda"), dtype=torch.float32)
     return sum(places.values())
+
+
+def evaluation_waits(model: str) -> dict[str, int]:
+    """The waits of evaluations of 8 and 16 prompts, each in one batch: sampling, a generative judge, a task and perplexity."""
+    made = {}
+    for number in (8, 16):
+        with tempfile.TemporaryDirectory() as folder:
+            home = Path(folder)
+            files = {
+                "prompts": [{"prompt": f"film {row}"} for row in range(number)],
+                "tasks": [{"context": f"film {row}", "choices": [" good", " bad"], "answer": 0} for row in range(number)],
+                "texts": [{"text": f"the film {row} was good"} for row in range(number)],
+            }
+            for name, rows in files.items():
+                (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            step = {
+                "stage": "evaluation",
+                "name": "step",
+                "candidates": {"one": model, "best": {"model": model, "best_of": {"n": 2, "reward": JUDGE | {"model": model}}}},
+                "data": str(home / "prompts.jsonl"),
+                "num_prompts": number,
+                "generation": {"max_new_tokens": 12, "ignore_eos": True},
+                "judges": [JUDGE | {"model": model, "batch_size": 64}],
+                "tasks": {"film": str(home / "tasks.jsonl")},
+                "perplexity": str(home / "texts.jsonl"),
+            }
+            with waits_by_place() as places:
+                run_step(step, home)
+        made[str(number)] = sum(count for place, count in places.items() if not place.startswith(LIBRARIES))
+    return made
+
+
+# Memory
+
+
+class LessMemory:
+    """Calls functions, at first without a limit of the memory, later with ``share`` of the memory that the largest call took.
+
+    ``left``: bytes that are taken more than at the start of a call, after the memory of a failed pass was freed.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share, self.limited, self.left = share, False, list[int]()
+        self._added = self._start = 0
+
+    def call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        self._start = torch.cuda.memory_allocated()
+        if not self.limited:
+            with own_peak() as peak:
+                result = function(*arguments, **options)
+            self._added = max(self._added, peak.added)
+            return result
+        usual = retreats.release_memory
+
+        def release() -> None:
+            usual()
+            self.left.append(torch.cuda.memory_allocated() - self._start)
+
+        pretend_cuda.set_limit(self._start + int(self.share * self._added))
+        retreats.release_memory = release
+        try:
+            return function(*arguments, **options)
+        finally:
+            pretend_cuda.set_limit(80 << 30)
+            retreats.release_memory = usual
+
+
+def with_less_memory(model_folder: str) -> dict[str, Any]:
+    """For each kind of work: the result, that with 0.6 of the memory, and ``left``."""
+    language_model = model(torch.float32)
+    rows = [([5 + index % 7] * 12, [0, 0] + [1] * 10) for index in range(16)]
+
+    def completions(less: LessMemory) -> Any:
+        settings = GenerationSettings(max_new_tokens=24, batch_size=8, cuda_graphs=False)
+        options = {"seeds": range(16), "stop_ids": [1, 2], "pad_token_id": 0}
+        return less.call(generate, language_model, PROMPTS * 4, settings, **options).response_ids.tolist()
+
+    def nats(less: LessMemory) -> float:
+        options = {"pad_token_id": 0, "batch_size": 16, "device": torch.device("cuda"), "dtype": torch.float32}
+        return float(less.call(measure_likelihood, language_model, rows, **options).nats)
+
+    def loss(less: LessMemory) -> float:
+        usual = PassesByTokens._step_by_tokens
+        PassesByTokens._step_by_tokens = lambda *given: less.call(usual, *given)  # type: ignore[method-assign]
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                data = Path(folder) / "rows.jsonl"
+                data.write_text("".join(json.dumps({"prompt": f"film {row}", "completion": "good" * 5}) + "\n" for row in range(16)))
+                training = {"max_steps": 2, "batch_size": 8, "learning_rate": 1e-3, "microbatch_size": 8}
+                step = {"stage": "sft", "name": "step", "model": model_folder, "precision": "fp32", "training": training}
+                return float(run_step({**step, "data": {"train": str(data)}}, Path(folder)).metrics["train_loss"])
+        finally:
+            PassesByTokens._step_by_tokens = usual  # type: ignore[method-assign]
+
+    made = {}
+    for name, work in (("sampling", completions), ("likelihood", nats), ("training", loss)):
+        less = LessMemory(0.6)
+        expected = work(less)
+        less.limited = True
+        made[name] = [expected, work(less), less.left]
+    return made
 
 
 def failures() -> dict[str, str]:
@@ -219,6 +323,8 @@ if __name__ == "__main__":
         "training": training_waits(sys.argv[1]),
         "decoding": decoding_waits(),
         "likelihood": likelihood_waits(),
+        "evaluation": evaluation_waits(sys.argv[1]),
+        "memory": with_less_memory(sys.argv[1]),
         "failures": failures(),  # last, because it limits the memory
     }
     print(json.dumps(results), flush=True)  # noqa: T201

@@ -78,6 +78,18 @@ def test_decoding_waits_once_in_eight_steps(results) -> None:
     assert 0 < results["decoding"]["48"] - results["decoding"]["16"] <= 64 / 8
 
 
+def test_an_evaluation_waits_for_passes_and_not_for_prompts(results) -> None:
+    assert 0 < results["evaluation"]["16"] <= results["evaluation"]["8"] + 12  # texts of other lengths may need another pass
+
+
+@pytest.mark.parametrize("work", ["sampling", "likelihood", "training"])
+def test_with_less_memory_results_are_the_same_and_failed_passes_leave_nothing(results, work: str) -> None:
+    expected, found, left = results["memory"][work]
+    assert found == (expected if work == "sampling" else pytest.approx(expected, rel=1e-5))
+    kept = 16 * 24 * (8 + 4) if work == "sampling" else 0  # bytes of finished completions: token ids and log-probabilities
+    assert left and max(left) <= kept
+
+
 def test_the_heldout_likelihood_waits_once_per_pass(results) -> None:
     """Three passes, with those of transformers."""
     assert results["likelihood"] == 3

@@ -363,21 +363,26 @@ def test_nf4_weights_with_an_adapter_are_decoded_with_recorded_steps(as_on_a_gpu
     assert_same(generated, sample(adapted, cuda_graphs=False))
 
 
-def test_size_that_does_not_fit_into_memory_is_computed_and_others_are_recorded(model, recorder, monkeypatch, caplog) -> None:
+@pytest.mark.parametrize("masked", [False, True], ids=["its own error", "an error at the end of the recording"])
+def test_size_that_does_not_fit_into_memory_is_computed_and_others_are_recorded(model, recorder, monkeypatch, caplog, masked: bool) -> None:
     monkeypatch.setattr(graphs, "_refusals", Counter())
     own, attempts = recorder.record, []
 
     def record(step: Any) -> Recording:
         attempts.append(None)
-        if len(attempts) == 1:
+        if len(attempts) > 1:
+            return own(step)
+        try:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return own(step)
+        finally:
+            if masked:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
     monkeypatch.setattr(recorder, "record", record)
     generated = sample(model)
     assert len(attempts) > 1 and recorder.recorded == len(attempts) - 1
     assert_same(generated, sample(model, cuda_graphs=False))
-    assert [message for message in caplog.messages if "CUDA out of memory" in message]
+    assert sum("decoding without a CUDA graph" in message for message in caplog.messages) == 1
 
 
 def test_rejection_is_logged_again_at_the_tenth(monkeypatch, caplog) -> None:

@@ -90,7 +90,7 @@ def test_the_last_attempt_records_no_steps(model) -> None:
     assert generation._fitting(settings, limited, 5) == GenerationSettings(batch_size=5)
     limited.retreat(torch.OutOfMemoryError("x"), 5)
     assert generation._fitting(settings, limited, 9) == GenerationSettings(batch_size=3)
-    limited.retreat(torch.OutOfMemoryError("x"), 1)
-    assert generation._fitting(settings, limited, 9) == GenerationSettings(batch_size=1, cuda_graphs=False)
+    limited.retreat(torch.OutOfMemoryError("x"), 1)  # the last prompt that waits
+    assert generation._fitting(settings, limited, 1) == GenerationSettings(batch_size=1, cuda_graphs=False)
     limited.succeeded()
-    assert generation._fitting(settings, limited, 9) == GenerationSettings(batch_size=1)
+    assert generation._fitting(settings, limited, 9) == GenerationSettings(batch_size=3)
