@@ -69,7 +69,8 @@ def test_second_run_reuses_all_steps_of_the_first(tmp_path: Path) -> None:
     planned = plan()
     assert {name: action for name, (action, _) in planned.items()} == dict.fromkeys(("base", "sft", "side", "verdict"), "run")
     assert planned["base"][1] == "never completed before"
-    assert planned["sft"][1] == "its input base is re-run"
+    assert planned["sft"][1] == "its input base is made in this run"
+    assert planned["verdict"][1] == "its inputs base, sft are made in this run"
     assert not Path("home/registry/models").exists()
 
     first = run()
@@ -175,7 +176,7 @@ def test_changed_data_reruns_the_step_and_its_dependents() -> None:
     Path("a.txt").write_text("another a")
     planned = plan()
     assert planned["base"] == ("run", "data changed: data")
-    assert planned["sft"] == ("run", "its input base is re-run")
+    assert planned["sft"] == ("run", "its input base is made in this run")
     assert planned["side"][0] == "reuse"
     assert actions(run()) == {"base": "run", "sft": "run", "side": "reuse", "verdict": "run"}
 
