@@ -1,4 +1,4 @@
-"""The benchmarks that repeat the quickstart's PPO step build valid recipes. So a change of the quickstart cannot break them unnoticed."""
+"""The benchmarks that repeat the PPO step of a recipe build valid recipes. So a change of the recipe cannot break them unnoticed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent))
     yield
-    for name in ("learning_curves", "paper_choices", "planted_exploit"):
+    for name in ("assistant", "critic_free", "learning_curves", "paper_choices", "planted_exploit"):
         sys.modules.pop(name, None)
 
 
@@ -57,6 +57,25 @@ def test_the_planted_exploit_replaces_the_reward(tmp_path: Path) -> None:
     (step,) = (loaded.config for loaded in load_steps("planted-exploit", {"exploited": fields()}, tmp_path).steps)
     assert [source.name for source in step.reward] == ["emphasis"]
     assert step.kl.coef == 0.02
+
+
+@pytest.mark.parametrize("task", ["quickstart", "miniature", "assistant"])
+def test_the_estimators_differ_in_their_advantages_only(task: str, tmp_path: Path) -> None:
+    import critic_free
+
+    described = critic_free.TASKS[task]
+    steps = {}
+    for method in critic_free.METHODS:
+        recipe = critic_free.load(described, critic_free.overrides_of(described, method, 3, 256), tmp_path)
+        (steps[method],) = (step.config.model_dump() for step in recipe.steps if step.name == described.ppo)
+    assert {steps[method]["advantages"] for method in ("rloo", "grpo", "reinforce")} == {"rloo", "grpo", "reinforce"}
+    assert {name: (step["samples_per_prompt"], step["total_episodes"], step["seed"]) for name, step in steps.items()} == {
+        "gae": (1, 256, 3),
+        **dict.fromkeys(("rloo", "grpo", "dr-grpo", "reinforce"), (4, 256, 3)),
+    }
+    assert differences(steps["grpo"], steps["rloo"]) == ["advantages"]
+    assert differences(steps["grpo"], steps["dr-grpo"]) == ["divide_by_deviation"]
+    assert described.judge in [source["name"] for source in steps["gae"]["monitors"]]
 
 
 def differences(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> list[str]:
