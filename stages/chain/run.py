@@ -184,8 +184,8 @@ def plan_step(recipe: Recipe, step: RecipeStep, home: Path, registry: Registry, 
     waiting = sorted({model.target for model in step.models.values() if model.kind == "step" and made[model.target] is None})
     if waiting:
         known = {field_path: model.target for field_path, model in step.models.items()}
-        inputs = f"its input {waiting[0]} is" if len(waiting) == 1 else f"its inputs {', '.join(waiting)} are"
-        return StepPlan(step.name, step.stage, "run", f"{inputs} made in this run", None, known, read_on_hub)
+        subject = f"its input {waiting[0]} is" if len(waiting) == 1 else f"its inputs {', '.join(waiting)} are"
+        return StepPlan(step.name, step.stage, "run", f"{subject} made in this run", None, known, read_on_hub)
     if not is_known(step):
         known = {field_path: model.input.ref for field_path, model in step.models.items()}
         return StepPlan(step.name, step.stage, "run", "its inputs on the Hub could not be looked up", None, known, read_on_hub)

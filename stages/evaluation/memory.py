@@ -53,18 +53,18 @@ def _completions(config: EvaluationConfig, source: RewardInput) -> int:
 def _candidate(config: EvaluationConfig, view: View, lengths: Lengths, machine: Machine, compute: int) -> Memory:
     """A candidate answers, and reads its answers and the texts of further measurements."""
     rows, new = config.generation.batch_size, config.generation.max_new_tokens
-    passes: list[Phase] = []
+    measured_phases: list[Phase] = []
     if config.generation.vllm is None:
-        passes += decoding_phases(view, rows, lengths.prompt, new, machine, weights=compute, compute=compute)
+        measured_phases += decoding_phases(view, rows, lengths.prompt, new, machine, weights=compute, compute=compute)
     if config.kl_reference is not None:
-        passes.append(_measured(view, rows, lengths.prompt + new, rows * new, machine, compute))
+        measured_phases.append(_measured(view, rows, lengths.prompt + new, rows * new, machine, compute))
     if config.tasks and lengths.text:
-        passes.append(_measured(view, rows, lengths.text, rows * lengths.text, machine, compute))
+        measured_phases.append(_measured(view, rows, lengths.text, rows * lengths.text, machine, compute))
     if config.perplexity is not None:
         columns = config.perplexity_block_size
         logits = rows * columns * view.shape.vocabulary * compute
-        passes.append(inference_phase(view, rows, columns, compute, machine, logits=logits, masked=True))
-    return view.frozen(compute) + phases(*passes or [Phase()])
+        measured_phases.append(inference_phase(view, rows, columns, compute, machine, logits=logits, masked=True))
+    return view.frozen(compute) + phases(*measured_phases or [Phase()])
 
 
 def _measured(view: View, rows: int, columns: int, positions: int, machine: Machine, compute: int) -> Phase:

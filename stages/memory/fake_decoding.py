@@ -1,7 +1,7 @@
 """Count what a model keeps while it decodes, by reading prompts and one more token on tensors without data.
 
 The cache is the one that decoding uses: transformers', or that of ``sampling/cache.py``. Its tensors are found by their size: those that
-grow with the tokens are keys and values, whatever the family calls them, and the others are states.
+grow with the tokens are keys and values in every family, and the others are states.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def _cache_kinds(kind: PassKind, layers: int | None) -> list[Kind]:
     """The kind of each layer of transformers' cache for the first ``layers`` layers (None: all)."""
     config = text_config_of(kind, layers)
     made = DynamicCache(config=config).layers
-    found = [(type(layer).__name__, int(getattr(layer, "sliding_window", 0) or 0)) for layer in made]
-    return found or [("", 0)] * int(config.num_hidden_layers)
+    kinds = [(type(layer).__name__, int(getattr(layer, "sliding_window", 0) or 0)) for layer in made]
+    return kinds or [("", 0)] * int(config.num_hidden_layers)
 
 
 def _number_of_layers(kind: PassKind, kinds: list[Kind]) -> int:
@@ -173,8 +173,8 @@ def _dtype_of(cache: DynamicCache) -> torch.dtype:
 
 
 def _sizes(cache: DynamicCache) -> Sizes:
-    found = [[leaf for leaf in tree_leaves(vars(layer)) if isinstance(leaf, Tensor) and leaf.ndim] for layer in cache.layers]
-    return [[tensor.numel() * tensor.element_size() for tensor in tensors] for tensors in found]
+    stored = [[leaf for leaf in tree_leaves(vars(layer)) if isinstance(leaf, Tensor) and leaf.ndim] for layer in cache.layers]
+    return [[tensor.numel() * tensor.element_size() for tensor in tensors] for tensors in stored]
 
 
 def _taken_by(step: Callable[[], object]) -> float:

@@ -10,9 +10,9 @@ The assistant needs the home folder of assistant.py, in which its SFT model and 
 All runs of a task start from the same SFT model and reward model, sample the same number of episodes, and differ in the advantages only.
 GAE samples one completion for each prompt. The other estimators sample four completions for each of a quarter of the prompts.
 
-The table has means over seeds: the win rate over SFT and the score by a judge that no step trains on (the gold judge; for the assistant, the
-held-out reward model); the score by the reward model, which PPO trains on; the KL; and the processor time of PPO and its evaluation. The last
-column is the judge's score of the rollouts after the processor time of the fastest estimator.
+The table has means over seeds: the win rate over SFT and the score by a judge that no step trains on (the gold judge; for the assistant,
+the held-out reward model); the score by the reward model, which PPO trains on; the KL; and the processor time of PPO and its evaluation.
+The last column is the judge's score of the rollouts after the processor time of the fastest estimator.
 
 Time: about 25 minutes of one core for the quickstart (15 PPO runs with an evaluation each, and the steps before PPO once). Result: one row
 for each run in the folder of --home (a copy: results/critic_free.json); docs/results.md and docs/assistant.md. After an interruption, the
@@ -42,7 +42,13 @@ from stages.registry.ledger import Registry
 REPOSITORY = Path(__file__).resolve().parents[2]
 GOLD = '{"function": "stages.corpora.world.gold:score_batch", "name": "gold"}'
 LAST = 8  # iterations: the judge's score at equal time is the mean over these, because one iteration has only 64 episodes
-CRITIC_FREE = ("value=null", "publish_value=false", "training.value_learning_rate=null", "value_warmup_iterations=0", "samples_per_prompt=4")
+CRITIC_FREE = (
+    "value=null",
+    "publish_value=false",
+    "training.value_learning_rate=null",
+    "value_warmup_iterations=0",
+    "samples_per_prompt=4",
+)
 METHODS = {
     "gae": ("advantages=gae", "samples_per_prompt=1"),
     "rloo": ("advantages=rloo", *CRITIC_FREE),
@@ -73,7 +79,9 @@ TASKS = {
 def load(task: Task, overrides: list[str], home: Path) -> Recipe:
     """The recipe of the task with these overrides, without the steps that the comparison does not need."""
     candidates = f'verdict.candidates={{"sft": "sft", "{task.ppo}": "{task.ppo}"}}'
-    recipe = load_recipe(REPOSITORY / "recipes" / f"{task.recipe}.yaml", [*task.overrides, candidates, *overrides], Registry(home / "registry"))
+    recipe = load_recipe(
+        REPOSITORY / "recipes" / f"{task.recipe}.yaml", [*task.overrides, candidates, *overrides], Registry(home / "registry")
+    )
     recipe.steps[:] = [step for step in recipe.steps if step.name not in task.left_out]
     return recipe
 

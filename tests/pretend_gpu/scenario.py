@@ -211,7 +211,7 @@ def evaluation_waits(model: str) -> dict[str, int]:
             }
             with waits_by_place() as places:
                 run_step(step, home)
-        made[str(number)] = sum(count for place, count in places.items() if not place.startswith(LIBRARIES))
+        made[str(number)] = sum(count for site, count in places.items() if not site.startswith(LIBRARIES))
     return made
 
 

@@ -84,8 +84,8 @@ def test_an_evaluation_waits_for_passes_and_not_for_prompts(results) -> None:
 
 @pytest.mark.parametrize("work", ["sampling", "likelihood", "training"])
 def test_with_less_memory_results_are_the_same_and_failed_passes_leave_nothing(results, work: str) -> None:
-    expected, found, left = results["memory"][work]
-    assert found == (expected if work == "sampling" else pytest.approx(expected, rel=1e-5))
+    expected, measured, left = results["memory"][work]
+    assert measured == (expected if work == "sampling" else pytest.approx(expected, rel=1e-5))
     kept = 16 * 24 * (8 + 4) if work == "sampling" else 0  # bytes of finished completions: token ids and log-probabilities
     assert left and max(left) <= kept
 
