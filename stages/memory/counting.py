@@ -219,8 +219,9 @@ def _libraries() -> list[str]:
 def _code() -> list[str]:
     own = ("counting", "passes", "weights", "decoding", "fake_passes", "fake_weights", "fake_decoding")
     counted = ("models/adapters", "models/families", "sampling/cache", "sampling/support")
-    package = Path(__file__).parents[1]
-    return [(package / f"{name}.py").read_text(encoding="utf-8") for name in (*(f"memory/{name}" for name in own), *counted)]
+    folder = Path(__file__).parent
+    paths = [*(folder / name for name in own), *(folder.parent / name for name in counted)]
+    return [path.with_suffix(".py").read_text(encoding="utf-8") for path in paths]
 
 
 def _read(path: Path | None) -> dict[str, Fields]:

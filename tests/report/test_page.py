@@ -417,4 +417,4 @@ def test_gpu_run_shows_its_gpu_and_gpu_memory(new_run: Any, tmp_path: Path, gpu:
     words = Page(render_run(read_run(folder)).html).words
     assert "1 x NVIDIA H200" in words
     assert "77.00 GiB at most" in words and "peak memory 77.00 GiB on the GPU, 1.00 GiB of the process" in words
-    assert "sft 7 bf16 12.5 s 33.00 GiB on the GPU, 900 MiB of the process" in words
+    assert "sft 7 bf16 no 12.5 s 33.00 GiB on the GPU, 900 MiB of the process" in words

@@ -163,14 +163,16 @@ def test_real_ranked_lists(shared_data, step_context, sft) -> None:
 @pytest.mark.detail("R2")
 def test_every_completion_is_scored_once(comparisons, step_context, sft, tiny_llama_folder) -> None:
     from stages.training.arguments import training_arguments
+    from stages.training.running import train
 
     model = RewardModel.from_language_model(tiny_llama_folder, dtype=torch.float32)
     rows = [encode(Comparison("write:", [f"line {number}" for number in range(k)], list(range(k))), model.tokenizer, 64) for k in (4, 9)]
     settings = config(comparisons, training={"batch_size": 2, "microbatch_size": 2, "max_steps": 1, "learning_rate": 1e-3})
-    trainer = make_trainer(model, training_arguments(settings.training, step_context(models=sft), precision="fp32"), rows, 1)
+    context = step_context(models=sft)
+    trainer = make_trainer(model, training_arguments(settings.training, context, precision="fp32"), rows, 1)
     seen: list[int] = []
     model.backbone.register_forward_hook(lambda _module, _inputs, output: seen.append(output.last_hidden_state.shape[0]))
-    trainer.train()
+    train(trainer, context, "reward model")
     # 13 rows for the 6 + 36 pairs, in one step; no prompt is split
     assert seen == [13]
 
