@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+CODE = ("stages/**/*.py", "tests/benchmarks/**/*.py", "recipes/*.yaml", "launch.sh")
 PAGES = sorted([*(REPOSITORY / "docs").glob("*.md"), *REPOSITORY.glob("*.md")])
 
 
@@ -62,3 +63,17 @@ def test_named_files_exist(page: Path) -> None:
     named |= {f"stages/{name}" for name in re.findall(r"`((?:rl|stats|kernels|sampling|models|corpora|ppo)/\w+\.py)`", text)}
     missing = sorted(name for name in named if not (REPOSITORY / name).exists())
     assert missing == []
+
+
+def test_pages_and_sections_that_code_names_exist() -> None:
+    """Code writes ``docs/page.md``, or ``docs/page.md, section "Heading"``. The text may be split over two lines or two strings."""
+    named, missing = 0, []
+    for file in sorted({file for pattern in CODE for file in REPOSITORY.glob(pattern)}):
+        text = re.sub(r"[\s#]+", " ", re.sub(r'"\s*\n\s*f?"', "", file.read_text(encoding="utf-8")))
+        for page, heading in re.findall(r'\bdocs/([\w-]+\.md)(?:, (?:section|paragraph) "([^"]+)")?', text):
+            named += 1
+            path = REPOSITORY / "docs" / page
+            if not path.exists() or (heading and not re.search(rf"^(#+ |\*\*){re.escape(heading)}", path.read_text(), re.MULTILINE)):
+                missing.append(f"{file.relative_to(REPOSITORY)}: docs/{page} {heading}")
+    assert missing == []
+    assert named > 30

@@ -2,7 +2,7 @@
 
     .venv/bin/python tests/benchmarks/compiled_layers.py [--widths 128 256 512] [--layers 4] [--steps 6] [--lora] [--precision fp32]
 
-Time: about 15 minutes with the defaults on one busy core. Result: printed; docs/gpu.md has a table.
+Time: about 15 minutes with the defaults on one busy core. Result: printed; docs/compiled-layers.md has a table.
 
 The model is a random Llama, the data come from the embedded world. A run makes the steps of one stage (sft, or ppo with a value network).
 Each step is computed twice from the same weights and data: compiled and not compiled, in alternating order. Steps in which a graph is

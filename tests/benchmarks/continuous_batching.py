@@ -11,7 +11,7 @@ token of the vocabulary in 256 ends a completion. There are three ways:
 
 The ways take turns in one process, and the first round is not counted. In fp32 all ways must sample the same tokens.
 
-Time: not measured on an idle machine. Result: printed, and written to --json; docs/gpu.md, section "Decoding".
+Time: not measured on an idle machine. Result: printed, and written to --json; docs/decoding.md, section "Continuous batching".
 """
 
 from __future__ import annotations

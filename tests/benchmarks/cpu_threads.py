@@ -2,8 +2,8 @@
 
     .venv/bin/python tests/benchmarks/cpu_threads.py [--rounds 3] [--seconds 1] [--width 128] [--json FILE] [--markdown FILE]
 
-The defaults take about two minutes. Results are printed and, with --json and --markdown, written to files. docs/gpu.md and docs/faq.md have
-figures.
+The defaults take about two minutes. Results are printed and, with --json and --markdown, written to files. docs/cpu.md has
+a table.
 
 A step is forward, backward and AdamW on 768 tokens with a random Llama of two layers, with the layers that stages use. OpenMP reads its
 environment variables only once, so each way of waiting has a separate process, which sleeps while another one is measured. Each round

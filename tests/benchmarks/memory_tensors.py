@@ -6,7 +6,7 @@ Each step runs with a small model of random weights. The measured value is the l
 every tensor operation. The memory that an operation uses inside is not measured. The planned value does not include the overhead of an
 allocator (``HEAP``).
 
-Time: 15 minutes on a core that other jobs used too; twenty short steps. Result: printed, and written to --markdown; docs/gpu.md.
+Time: 15 minutes on a core that other jobs used too; twenty short steps. Result: printed, and written to --markdown; docs/memory.md.
 """
 
 from __future__ import annotations

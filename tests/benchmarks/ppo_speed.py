@@ -13,8 +13,8 @@ environment, which is made the first time. There are two workloads:
 TRL has a separate value network only. Ours runs with a separate value network, and with a value head on the policy. The first iteration of
 a run is not counted. Memory is the peak of the process minus its memory after the imports.
 
-Time: not measured on an idle machine. Result: printed, and written to --json (results/ppo_speed.json); docs/gpu.md, section "Speed on a
-CPU".
+Time: not measured on an idle machine. Result: printed, and written to --json (results/ppo_speed.json); docs/speed.md, section "PPO
+compared with TRL".
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ The batch has 64 left-padded prompts of 8 to 32 tokens and up to 48 new tokens (
 
 The two programs take turns in one process, and the first round is not counted.
 
-Time: not measured on an idle machine. Result: printed; docs/gpu.md, section "Speed on a CPU".
+Time: not measured on an idle machine. Result: printed; docs/decoding.md, section "What makes it fast".
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ Each row of the table is one run with a policy of random weights and a separate 
 rows of a block differ in one quantity. All responses have their full length, because end tokens are ignored. Seconds are medians over all
 iterations except the first. Memory is the peak of the first process minus that of a process that has only imported the program.
 
-Time: about 10 minutes on 2 idle cores; less with --iterations 3. Result: printed as a table; docs/gpu.md, section "Speed on a CPU".
+Time: about 10 minutes on 2 idle cores; less with --iterations 3. Result: printed as a table; docs/speed.md, section "How time
+and memory grow".
 """
 
 from __future__ import annotations

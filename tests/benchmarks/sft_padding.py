@@ -2,7 +2,7 @@
 
     .venv/bin/python tests/benchmarks/sft_padding.py DATA.jsonl.gz [--batch 32] [--width 128] [--layers 2] [--steps 20] [--rounds 3]
 
-Time: about four minutes with the defaults. Result: printed; docs/gpu.md has a table.
+Time: about four minutes with the defaults. Result: printed; docs/speed.md has a table.
 
 DATA has a prompt and a completion per row. The model is a random Llama; its tokenizer of 4,096 tokens is trained on DATA. Both ways make
 the same optimizer steps, so their losses must agree. They alternate in one process, on one thread. The time is processor time, because

@@ -6,7 +6,7 @@ The run has a small policy, a value network and a reward function, and it writes
 every ten seconds. The growth is the slope of the least-squares line through these numbers, without the first fifth of the time. The exit
 status is 0 if the growth in an hour is less than 2 % of the memory, and if the run ended within ten seconds of the signal, with status 143.
 
-Time: 31 minutes. Result: printed; docs/gpu.md, section "Speed on a CPU".
+Time: 31 minutes. Result: printed; docs/speed.md, section "How time and memory grow".
 """
 
 from __future__ import annotations

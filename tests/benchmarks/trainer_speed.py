@@ -11,7 +11,7 @@ The model is a Llama of random weights of the quickstart's size (128 wide, 2 lay
 Both sides use PyTorch's default matrix products. With --fast-matmuls, the stages use the faster products of the two libraries, as they do
 for users. The runs take turns, each in a separate process. The time is the one that the Trainer reports, without start and evaluation.
 
-Time: not measured on an idle machine. Result: printed; docs/gpu.md, section "Speed on a CPU".
+Time: not measured on an idle machine. Result: printed; docs/speed.md, section "Other stages".
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ bin/python) or a folder of packages, with TRL 1.12. Without --trl, the rows that
 separate process and has a time limit. If a set-up does not fit into memory, lacks a package, takes too long or crashes, its row gives the
 reason, and the next measurement runs. The exit status is 1 only if a measurement crashed.
 
-Result: gpu.json and gpu.md in the folder of --out, written after every measurement; docs/gpu.md.
+Result: gpu.json and gpu.md in the folder of --out, written after every measurement; docs/speed.md, section "Measure your GPU".
 
 The important measurements come first. The same command continues: it keeps the results in --out that this commit measured on this card, and
 runs what is missing, was stopped by a time limit, or crashed. --again measures everything again. --minutes ends it in time.
