@@ -48,6 +48,14 @@ def test_web_pages_are_built_without_a_warning(tmp_path: Path) -> None:
     assert "PPO" in (tmp_path / "html" / "api.html").read_text()
 
 
+def test_settings_page_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "docs"))
+    import settings
+
+    text = settings.PAGE.read_text(encoding="utf-8")
+    assert settings.TABLES.search(text)[2] == settings.tables(), "run: python docs/settings.py"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_pictures_lead_to_files(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)

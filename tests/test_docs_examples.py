@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 
 from stages.cli import app
 from stages.recipe.schema import load_recipe
+from stages.sweep.grid import read_grid
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = sorted([*(REPOSITORY / "docs").glob("*.md"), *REPOSITORY.glob("*.md")])
@@ -66,8 +67,12 @@ def test_the_parser_refuses_a_wrong_command(arguments: list[str]) -> None:
 def _recipe_words(words: list[str]) -> None:
     """Check that a shipped recipe in a command exists and accepts the overrides after it."""
     recipes = [word for word in words if word.startswith("recipes/") and word.endswith(".yaml") and "/accelerate/" not in word]
+    overrides = [word for word in words if OVERRIDE.match(word)]
     for recipe in recipes:
-        load_recipe(REPOSITORY / recipe, [word for word in words if OVERRIDE.match(word)])
+        if words[1] == "sweep":
+            read_grid(str(REPOSITORY / recipe), overrides)
+        else:
+            load_recipe(REPOSITORY / recipe, overrides)
 
 
 @pytest.mark.parametrize("line", _commands())

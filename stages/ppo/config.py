@@ -52,9 +52,9 @@ class PPOOptimizer(Strict):
     adam_style: Literal["torch", "tensorflow"] = Field(
         "torch", description="tensorflow: epsilon outside the bias correction, as in the papers' original code (smaller first steps)."
     )
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_epsilon: float = Field(1e-5, gt=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Adam: decay of the mean of the gradients.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Adam: decay of the mean of the squared gradients.")
+    adam_epsilon: float = Field(1e-5, gt=0, description="Adam: added to the denominator.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (torch style only).")
     max_grad_norm: float | None = Field(1.0, gt=0, description="Clip each network's gradient norm; null: no clipping.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory, slower.")
@@ -144,7 +144,7 @@ class PPOStepConfig(CheckpointedStepConfig):
     """Train ``policy`` on the weighted ``reward`` sources, with a KL penalty to its reference."""
 
     stage: Literal["ppo"] = "ppo"
-    preset: str | None = Field(None, description="Published settings as defaults of this step, e.g. instructgpt2022 (recipe/presets.py).")
+    preset: str | None = Field(None, description="Published settings as defaults of this step, e.g. instructgpt2022 (docs/presets.md).")
     policy: ModelField = Field(description="Language model to train, usually an sft step.")
     reference: ModelField | None = Field(None, description="Frozen model of the KL penalty; null: the initial policy.")
     value: Literal["policy", "shared"] | ModelField | None = Field(
@@ -192,9 +192,11 @@ class PPOStepConfig(CheckpointedStepConfig):
     value_coef: float = Field(0.1, gt=0, description="Weight of the value loss.")
     entropy_coef: float = Field(0.0, ge=0, description="Weight of an entropy bonus.")
     missing_eos: Literal["none", "replace", "subtract"] = Field(
-        "none", description="Completion without stop token: replace its score by -penalty (Ziegler, Huang) or lower it (TRL)."
+        "none",
+        description="Completion without stop token: replace its score by -missing_eos_penalty (Ziegler et al. 2019, Huang et al. 2024), "
+        "or subtract missing_eos_penalty from its score (TRL).",
     )
-    missing_eos_penalty: float = Field(1.0, ge=0)
+    missing_eos_penalty: float = Field(1.0, ge=0, description="The penalty of missing_eos; none: without effect.")
     length_penalty: float = Field(
         0.0,
         ge=0,

@@ -51,7 +51,7 @@ class PretrainingConfig(TrainingStepConfig):
         None, description="With architecture: {vocab_size: 1024} trains one on the corpus (default); a model reference uses that model's."
     )
     block_size: int = Field(256, ge=2, description="Tokens per training sequence.")
-    data: DataInput
+    data: DataInput = Field(description="Texts: the column text.")
     training: PretrainingOptimizer = PretrainingOptimizer()
 
     @model_validator(mode="after")

@@ -101,7 +101,7 @@ class RewardModelConfig(TrainingStepConfig):
     """Train a scalar head and its backbone on comparisons."""
 
     stage: Literal["reward_model"] = "reward_model"
-    preset: str | None = Field(None, description="Published settings as defaults, e.g. instructgpt2022 (recipe/presets.py).")
+    preset: str | None = Field(None, description="Published settings as defaults, e.g. instructgpt2022 (docs/presets.md).")
     model: ModelField = Field(description="A language model, which gets a new head, or a reward model to train further.")
     generative: Generative | None = Field(None, description="Score by the log-odds of two answers instead of a scalar head.")
     data: DataInput = Field(description="Comparisons.")

@@ -51,9 +51,9 @@ class SFTStepConfig(TrainingStepConfig):
     """Fine-tune ``model`` on the demonstrations in ``data``."""
 
     stage: Literal["sft"] = "sft"
-    preset: str | None = Field(None, description="Published settings as defaults, e.g. instructgpt2022 (recipe/presets.py).")
+    preset: str | None = Field(None, description="Published settings as defaults, e.g. instructgpt2022 (docs/presets.md).")
     model: ModelField = Field(description="Language model to fine-tune.")
-    data: DataInput
+    data: DataInput = Field(description="Demonstrations.")
     template: str | None = Field(
         None,
         description="chat: the tokenizer's own; chatml: the format of SmolLM and Qwen; a plain template's name; or a format string with "

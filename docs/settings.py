@@ -1,0 +1,168 @@
+"""Writes docs/settings.md, the reference of all recipe fields, from the config classes of the stages.
+
+python docs/settings.py            # rewrites the tables
+python docs/settings.py --check    # exit status 1 if the tables are not up to date
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+from generated import write_or_check
+from pydantic import BaseModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from stages.config import OptimizerSettings, StepConfig  # noqa: E402
+from stages.recipe.schema import STAGES, RecipeHeader, config_class  # noqa: E402
+
+PAGE = Path(__file__).resolve().parent / "settings.md"
+TABLES = re.compile(r"(<!-- settings -->\n\n)(.*?)(\n<!-- end -->)", re.DOTALL)
+
+TITLES = {
+    "ModelInput": "A model",
+    "DataSource": "A data source",
+    "DataInput": "Training and held-out data",
+    "LoraSettings": "An adapter",
+    "OptimizerSettings": "Training",
+    "CheckpointSettings": "Checkpoints",
+    "GenerationSettings": "Generation",
+    "RewardInput": "A reward source",
+    "PromptFit": "Long prompts",
+    "Curation": "Curation of rows",
+    "People": "People who rank",
+    "EndpointJudge": "A language model as a judge",
+}
+"""Headings of the groups that several stages have, by class."""
+
+
+def blocks_of(annotation: object) -> Iterator[type[BaseModel]]:
+    """The config classes in an annotation, e.g. those in ``list[A | B]``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from blocks_of(part)
+
+
+def shared(block: type[BaseModel]) -> type[BaseModel]:
+    """The class whose section has the fields of ``block``: optimizer settings of a stage differ from the shared ones in defaults only."""
+    is_trainer = issubclass(block, OptimizerSettings) and set(block.model_fields) == set(OptimizerSettings.model_fields)
+    return OptimizerSettings if is_trainer else block
+
+
+def users(stages: list[type[BaseModel]]) -> Counter[type[BaseModel]]:
+    """How many fields of other classes have a value of each class."""
+    counts: Counter[type[BaseModel]] = Counter()
+    waiting, seen = list(stages), set(stages)
+    while waiting:
+        owner = waiting.pop()
+        for field in owner.model_fields.values():
+            for block in dict.fromkeys(shared(block) for block in blocks_of(field.annotation)):
+                counts[block] += 1
+                if block not in seen:
+                    seen.add(block)
+                    waiting.append(block)
+    return counts
+
+
+def cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def default_of(block: type[BaseModel], name: str) -> str:
+    """The default as it appears in the table."""
+    field = block.model_fields[name]
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
+        return ""
+    if isinstance(value, str) and len(value) > 40:
+        return "a text"
+    if (block.__name__, name) == ("GenerationSettings", "engine"):
+        return "`local`"  # in memory it is None
+    return f"`{cell(written(value))}`"
+
+
+def written(value: object) -> str:
+    """A value as in a recipe."""
+    if isinstance(value, str):
+        return repr(value).strip("'") or '""'
+    if isinstance(value, list):
+        return f"[{', '.join(written(item) for item in value)}]"
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def different_defaults(block: type[BaseModel]) -> str:
+    """The defaults in which the optimizer settings of a stage differ from the shared ones, as a sentence."""
+    changed = [
+        f"`{name}: {written(field.default)}`"
+        for name, field in block.model_fields.items()
+        if field.default != OptimizerSettings.model_fields[name].default
+    ]
+    return f"Defaults of this stage: {', '.join(changed)}." if changed else ""
+
+
+def sentence(block: type[BaseModel]) -> str:
+    """The first sentence of a class's docstring."""
+    return cell((block.__doc__ or "").strip().split("\n\n")[0].replace("``", "`"))
+
+
+def rows(block: type[BaseModel], counts: Counter[type[BaseModel]], *, prefix: str = "", without: frozenset[str] = frozenset()) -> list[str]:
+    """Table rows of the fields of ``block``. Groups that only one field has are included, by dotted paths."""
+    made = []
+    for name, field in block.model_fields.items():
+        if name in without or name == "stage":
+            continue
+        inner = list(blocks_of(field.annotation))
+        meaning = cell(field.description or "")
+        linked = [f"[{title(shared(part)).lower()}](#{anchor(shared(part))})" for part in dict.fromkeys(inner) if counts[shared(part)] > 1]
+        single = [part for part in dict.fromkeys(inner) if counts[shared(part)] == 1]
+        if inner and issubclass(inner[0], OptimizerSettings):
+            meaning = f"{meaning} {different_defaults(inner[0])}".strip()
+        if linked:
+            meaning = f"{meaning} Fields: {', '.join(linked)}.".strip()
+        elif not meaning and single:
+            meaning = sentence(single[0])
+        path = f"{prefix}{name}"
+        made.append(f"| `{path}` | {default_of(block, name)} | {meaning} |")
+        many = "[]" if "list[" in str(field.annotation) else ".NAME" if "dict[" in str(field.annotation) else ""
+        for part in single:
+            made += rows(part, counts, prefix=f"{path}{many}.")
+    return made
+
+
+def title(block: type[BaseModel]) -> str:
+    return TITLES[block.__name__]
+
+
+def anchor(block: type[BaseModel]) -> str:
+    return title(block).lower().replace(" ", "-")
+
+
+def table(made: list[str]) -> list[str]:
+    return ["| field | default | meaning |", "|---|---|---|", *made, ""]
+
+
+def tables() -> str:
+    """All tables as Markdown."""
+    stages = {name: config_class(name) for name in STAGES}
+    counts = users(list(stages.values()))
+    lines = ["## The recipe", "", *table(rows(RecipeHeader, counts)), "## Every step", ""]
+    kinds = ", ".join(f"`{name}`" for name in stages)
+    lines += table([f"| `stage` | required | The kind of work: {kinds}. |", *rows(StepConfig, counts)])
+    for name, config in stages.items():
+        lines += [f"## {name}", "", *table(rows(config, counts, without=frozenset(StepConfig.model_fields)))]
+    for block in sorted((block for block, count in counts.items() if count > 1), key=lambda block: list(TITLES).index(block.__name__)):
+        lines += [f"## {title(block)}", "", sentence(block), "", *table(rows(block, counts))]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(write_or_check(PAGE, TABLES, tables()))
