@@ -31,18 +31,23 @@ autodoc_member_order = "bysource"
 html_theme = "furo"
 html_title = f"Tristage {release}"
 
-LINK = re.compile(r"^\| \[[^\]]+\]\((\w[\w-]*)\.md\)", re.MULTILINE)  # a row of the table of pages in index.md
+HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
+LINK = re.compile(r"^\| \[[^\]]+\]\((\w[\w-]*)\.md\)", re.MULTILINE)  # a row of a table of pages in index.md
 
 
-def pages(index: str) -> list[str]:
-    """Names of the pages in the table of ``index.md``, in its order, and the reference of the Python interface behind them."""
-    return [*LINK.findall(index), "api"]
+def navigation(index: str) -> dict[str, list[str]]:
+    """Heading -> names of the pages in its table, in the order of ``index.md``. The reference of the Python interface comes last."""
+    _, *parts = HEADING.split(index)
+    groups = {heading: LINK.findall(table) for heading, table in zip(parts[::2], parts[1::2], strict=True)}
+    groups[parts[-2]].append("api")
+    return groups
 
 
 def add_navigation(app: Sphinx, page: str, source: list[str]) -> None:
-    """Give the start page a hidden table of contents. It is made here, because GitHub would show it as a block of code."""
+    """Give the start page hidden tables of contents. They are made here, because GitHub would show them as blocks of code."""
     if page == root_doc:
-        source[0] += "\n\n```{toctree}\n:hidden:\n\n" + "\n".join(pages(source[0])) + "\n```\n"
+        for heading, pages in navigation(source[0]).items():
+            source[0] += f"\n\n```{{toctree}}\n:hidden:\n:caption: {heading}\n\n" + "\n".join(pages) + "\n```\n"
 
 
 def setup(app: Sphinx) -> None:
