@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "run": "api.running",
     "Model": "api.results",
     "Results": "api.results",
@@ -47,10 +47,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'stages' has no attribute {name!r}; it has {', '.join(__all__)}")
 
-    return getattr(import_module(f"stages.{_HOMES[name]}"), name)
+    return getattr(import_module(f"stages.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -87,6 +87,8 @@ def reports_errors(command: Callable[Parameters, Result]) -> Callable[Parameters
                 _end(130, error)
             _report(error, name, options)
         except (Exception, SystemExit) as error:
+            if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
+                raise  # rich ends the program if the reader of the output has ended, as in `stages plan RECIPE | head`
             if isinstance(error, Exception) and ending.lost_the_others(error):
                 explained = LaunchError("another process of this run ended, and this one cannot continue alone; see its message above")
                 _say(f"error: {explained}", is_echo=True)
@@ -195,7 +197,7 @@ def run(
 ) -> None:
     """Run a recipe: run the steps that are new or changed, and reuse the others."""
     from stages.chain import run as chain
-    from stages.process.environment import command_to_go_on, has_launcher
+    from stages.process.environment import continue_command, has_launcher
     from stages.process.launching import start_missing_processes
     from stages.process.stopping import end_with_launcher
     from stages.recipe.schema import load_recipe
@@ -209,7 +211,7 @@ def run(
         loaded = load_recipe(recipe, overrides or [], _registry(home))
         for notice in loaded.notices():
             runtime.console.print(notice, markup=False, soft_wrap=True)
-        chain.run(loaded, _home(home), runtime, command=command_to_go_on())
+        chain.run(loaded, _home(home), runtime, command=continue_command())
     runtime.leave()
 
 
@@ -217,14 +219,14 @@ def run(
 def _stoppable(runtime: Runtime) -> Iterator[None]:
     """Context in which SIGTERM and Ctrl-C stop in an orderly way: print the command to continue, and exit with the signal's status."""
     from stages.process.ending import print_error
-    from stages.process.environment import command_to_go_on
+    from stages.process.environment import continue_command
 
     try:
         with runtime.stop.installed():
             yield
     except Stopped as stop:
         if runtime.is_main:
-            print_error(f"stopped by {stop.name}; completed work is kept. To continue: {command_to_go_on()}")
+            print_error(f"stopped by {stop.name}; completed work is kept. To continue: {continue_command()}")
         _end(stop.exit_status, stop)
 
 
@@ -494,7 +496,7 @@ def _tree(node: Lineage, registry: Registry, everything: bool, branch: Tree | No
     digest = f" {node['digest']}" if everything else ""
     label = f"[bold]{escape(node['ref'])}[/]{escape(digest)} ({escape(note)})"
     here = Tree(label) if branch is None else branch.add(label)
-    if everything or (node.get("role") and not _is_here(node, registry)):
+    if everything or (node.get("role") and not _is_in_registry(node, registry)):
         lines = [f"{field_path}: data {mark}" for field_path, mark in node.get("data", {}).items()]
     else:
         lines = data_lines(registry.get(node["ref"]).manifest) if node.get("data") else []
@@ -505,7 +507,7 @@ def _tree(node: Lineage, registry: Registry, everything: bool, branch: Tree | No
     return here
 
 
-def _is_here(node: Lineage, registry: Registry) -> bool:
+def _is_in_registry(node: Lineage, registry: Registry) -> bool:
     """Whether a version of a lineage is in the registry; those above a pulled one may not be."""
     try:
         return registry.get(node["ref"]).digest == node["digest"]

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from stages import __version__
 from stages.cli import app
-from stages.process.environment import command_to_go_on
+from stages.process.environment import continue_command
 from stages.recipe.schema import STAGES
 from stages.registry.contents import digest_folder
 from stages.registry.ledger import Registry
@@ -79,7 +79,7 @@ def test_second_run_reuses_every_step(workdir: Path) -> None:
     assert "quick finished" in result.stdout
     assert "The report: made/runs/quick/" in result.stdout
     summary = json.loads(Path("made/runs/quick/latest/summary.json").read_text())
-    assert summary["overrides"] == ["base.rate=2.0"] and summary["command"] == command_to_go_on()
+    assert summary["overrides"] == ["base.rate=2.0"] and summary["command"] == continue_command()
     again = call("run", "quick.yaml", "base.rate=2.0", "--home", "made")
     assert again.stdout.count("reused:") == 3
 
@@ -174,6 +174,22 @@ def test_ctrl_c_exits_with_status_130(workdir: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("stages.terminal.Speaker.load", interrupted)
     result = call("generate", "x", "--prompt", "a")
     assert (result.exit_code, result.stderr) == (130, "")
+
+
+def test_output_whose_reader_has_ended_gives_no_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As with ``stages conformance | head``: rich ends the program at the first line that it cannot write."""
+
+    def closed(*_: Any) -> Any:
+        raise BrokenPipeError
+
+    def end(*_: Any) -> Any:
+        raise SystemExit(1)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rich.console.Console._write_buffer", closed)
+    monkeypatch.setattr("rich.console.Console.on_broken_pipe", end)  # rich also replaces the program's output, which pytest needs
+    result = call("conformance")
+    assert (result.exit_code, result.stderr) == (1, "")
 
 
 def test_models_are_listed_shown_and_traced(workdir: Path) -> None:

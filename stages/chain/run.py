@@ -54,7 +54,7 @@ from stages.process.precision import AutoPrecision
 from stages.process.runtime import Runtime
 from stages.process.storage import check_home, make_home, write_json
 from stages.recipe.schema import STAGES, Recipe, RecipeStep, data_inputs, imported, model_inputs
-from stages.registry.contents import remembering
+from stages.registry.contents import remembered_hashes
 from stages.registry.ledger import Registry, installed_packages
 from stages.registry.record import FingerprintParts, ModelRecord
 from stages.registry.references import ResolvedModel
@@ -107,7 +107,7 @@ def plan(recipe: Recipe, home: Path, *, download: bool = True) -> list[StepPlan]
     models = ModelChecks(registry)
     made: dict[str, ModelRecord | None] = {}
     plans = []
-    with remembering(home / "cache" / "plan.json") as memo:
+    with remembered_hashes(home / "cache" / "plan.json") as memo:
         for step in recipe.steps:
             with doing(f"planning step {step.name!r} ({step.stage})"):
                 check_folders(step)
@@ -289,7 +289,7 @@ class _Run:
         began = time.monotonic()
         if planned.fingerprint is None:
             # The earlier steps are done, so the inputs are known. They may equal those of an earlier run.
-            with remembering(self.home / "cache" / "plan.json"):
+            with remembered_hashes(self.home / "cache" / "plan.json"):
                 planned = self.runtime.decide(lambda: plan_step(self.recipe, step, self.home, self.registry, self.made))
         if planned.action == "reuse":
             result = self._reuse(step, planned)
@@ -386,7 +386,7 @@ class _Run:
         )
         try:
             at, announced = (
-                templates_at(self.runtime.decide(lambda: first_beginning(_beside(work, ".began")))),
+                templates_at(self.runtime.decide(lambda: first_start_time(_beside(work, ".began")))),
                 announcing(partial(self._announce, step)),
             )
             with doing(f"step {step.name!r} ({step.stage})", folder), announced, at:
@@ -518,7 +518,7 @@ class _Run:
                 suffix += 1
 
 
-def first_beginning(kept: Path) -> datetime:
+def first_start_time(kept: Path) -> datetime:
     """The time at which a step began for the first time, for chat templates that write the date. It is stored in the file ``kept``."""
     with suppress(OSError, ValueError):
         return datetime.fromisoformat(kept.read_text(encoding="utf-8"))

@@ -135,7 +135,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], pr
     """Apply the chat template to ``messages`` with the tools of ``prompt``. Raises DataError as ``render_prompt`` does."""
     tools = tools_of(prompt)
     with errors_at(location_of(prompt)):
-        contents = in_its_form(tokenizer, messages)
+        contents = in_template_form(tokenizer, messages)
     text = apply_template(tokenizer, contents, generation_prompt=generation_prompt, tools=tools, location=location_of(prompt))
     lost = _lost(tokenizer, contents, tools, text, generation_prompt=generation_prompt)
     if lost:
@@ -245,7 +245,7 @@ def _unstable(shown: str, full_text: str, form: TurnForm) -> str:
     )
 
 
-def in_its_form(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Message]:
+def in_template_form(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Message]:
     """Convert ``messages`` to the form that the template accepts.
 
     Content becomes a text, or a list with one text part; tool call arguments become objects, or JSON text. Raises DataError for arguments

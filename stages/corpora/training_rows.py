@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stages.corpora.demonstrations import Demonstration
 from stages.corpora.messages import Conversation, Message, as_question, as_turns, errors_at, simplified, tools_of
-from stages.corpora.templates import encode_pair, encode_segments, in_its_form, render_pair, rendered
+from stages.corpora.templates import encode_pair, encode_segments, in_template_form, render_pair, rendered
 from stages.errors import DataError
 from stages.json_types import JsonObject
 from stages.tokens.continuation import plain_ids
@@ -126,7 +126,7 @@ def _is_unchanged(tokenizer: PreTrainedTokenizerBase, messages: Conversation, tu
 
 def _marked_row(tokenizer: PreTrainedTokenizerBase, messages: Conversation, replies: Sequence[int]) -> TrainingRow:
     """One row of a conversation. Only tokens of ``replies`` that the generation markers enclose are trained."""
-    contents: list[Message] = in_its_form(tokenizer, messages)
+    contents: list[Message] = in_template_form(tokenizer, messages)
     encoded: Any = tokenizer.apply_chat_template(
         contents,
         tools=[*messages.tools] or None,

@@ -16,7 +16,7 @@ from stages.dpo.pairs import encode, usable
 from stages.dpo.trainer import load_reference, make_trainer
 from stages.json_types import JsonObject
 from stages.metric_names import HELDOUT_LOG_ACCURACY, HELDOUT_LOG_MARGIN, NUM_COMPARISONS, NUM_PAIRS, curation_names, heldout_names
-from stages.models.adapters import as_it_starts, refuse_output_adapter
+from stages.models.adapters import refuse_output_adapter, without_new_adapter
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.step import Publication, StepContext, StepResult
 from stages.tokens.positions import row_length
@@ -39,7 +39,7 @@ def run(config: DPOStepConfig, context: StepContext) -> StepResult:
     heldout, heldout_left_out = usable(encoded_heldout, max_length, context, "held-out")
     reference = load_reference(config, context, tokenizer)
 
-    with as_it_starts(model) if reference is None else nullcontext():
+    with without_new_adapter(model) if reference is None else nullcontext():
         by_reference = completion_logprobs(config, context, reference if reference is not None else model, heldout, tokenizer)
     trainer = make_trainer(config, context, model, reference, tokenizer, pairs)
 

@@ -18,7 +18,7 @@ from stages.dpo.config import DPOStepConfig
 from stages.dpo.pairs import Pair
 from stages.errors import ModelError
 from stages.metric_names import reward_name
-from stages.models.adapters import as_it_starts, train_in_fp32, without_copies
+from stages.models.adapters import train_in_fp32, without_copies, without_new_adapter
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.models.quiet import quiet_transformers
 from stages.models.right_padding import without_masks
@@ -88,7 +88,7 @@ class TokenizedDPOTrainer(reproducible(DPOTrainer)):  # type: ignore[misc]
         masked = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
         tensors = {name: value for name, value in inputs.items() if name != "completion_mask"}
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-        with torch.no_grad(), checkpointing, as_it_starts(self.model):
+        with torch.no_grad(), checkpointing, without_new_adapter(self.model):
             outputs = self.model(**tensors, use_cache=False, labels=masked, fused_lm_head=True)
         chosen, rejected = outputs.log_probs.sum(dim=1).chunk(2)
         return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}

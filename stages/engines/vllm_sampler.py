@@ -265,7 +265,7 @@ class VllmSampler:
 
     # A GPU shared with the run
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """Let a started server on the run's GPU release its GPU memory."""
         self._runtime.wait_for_everyone()  # another process may still be sampling
         started = self.servers.started

@@ -25,7 +25,7 @@ def find_source(source: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.suffix.lower() == ".gguf" and path.is_file():
-        return _whole_gguf(path)
+        return _single_gguf(path)
     if path.is_file():
         raise ModelError(f"{source} is a file; {_move_for_file(path)}")
     identifier = re.sub(r"^https?://[^/]+/", "", str(source)).removesuffix("/")
@@ -37,7 +37,7 @@ def find_source(source: str | Path) -> Path:
     raise ModelError(f"{source}: no such folder or file")
 
 
-def _whole_gguf(path: Path) -> Path:
+def _single_gguf(path: Path) -> Path:
     match = SHARD.search(path.name)
     if match and int(match[1]) > 1:
         raise ModelError(

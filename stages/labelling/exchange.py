@@ -514,7 +514,7 @@ def _keep(folder: Path, kind: str, incoming: Incoming) -> tuple[int, int]:
             if store.knows(number):
                 known += 1
                 continue
-            store.take_in(number, annotator, item.task, item.ranks, f"imported from {kind}")
+            store.store_imported(number, annotator, item.task, item.ranks, f"imported from {kind}")
             taken += 1
     finally:
         store.close()

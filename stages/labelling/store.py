@@ -310,7 +310,7 @@ class Store:
         """Whether an answer with the id ``number`` is stored."""
         return number in self._ids
 
-    def take_in(self, number: str, annotator: str, task: str, ranks: list[int], note: str) -> None:
+    def store_imported(self, number: str, annotator: str, task: str, ranks: list[int], note: str) -> None:
         """Store an imported ranking. It has no ratings and no time, and its display order is not known."""
         before = self.answers.get(annotator, {}).get(task)
         answer = LabelAnswer(

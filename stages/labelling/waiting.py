@@ -13,7 +13,7 @@ from stages.labelling.config import People
 from stages.labelling.publishing import point_latest, publish_settings, read_settings
 from stages.labelling.report import quality
 from stages.labelling.store import read_labels
-from stages.process.environment import command_to_go_on, default_home
+from stages.process.environment import continue_command, default_home
 from stages.process.storage import write_json
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def ask_people(folder: Path, people: People, context: StepContext) -> None:
                 context.checkpoint_folder.mkdir(parents=True, exist_ok=True)
                 (context.checkpoint_folder / WAITING).write_text(f"{ranked} of {target} tasks are ranked", encoding="utf-8")
 
-            raise Waiting(f"{text}\nThen continue with: {command_to_go_on()}   (or wait here with --wait)")
+            raise Waiting(f"{text}\nThen continue with: {continue_command()}   (or wait here with --wait)")
         if not is_told:
             runtime.console.print(f"{text} (waiting)", soft_wrap=True, markup=False)
             is_told = True

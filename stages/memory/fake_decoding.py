@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
 from stages.memory.decoding import DecodingMemory, LayerStates, Method
-from stages.memory.fake_passes import LiveBytes, are_alike, give_fake_weights, text_config_of, whole_model, without_values
+from stages.memory.fake_passes import LiveBytes, are_alike, full_model, give_fake_weights, text_config_of, without_values
 from stages.memory.passes import PassKind
 from stages.sampling.cache import (
     PromptLayer,
@@ -105,7 +105,7 @@ def _columns(kinds: list[Kind]) -> tuple[int, int]:
 def _model(kind: PassKind, layers: int) -> TransformersModel:
     """A language model for text with its first layers, on the meta device."""
     small = replace(kind, vocabulary=VOCABULARY, adapter=None, task="CAUSAL_LM")
-    return whole_model(small, layers).eval()
+    return full_model(small, layers).eval()
 
 
 # Runs: bytes of the tensors of every cache layer, and the largest tensors of a step

@@ -235,7 +235,7 @@ def _dtype(kind: PassKind) -> torch.dtype:
     return torch.float32 if kind.weights > HALF else torch.bfloat16
 
 
-def whole_model(kind: PassKind, layers: int | None = None) -> TransformersModel:
+def full_model(kind: PassKind, layers: int | None = None) -> TransformersModel:
     """The model of the class that a step loads (``kind.task``), with its first layers (None: all), on the meta device."""
     config = config_of(kind, layers, vocab_size=kind.vocabulary)
     with torch.device("meta"):
@@ -253,7 +253,7 @@ def _adapted_model(kind: PassKind, layers: int) -> TransformersModel:
     from stages.models.adapters import attach_lora
 
     assert kind.adapter is not None
-    model = _bare_model(kind, layers) if kind.adapter.is_everywhere else whole_model(kind, layers)
+    model = _bare_model(kind, layers) if kind.adapter.is_everywhere else full_model(kind, layers)
     disable_dropout(model)
     if kind.quantization != "none":
         _quantize(model, kind.quantization, kind.device)

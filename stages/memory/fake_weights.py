@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from stages.errors import ModelError
-from stages.memory.fake_passes import WHOLE, are_alike, config_of, text_config_of, whole_model
+from stages.memory.fake_passes import WHOLE, are_alike, config_of, full_model, text_config_of
 from stages.memory.passes import PassKind
 from stages.memory.weights import SMALL, AdapterWeights, ModelWeights, Quantizable
 from stages.models.adapters import adapted, attach_lora, is_part_of
@@ -31,7 +31,7 @@ def weights_of(kind: PassKind) -> ModelWeights:
     """
     family = config_of(kind).model_type
     is_causal = family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and family not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    model = plain_model(whole_model(replace(kind, task="CAUSAL_LM" if is_causal else "FEATURE_EXTRACTION")))
+    model = plain_model(full_model(replace(kind, task="CAUSAL_LM" if is_causal else "FEATURE_EXTRACTION")))
     sizes = [_size_of(module) for module in quantized_modules(model)]
     linear = sum(rows * columns for rows, columns in sizes)
     inner = sum(parameter.numel() for parameter in model.base_model.parameters())
@@ -61,7 +61,7 @@ def adapter_of(kind: PassKind) -> AdapterWeights:
 
 def _adapter_with(kind: PassKind, layers: int) -> AdapterWeights:
     assert kind.adapter is not None
-    model: TransformersModel = whole_model(kind, layers)
+    model: TransformersModel = full_model(kind, layers)
     model.requires_grad_(False)
     try:
         with torch.device("meta"):

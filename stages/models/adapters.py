@@ -93,7 +93,7 @@ def attach_lora(
     lora_config(model, name).base_model_name_or_path = base
     _prepare_wrappers(model, name)
     setattr(model, SOURCES, {**getattr(model, SOURCES, {}), name: source})
-    _start_from_what_acts(model, name)
+    _copy_active_modules(model, name)
     for parameter_name, parameter in model.named_parameters():
         if is_part_of(parameter_name, name) and parameter.is_floating_point():
             parameter.data = parameter.data.float()
@@ -335,7 +335,7 @@ def _has_adapter(plain: PreTrainedModel, module: nn.Module, lora: LoraSettings) 
     return any(name == one or name.endswith(f".{one}") for one in lora.target_modules)
 
 
-def _start_from_what_acts(model: TransformersModel, name: str) -> None:
+def _copy_active_modules(model: TransformersModel, name: str) -> None:
     """Initialize full copies in the new adapter ``name`` from the active adapter below it. peft copies the base's modules instead."""
     for wrapper in wrappers_of(model):
         modules = getattr(wrapper, "modules_to_save", None)
@@ -454,7 +454,7 @@ def wrappers_of(model: nn.Module) -> list[AuxiliaryTrainingWrapper]:
 
 
 @contextmanager
-def as_it_starts(model: TransformersModel) -> Iterator[None]:
+def without_new_adapter(model: TransformersModel) -> Iterator[None]:
     """Context manager that deactivates the new adapter, so that the model computes what it did before training."""
     acting = active_adapters(model)
     activate(adapted(model), [name for name in acting if name != FRESH])

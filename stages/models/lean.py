@@ -40,7 +40,7 @@ def use_lean_layers(model: nn.Module) -> Counter[str]:
         key = _alike(module)
         if key not in lean_classes:
             kind: type = type(module)
-            lean_classes[key] = next((lean for lean in _leaner(kind) if _is_equal(module, lean)), None)
+            lean_classes[key] = next((lean for lean in _lean_classes(kind) if _is_equal(module, lean)), None)
         if (lean := lean_classes[key]) is not None:
             switched[type(module).__name__] += 1
             module.__class__ = lean
@@ -116,7 +116,7 @@ def _alike(module: nn.Module) -> Hashable:
 
 
 @cache
-def _leaner(kind: type[nn.Module]) -> tuple[type[_LeanNorm] | type[_LeanMLP], ...]:
+def _lean_classes(kind: type[nn.Module]) -> tuple[type[_LeanNorm] | type[_LeanMLP], ...]:
     """Candidate lean classes for layers of this class. They keep the original class name, because configs refer to classes by name."""
     if issubclass(kind, (_LeanNorm, _LeanMLP)) or not _takes_one_tensor(kind):
         return ()

@@ -29,7 +29,7 @@ from stages.models.parts import moved_to
 from stages.models.published import check_saved_adapter, check_saved_weights, outputs_of, rows_for
 from stages.models.quiet import quiet_transformers
 from stages.models.saved_adapters import SavedAdapter, head_size, read_adapter
-from stages.models.stacking import dequantized, merged_stack, stacked_apart
+from stages.models.stacking import dequantized, merged_stack, unmerged_stack
 from stages.models.stacks import Stack, is_adapter, stack_of, tokenizer_source, trained_on
 from stages.registry.references import ResolvedModel
 from stages.sampling.support import plain_model
@@ -223,7 +223,7 @@ def _stack(
     sizes = [vocabulary_size(load_tokenizer(adapter)) for adapter in stack.adapters]
     loaded = _base(auto, model, stack, dtype, require_head, options or _class_names(auto, stack, saved), saved)
     if model.input.quantization != "none":
-        return stacked_apart(loaded, saved, sizes)
+        return unmerged_stack(loaded, saved, sizes)
     return moved_to(merged_stack(loaded, saved, sizes), dtype)
 
 

@@ -116,7 +116,7 @@ def _check_adapter(
 ) -> None:
     expected, acting = compute(), active_adapters(model)
     name, dtype = "published", _dtype_of(model)
-    saved = ResolvedModel(folder.name, "folder", str(folder), "", _as_it_runs(model, folder), base=source_of(model, acting[-1]))
+    saved = ResolvedModel(folder.name, "folder", str(folder), "", _as_input(model, folder), base=source_of(model, acting[-1]))
     trainable = {parameter for parameter in model.parameters() if parameter.requires_grad}
     activate(model, acting[:-1])
     try:
@@ -151,13 +151,13 @@ def check_saved_weights(
     _check_value_count(model, folder)
     if _size_of(model) > CHECKED_WEIGHTS:
         return
-    saved = ResolvedModel(folder.name, "folder", str(folder), "", _as_it_runs(model, folder))
+    saved = ResolvedModel(folder.name, "folder", str(folder), "", _as_input(model, folder))
     dtype = next(parameter.dtype for parameter in model.parameters())
     with torch.random.fork_rng():
         _compare(reload(saved), compute(), SAME.get(dtype, SAME[torch.bfloat16]), scale, "loaded again")
 
 
-def _as_it_runs(model: nn.Module, folder: Path) -> ModelInput:
+def _as_input(model: nn.Module, folder: Path) -> ModelInput:
     """The saved model as an input. Remote code is allowed if this process already runs it, because the recipe then trusts it."""
     return ModelInput(ref=folder.name, trust_remote_code=type(plain_model(model)).__module__.startswith("transformers_modules"))
 

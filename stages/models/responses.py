@@ -96,7 +96,7 @@ def repeated(batch: SequenceBatch) -> SequenceBatch:
     return SequenceBatch(batch.input_ids.repeat(1, 2), lengths, rows, columns, tokens, batch.packing.twice())
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     """``tensor`` on ``device``. A copy to a GPU comes from pinned memory, so the CPU does not wait for it."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device, non_blocking=True)
@@ -107,7 +107,7 @@ def moved_together(tensors: Sequence[Tensor], device: torch.device | str) -> lis
     """Move tensors of the same dtype to ``device`` in one transfer, without making the CPU wait for a GPU."""
     if torch.device(device).type == "cpu":
         return list(tensors)
-    flat = sent(torch.cat([tensor.reshape(-1) for tensor in tensors]), torch.device(device))
+    flat = on_device(torch.cat([tensor.reshape(-1) for tensor in tensors]), torch.device(device))
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 

@@ -67,7 +67,7 @@ class SharedBackbone:
             known = adapter.digest or adapter.path
             if known not in self._frozen:
                 name = f"frozen-{len(self._frozen)}"
-                self._let_act(names)
+                self._activate(names)
                 self.model = add_adapter(self.model, adapter, name, is_shared=True)
                 self._frozen[known] = name
             names.append(self._frozen[known])
@@ -76,7 +76,7 @@ class SharedBackbone:
     def fresh(self, name: str, below: Sequence[str] = (), *, source: ResolvedModel | None = None) -> str:
         """Create a trainable adapter on those ``below``; it starts as the identity. ``source``: the initial model (None: the policy)."""
         trainable = {parameter for parameter in self.model.parameters() if parameter.requires_grad}
-        self._let_act(below)
+        self._activate(below)
         self.model = attach_lora(
             self.model, self.lora, task="CAUSAL_LM", base=self._path, name=name, new_rows=self._new_rows, source=source or self._source
         )
@@ -87,7 +87,7 @@ class SharedBackbone:
                 module.p = 0.0  # log-probabilities must be equal in every forward pass
         return name
 
-    def _let_act(self, names: Sequence[str]) -> None:
+    def _activate(self, names: Sequence[str]) -> None:
         if hasattr(self.model, "peft_config"):
             activate(adapted(self.model), names)
 

@@ -44,7 +44,7 @@ def merged_stack(base: PreTrainedModel, adapters: Sequence[SavedAdapter], sizes:
     return base
 
 
-def stacked_apart(base: PreTrainedModel, adapters: Sequence[SavedAdapter], sizes: Sequence[int]) -> TransformersModel:
+def unmerged_stack(base: PreTrainedModel, adapters: Sequence[SavedAdapter], sizes: Sequence[int]) -> TransformersModel:
     """Put the adapters on the quantized ``base`` without merging them into quantized layers. Arguments as in ``merged_stack``.
 
     Changes of unquantized layers (embedding, output layer, heads) are merged.

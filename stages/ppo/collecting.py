@@ -178,7 +178,7 @@ def _sample(roles: Roles, share: _Share, config: PPOStepConfig, sampling: Sampli
             with unsharded(roles.policy.model):
                 generated = roles.sampler.sample(share.prompt_ids, config.generation, share.seeds, on_finished=early.on_finished)
     waited = time.perf_counter() - began
-    roles.sampler.rest()
+    roles.sampler.sleep()
     completions = decode_completions(roles.tokenizer, generated)
     mask = generated.response_mask.cpu()
     logprobs = torch.where(mask, generated.logprobs.cpu(), 0.0)

@@ -135,13 +135,13 @@ def joined(shares: list[Rollout]) -> Rollout:
     def padded(part: Tensor) -> Tensor:
         return right_pad(list(part), 0, width) if part.dim() == 2 else part
 
-    def behind_each_other(values: list[EpisodeValue]) -> EpisodeValue:
+    def concatenated(values: list[EpisodeValue]) -> EpisodeValue:
         if isinstance(values[0], dict):
             return {name: torch.cat([value[name] for value in values]) for name in values[0]}
         if isinstance(values[0], list):
             return [entry for value in values for entry in value]
         return torch.cat([padded(value) for value in values])
 
-    of_episodes = {name: _chosen(behind_each_other([getattr(share, name) for share in shares]), order) for name in EPISODE_FIELDS}
+    of_episodes = {name: _chosen(concatenated([getattr(share, name) for share in shares]), order) for name in EPISODE_FIELDS}
     of_iteration = {name: join([getattr(share, name) for share in shares]) for name, join in _JOINS.items()}
     return Rollout(**of_episodes, **of_iteration)

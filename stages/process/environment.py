@@ -37,7 +37,7 @@ def protect_secrets() -> None:
     sys.stdout, sys.stderr = redaction.Blotted(sys.stdout), redaction.Blotted(sys.stderr)
 
 
-def command_to_go_on() -> str:
+def continue_command() -> str:
     """The user's command, to repeat it: from launch.sh (STAGES_COMMAND), from the launcher, else this process's arguments."""
     if given := os.environ.get("STAGES_COMMAND"):
         return given

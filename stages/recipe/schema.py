@@ -168,13 +168,13 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), registry: Regis
     except RecipeError as error:
         if not overrides or str(error).startswith("override "):
             raise
-        guilty = _guilty_overrides(str(error), path, overrides, registry)
+        guilty = _faulty_overrides(str(error), path, overrides, registry)
         if not guilty:
             raise
         raise RecipeError(f"{named(guilty)}: {str(error).removeprefix(str(path)).lstrip(':0123456789 ')}") from error
 
 
-def _guilty_overrides(message: str, path: Path | str, overrides: Sequence[str], registry: Registry | None) -> list[str]:
+def _faulty_overrides(message: str, path: Path | str, overrides: Sequence[str], registry: Registry | None) -> list[str]:
     """The overrides that cause the error ``message``; empty if the file alone causes it."""
 
     def fails_so(kept: Sequence[str]) -> bool:

@@ -82,7 +82,7 @@ _memo: ContextVar[Memo | None] = ContextVar("memo", default=None)
 
 
 @contextmanager
-def remembering(path: Path) -> Iterator[Memo]:
+def remembered_hashes(path: Path) -> Iterator[Memo]:
     """Context manager in which ``file_sha256`` takes the hashes of unchanged large files from the cache at ``path``."""
     memo = Memo(path)
     token = _memo.set(memo)

@@ -30,7 +30,7 @@ def diagram(run: RunFolder) -> Diagram:
 
 def _inputs(run: RunFolder, step: StepFolder) -> list[str]:
     """The models that a step reads: the name of the step that made each of them, or else the reference."""
-    own = {ref: maker.name for ref, maker in made_by(run).items()}
+    own = {ref: maker.name for ref, maker in steps_by_model(run).items()}
     inputs = []
     for ref in (step.entry.get("inputs") or {}).values():
         short = ref.rpartition("/")[2] if ref.startswith(("/", ".")) else ref
@@ -89,7 +89,7 @@ def _data(step: StepFolder) -> list[str]:
     return shown_data
 
 
-def made_by(run: RunFolder) -> dict[str, StepFolder]:
+def steps_by_model(run: RunFolder) -> dict[str, StepFolder]:
     """Pinned model reference -> the step of this run that made the model."""
     models = [(step.entry.get("model"), step) for step in run.steps]
     return {f"{model['ref']}@{step.entry['version']}": step for model, step in models if model is not None}
@@ -98,7 +98,7 @@ def made_by(run: RunFolder) -> dict[str, StepFolder]:
 def ancestors(run: RunFolder, evaluation: EvaluationFile) -> set[str]:
     """References of the models that the evaluation's KL reference was made from, directly or indirectly, by steps of this run."""
     reference = evaluation.get("kl_reference")
-    own = made_by(run)
+    own = steps_by_model(run)
     waiting = [evaluation["candidates"][reference].get("model")] if reference is not None else []
     refs: set[str] = set()
     while waiting:

@@ -89,7 +89,7 @@ class Figure:
     small: bool = False  # panels are small multiples
 
     def __post_init__(self) -> None:
-        own = [Panel(panel.title, own_ids(panel.svg, f"{self.key}-{index}-")) for index, panel in enumerate(self.panels)]
+        own = [Panel(panel.title, prefixed_ids(panel.svg, f"{self.key}-{index}-")) for index, panel in enumerate(self.panels)]
         object.__setattr__(self, "panels", own)
 
 
@@ -141,7 +141,7 @@ def _compact(tag: str) -> str:
     return re.sub(r"\s*\n\s*", " ", tag)
 
 
-def own_ids(text: str, prefix: str) -> str:
+def prefixed_ids(text: str, prefix: str) -> str:
     """Add a prefix to all ids of a drawing, so that they are unique on the page.
 
     Browsers look up clip paths and markers in the entire document.

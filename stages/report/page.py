@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from stages.report import curves, training
-from stages.report.chain import ancestors, diagram, made_by, recipe_text, step_row
+from stages.report.chain import ancestors, diagram, recipe_text, step_row, steps_by_model
 from stages.report.circumstances import bytes_text, command, device, facts, step_facts
 from stages.report.figures import Figure, number_text
 from stages.report.output import GENERATOR, write_page
@@ -178,7 +178,7 @@ def _figure_groups(run: RunFolder) -> list[Row]:
     """Figures by heading. Headings without figures are left out."""
     outcome: list[Figure | None] = []
     trust: list[Figure | None] = []
-    makers_of_models = made_by(run)
+    makers_of_models = steps_by_model(run)
     for step in run.evaluations:
         evaluation = step.evaluation
         assert evaluation is not None

@@ -11,7 +11,7 @@ from stages.models.responses import moved_together
 from stages.sampling.padding import right_pad
 
 
-def like_length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+def similar_length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Row indices in batches of at most ``batch_size``, sorted from short to long.
 
     A batch with at least a quarter of ``batch_size`` rows ends before a row that is over 20 % longer than the batch's first row.

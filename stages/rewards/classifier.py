@@ -22,7 +22,7 @@ from stages.models.loading import load_classifier, load_tokenizer
 from stages.models.parts import moved_to
 from stages.models.responses import moved_together
 from stages.registry.references import ResolvedModel
-from stages.rewards.batching import like_length_batches
+from stages.rewards.batching import similar_length_batches
 from stages.rewards.config import RewardInput
 from stages.rewards.details import NOTHING, Details, Judgement
 from stages.rewards.texts import full_text
@@ -131,7 +131,9 @@ class ClassifierSource:
             scores[list(indices)] = label_output(logits, self.label, self.kind, self.output).cpu()
 
         lengths = [len(row["input_ids"]) for row in rows]
-        batches = same_length_groups(lengths, self.batch_size) if self._padding == "none" else like_length_batches(lengths, self.batch_size)
+        batches = (
+            same_length_groups(lengths, self.batch_size) if self._padding == "none" else similar_length_batches(lengths, self.batch_size)
+        )
         each_group(f"scoring by {self.name}", batches, score, model=self.model)
         return scores
 

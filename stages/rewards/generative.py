@@ -20,7 +20,7 @@ from stages.models.parts import moved_to
 from stages.models.responses import sequence_batch
 from stages.models.reward_question import RewardQuestion, read_question
 from stages.registry.references import ResolvedModel
-from stages.rewards.batching import like_length_batches
+from stages.rewards.batching import similar_length_batches
 from stages.rewards.config import RewardInput
 from stages.rewards.details import NOTHING, Details, Judgement
 from stages.tokens.positions import readable_length
@@ -148,5 +148,7 @@ class GenerativeSource:
             chosen = logits.float().log_softmax(dim=-1).gather(1, batch.tokens[:, None]).squeeze(1).cpu()  # the CPU waits once
             logprobs[list(indices)] = torch.stack([part.sum() for part in chosen.split([len(answer) for answer in answers])])
 
-        each_group(f"scoring by {self.name}", like_length_batches([len(ids) for ids, _ in rows], self.batch_size), score, model=self.model)
+        each_group(
+            f"scoring by {self.name}", similar_length_batches([len(ids) for ids, _ in rows], self.batch_size), score, model=self.model
+        )
         return logprobs

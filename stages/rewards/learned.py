@@ -18,7 +18,7 @@ from stages.models.budget import each_group
 from stages.models.heads import RewardModel
 from stages.models.reward_question import is_generative
 from stages.registry.references import ResolvedModel
-from stages.rewards.batching import like_length_batches, padded
+from stages.rewards.batching import padded, similar_length_batches
 from stages.rewards.classifier import ClassifierSource
 from stages.rewards.config import RewardInput
 from stages.rewards.details import NOTHING, Details, Judgement, Spans
@@ -184,5 +184,5 @@ def score_rows(
         scores[list(indices)] = scorer(*padded([rows[index] for index in indices], pad_token_id, device)).float().cpu()
 
     what = f"scoring by {name}" if name else "scoring"
-    each_group(what, like_length_batches([len(row) for row in rows], batch_size), score, model=model, known_by=known_by)
+    each_group(what, similar_length_batches([len(row) for row in rows], batch_size), score, model=model, known_by=known_by)
     return scores

@@ -44,7 +44,7 @@ def make_reader(model: TransformersModel, support: DecodingSupport, most: int) -
         return InPlaceReader(model, support, most)
     if support.cache_name is not None:
         return CacheReader(model, support, most)
-    return WholeReader(model, support)
+    return FullTextReader(model, support)
 
 
 def position_ids(mask: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class CacheReader:
         return self._model(**inputs, **self._options).logits[:, -1]
 
 
-class WholeReader:
+class FullTextReader:
     """A reader for models without a cache. Every step reads the full text again. All rows of a batch must have the same length."""
 
     def __init__(self, model: TransformersModel, support: DecodingSupport) -> None:

@@ -53,7 +53,7 @@ class Sampler(Protocol):
         completion once, soon after it has ended, while others are still running. It must return quickly and must not use the model.
         """
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """Release the memory that training can use, until the next ``take_weights``. Call it on every process."""
 
     def report(self) -> JsonObject:
@@ -108,7 +108,7 @@ class LocalSampler:
             on_finished=on_finished,
         )
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """Do nothing: the workspace that is kept for the next call (see ``workspace``) is a small share of a GPU's memory."""
 
     def report(self) -> JsonObject:

@@ -13,7 +13,7 @@ import torch
 from stages.kernels.token_budget import tokens_of
 from stages.models.budget import PassBudget
 from stages.models.compiled_layers import compiled_passes
-from stages.models.responses import sent
+from stages.models.responses import on_device
 from stages.training.step_trainer import Batch, StepTrainer
 
 ADVICE = (
@@ -80,7 +80,7 @@ class PassesByTokens(StepTrainer):
         """Move a pass to the device without making the CPU wait for a GPU. The tensors of ``on_cpu`` stay on the CPU."""
         kept = {name: inputs[name] for name in self.on_cpu if name in inputs}
         others = {
-            name: sent(value, self.args.device) if isinstance(value, torch.Tensor) else value
+            name: on_device(value, self.args.device) if isinstance(value, torch.Tensor) else value
             for name, value in inputs.items()
             if name not in kept
         }

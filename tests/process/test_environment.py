@@ -49,13 +49,13 @@ def test_command_to_continue_is_the_typed_command(monkeypatch: pytest.MonkeyPatc
     for name in ("STAGES_COMMAND", "TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "argv", ["/x/bin/stages", "run", "my recipe.yaml", "seed=8"])
-    assert environment.command_to_go_on() == "stages run 'my recipe.yaml' seed=8"
+    assert environment.continue_command() == "stages run 'my recipe.yaml' seed=8"
     monkeypatch.setattr(sys, "argv", ["my run.py", "--fast"])
-    assert environment.command_to_go_on() == "python 'my run.py' --fast"
+    assert environment.continue_command() == "python 'my run.py' --fast"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setattr(
         environment, "launcher_command", lambda: (["accelerate", "launch"], ["--num_processes", "2", "-m", "stages", "run", "a b"])
     )
-    assert environment.command_to_go_on() == "accelerate launch --num_processes 2 -m stages run 'a b'"
+    assert environment.continue_command() == "accelerate launch --num_processes 2 -m stages run 'a b'"
     monkeypatch.setenv("STAGES_COMMAND", "./launch.sh recipes/quickstart.yaml")
-    assert environment.command_to_go_on() == "./launch.sh recipes/quickstart.yaml"
+    assert environment.continue_command() == "./launch.sh recipes/quickstart.yaml"

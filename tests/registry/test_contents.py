@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from stages.registry import contents
-from stages.registry.contents import file_sha256, remembering
+from stages.registry.contents import file_sha256, remembered_hashes
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def later(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unchanged_file_is_read_once(tmp_path: Path, reads: list[Path], later: None) -> None:
     file = settled(tmp_path / "weights", "abc")
     for _ in range(3):
-        with remembering(tmp_path / "cache" / "plan.json"):
+        with remembered_hashes(tmp_path / "cache" / "plan.json"):
             assert file_sha256(file) == hashlib.sha256(b"abc").hexdigest()
     assert reads == [file]
     assert file_sha256(file) and reads == [file, file]  # outside of the context, every byte is read
@@ -48,12 +48,12 @@ def test_an_unchanged_file_is_read_once(tmp_path: Path, reads: list[Path], later
 
 def test_change_with_equal_size_and_time_is_detected(tmp_path: Path, reads: list[Path], later: None) -> None:
     file = settled(tmp_path / "weights", "abc")
-    with remembering(tmp_path / "cache" / "plan.json"):
+    with remembered_hashes(tmp_path / "cache" / "plan.json"):
         file_sha256(file)
     times = file.stat()
     file.write_text("abd")
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # the file system's time of the change (ctime) cannot be set
-    with remembering(tmp_path / "cache" / "plan.json"):
+    with remembered_hashes(tmp_path / "cache" / "plan.json"):
         assert file_sha256(file) == hashlib.sha256(b"abd").hexdigest()
 
 
@@ -65,7 +65,7 @@ def test_a_file_just_written_or_from_the_future_is_not_remembered(tmp_path: Path
     os.utime(future, (time.time() + 10**6,) * 2)
     for file in (young, future):
         for _ in range(2):
-            with remembering(tmp_path / "cache" / "plan.json"):
+            with remembered_hashes(tmp_path / "cache" / "plan.json"):
                 file_sha256(file)
     assert reads == [young, young, future, future]
 
@@ -78,7 +78,7 @@ def test_passed_checks_are_not_repeated(tmp_path: Path) -> None:
         raise ValueError("no")
 
     for _ in range(2):
-        with remembering(tmp_path / "cache" / "plan.json") as memo:
+        with remembered_hashes(tmp_path / "cache" / "plan.json") as memo:
             memo.check_once("a", lambda: made.append("a"))
             with pytest.raises(ValueError, match="no"):
                 memo.check_once("b", fails)
@@ -90,18 +90,18 @@ def test_damaged_hash_cache_is_discarded(tmp_path: Path, content: str, later: No
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "plan.json").write_text(content)
     file = settled(tmp_path / "weights", "abc")
-    with remembering(tmp_path / "cache" / "plan.json"):
+    with remembered_hashes(tmp_path / "cache" / "plan.json"):
         assert file_sha256(file) == hashlib.sha256(b"abc").hexdigest()
-    with remembering(tmp_path / "cache" / "plan.json"):
+    with remembered_hashes(tmp_path / "cache" / "plan.json"):
         file_sha256(file)
     assert len(reads) == 1
 
 
 def test_hash_cache_without_home_or_disk_space_does_nothing(tmp_path: Path, later: None, reads: list[Path]) -> None:
     file = settled(tmp_path / "weights", "abc")
-    with remembering(tmp_path / "nowhere" / "cache" / "plan.json"):
+    with remembered_hashes(tmp_path / "nowhere" / "cache" / "plan.json"):
         file_sha256(file)
     assert not (tmp_path / "nowhere").exists()
     (tmp_path / "cache").write_text("a file where a folder should be")
-    with remembering(tmp_path / "cache" / "plan.json"):
+    with remembered_hashes(tmp_path / "cache" / "plan.json"):
         file_sha256(file)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import torch
 
 from stages.models.heads import RewardModel
-from stages.rewards.batching import like_length_batches
+from stages.rewards.batching import similar_length_batches
 from stages.rewards.config import RewardInput
 from stages.rewards.learned import RewardModelSpans, score_rows
 
 
 def test_rows_of_similar_length_share_a_batch() -> None:
     lengths = [50, 10, 11, 30, 12, 13, 48, 31, 14, 10]
-    batches = like_length_batches(lengths, 8)  # a quarter is 2 rows; then a row more than a fifth longer than the first begins a new batch
+    batches = similar_length_batches(
+        lengths, 8
+    )  # a quarter is 2 rows; then a row more than a fifth longer than the first begins a new batch
     assert [[lengths[row] for row in batch] for batch in batches] == [[10, 10, 11, 12], [13, 14], [30, 31], [48, 50]]
-    assert like_length_batches([7] * 5, 2) == [[0, 1], [2, 3], [4]] and like_length_batches([], 4) == []
-    assert like_length_batches([1, 100, 200, 300], 64) == [[0, 1, 2, 3]]  # too few rows for a separate pass
+    assert similar_length_batches([7] * 5, 2) == [[0, 1], [2, 3], [4]] and similar_length_batches([], 4) == []
+    assert similar_length_batches([1, 100, 200, 300], 64) == [[0, 1, 2, 3]]  # too few rows for a separate pass
 
 
 def test_scores_are_those_of_every_text_alone(tiny_llama_folder) -> None:

@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from stages.chain.run import first_beginning
+from stages.chain.run import first_start_time
 from stages.corpora.templates import encode_prompt
 from stages.tokens.dates import dated, templates_at
 
@@ -31,9 +31,9 @@ def test_calls_with_other_quotes_are_replaced_and_a_test_for_the_function_is_not
 
 def test_a_resumed_step_keeps_the_time_of_its_first_beginning(tmp_path: Path) -> None:
     kept = tmp_path / "step.began"
-    first = first_beginning(kept)
+    first = first_start_time(kept)
     assert abs((datetime.now() - first).total_seconds()) < 60
     kept.write_text("2024-07-26T23:59:59")
-    assert first_beginning(kept) == datetime(2024, 7, 26, 23, 59, 59)
+    assert first_start_time(kept) == datetime(2024, 7, 26, 23, 59, 59)
     kept.write_text("damaged")
-    assert first_beginning(kept) >= first
+    assert first_start_time(kept) >= first
