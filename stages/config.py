@@ -196,7 +196,7 @@ OPTIMIZER_HELP = "adamw_8bit: 8-bit moments (bitsandbytes), 2 bytes per weight i
 
 
 def _rows_or_auto(value: object) -> object:
-    """One message for all that is neither; pydantic would give one for each of the two."""
+    """Accept a number of rows, or auto. An invalid value gives one message; pydantic would give one for each alternative."""
     if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value
     raise ValueError(f"got {value!r}, expected a whole number of at least 1, or auto")

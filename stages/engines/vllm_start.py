@@ -217,8 +217,8 @@ class StartedServer:
     def _end_of_log(self) -> str:
         """The last lines of the log that name an error, and the path of the log."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        told = [line.strip() for line in lines if "Error" in line and "Traceback" not in line][-3:] or lines[-3:]
-        return "\n  " + "\n  ".join(line[-300:] for line in told) + f"\nIts log: {self.log}"
+        shown = [line.strip() for line in lines if "Error" in line and "Traceback" not in line][-3:] or lines[-3:]
+        return "\n  " + "\n  ".join(line[-300:] for line in shown) + f"\nIts log: {self.log}"
 
 
 def accepted_rank(rank: int) -> int:

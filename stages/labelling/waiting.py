@@ -48,7 +48,7 @@ def ask_people(folder: Path, people: People, context: StepContext) -> None:
             runtime.console.print(f"{context.name}: simulated people gave {made} answers")
 
     runtime.decide(publish)
-    is_told = False
+    is_announced = False
     while True:
         ranked, target = runtime.decide(lambda: (num_ranked(folder), read_settings(folder).target))
         if ranked >= target:
@@ -62,9 +62,9 @@ def ask_people(folder: Path, people: People, context: StepContext) -> None:
                 (context.checkpoint_folder / WAITING).write_text(f"{ranked} of {target} tasks are ranked", encoding="utf-8")
 
             raise Waiting(f"{text}\nThen continue with: {continue_command()}   (or wait here with --wait)")
-        if not is_told:
+        if not is_announced:
             runtime.console.print(f"{text} (waiting)", soft_wrap=True, markup=False)
-            is_told = True
+            is_announced = True
         time.sleep(POLL_SECONDS)
 
 

@@ -83,8 +83,8 @@ def _evaluation_notes(step: StepFolder, about: str) -> list[Row]:
         )
         unsure.append(f"{b} from {a} ({percent(row['win_rate'])}; {more})")
     if unsure:
-        told = f"{evaluation['prompts']} prompts do not distinguish {'; '.join(unsure)}"
-        notes.append({"kind": "note", "text": f"{about}{told}. The numbers assume a power of 80 % at the 5 % level, by {judge}."})
+        finding = f"{evaluation['prompts']} prompts do not distinguish {'; '.join(unsure)}"
+        notes.append({"kind": "note", "text": f"{about}{finding}. The numbers assume a power of 80 % at the 5 % level, by {judge}."})
     for pair in evaluation.get("agreement", {}).get("pairs", []):
         share = pair.get("agreement_decided")
         if share is not None and pair["decided"] >= 20 and share < NOISE:

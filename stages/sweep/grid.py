@@ -64,10 +64,10 @@ class Grid:
         """A folder name: the varied fields. Fixed overrides add a hash, because they define a different sweep."""
         labels = "-".join(axis.label for axis in self.axes) or SEEDS
         safe = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in labels)
-        told_apart = [safe] if len(safe) > LONGEST_NAME else []
-        if not (told_apart or self.fixed):
+        hashed_name = [safe] if len(safe) > LONGEST_NAME else []
+        if not (hashed_name or self.fixed):
             return safe
-        return f"{safe[:LONGEST_NAME]}-{hashlib.sha256(repr([*told_apart, *sorted(self.fixed)]).encode()).hexdigest()[:8]}"
+        return f"{safe[:LONGEST_NAME]}-{hashlib.sha256(repr([*hashed_name, *sorted(self.fixed)]).encode()).hexdigest()[:8]}"
 
     def points(self) -> Iterator[Point]:
         """All runs. Seeds vary slowest, so that results for the full grid are available early."""
