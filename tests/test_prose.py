@@ -133,3 +133,17 @@ def test_banned_identifiers_are_not_used_in_scripts_of_pages() -> None:
         for name in pattern.findall(re.sub(r"//[^\n]*|/\*.*?\*/", "", file.read_text(encoding="utf-8"), flags=re.DOTALL))
     ]
     assert not used, "\n".join(used)
+
+
+def test_no_part_of_a_text_is_lost_in_a_function() -> None:
+    """Without parentheses, the second line of a text is a statement that does nothing, and the text ends with its first line."""
+    lost = [
+        f"{file.relative_to(REPOSITORY)}:{statement.lineno}"
+        for file in files("stages/**/*.py")
+        for block in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(block, (ast.FunctionDef, ast.If, ast.For, ast.With, ast.Try))
+        for index, statement in enumerate(block.body)
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, (ast.Constant, ast.JoinedStr))
+        if not (index == 0 and isinstance(block, ast.FunctionDef)) and getattr(statement.value, "value", "") is not ...
+    ]
+    assert not lost, "\n".join(lost)

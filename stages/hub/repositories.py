@@ -15,11 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from httpx2 import TransportError
 
 from stages.errors import HubError, HubMissing, HubUnreachable, StorageError
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 T = TypeVar("T")
 Kind = Literal["model", "dataset"]
@@ -138,54 +141,59 @@ def _quiet() -> Iterator[None]:
 
 
 def _asked(kind: Kind, identifier: str, revision: str | None, ask: Callable[[], T]) -> T:
-    """Return the result of ``ask``. Raises HubError, or a subclass, that says what to do."""
-    from huggingface_hub.errors import (
-        DisabledRepoError,
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    """Return the result of ``ask``, after up to three attempts. Raises HubError, or a subclass, that says what to do."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    what = f"the {NOUNS[kind]} {identifier!r}"
     problem = ""
     for pause in (*PAUSES, None):
         try:
             return ask()
-        except GatedRepoError as error:
-            raise HubError(
-                f"{what} is gated, and this account may not read it; accept its terms at {_page(kind, identifier)}, then log in with "
-                "`hf auth login` (or set HF_TOKEN)"
-            ) from error
-        except RevisionNotFoundError as error:
-            page = _page(kind, identifier)
-            raise HubMissing(f"{what} has no revision {revision!r}; use a branch, a tag or a commit of {page}") from error
-        except DisabledRepoError as error:
-            raise HubError(f"{what} was disabled by the Hub; choose another one") from error
-        except RepositoryNotFoundError as error:
-            login = "" if _has_token() else "; for a private one log in with `hf auth login` (or set HF_TOKEN)"
-            missing = f"the Hub has no {NOUNS[kind]} {identifier!r} that this account can read"
-            raise HubMissing(f"{missing}; check the spelling{login}") from error
         except HFValidationError as error:
             raise HubMissing(f"{identifier!r} is not a Hub id; expected owner/name") from error
         except HfHubHTTPError as error:
-            status = error.response.status_code
-            if status in (401, 403):
-                raise HubError(f"the Hub refuses {what} (HTTP {status}); check the token: `hf auth whoami`") from error
-            if status not in BUSY:
-                raise HubError(f"the Hub did not give {what} (HTTP {status}: {_first_line(error)})") from error
-            problem = f"HTTP {status}"
+            if (refused := _refusal(error, kind, identifier, revision)) is not None:
+                raise refused from error
+            problem = f"HTTP {error.response.status_code}"
         except (TransportError, OSError) as error:
             if isinstance(error, OSError) and error.errno in OF_THE_DISK:
+                what = _named(kind, identifier)
                 raise StorageError(f"{what} cannot be stored in the Hub cache ({error}); free disk space, or set HF_HOME") from error
             problem = f"{type(error).__name__}: {_first_line(error)}"
         if pause is not None:
             time.sleep(pause)
     raise HubUnreachable(
-        f"the Hub at {_endpoint()} did not answer for {what} ({problem}; {len(PAUSES) + 1} attempts). Check the connection and try again; "
-        "with HF_HUB_OFFLINE=1 the local cache is used"
+        f"the Hub at {_endpoint()} did not answer for {_named(kind, identifier)} ({problem}; {len(PAUSES) + 1} attempts). Check the "
+        "connection and try again; with HF_HUB_OFFLINE=1 the local cache is used"
     )
+
+
+def _named(kind: Kind, identifier: str) -> str:
+    return f"the {NOUNS[kind]} {identifier!r}"
+
+
+def _refusal(error: HfHubHTTPError, kind: Kind, identifier: str, revision: str | None) -> HubError | None:
+    """What to do about an answer of the Hub; None if the Hub is busy, so another attempt may succeed."""
+    from huggingface_hub.errors import DisabledRepoError, GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    what, page = _named(kind, identifier), _page(kind, identifier)
+    if isinstance(error, GatedRepoError):  # a subclass of RepositoryNotFoundError
+        return HubError(
+            f"{what} is gated, and this account may not read it; accept its terms at {page}, then log in with `hf auth login` "
+            "(or set HF_TOKEN)"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return HubMissing(f"{what} has no revision {revision!r}; use a branch, a tag or a commit of {page}")
+    if isinstance(error, DisabledRepoError):
+        return HubError(f"{what} was disabled by the Hub; choose another one")
+    if isinstance(error, RepositoryNotFoundError):
+        login = "" if _has_token() else "; for a private one log in with `hf auth login` (or set HF_TOKEN)"
+        return HubMissing(f"the Hub has no {NOUNS[kind]} {identifier!r} that this account can read; check the spelling{login}")
+    status = error.response.status_code
+    if status in (401, 403):
+        return HubError(f"the Hub refuses {what} (HTTP {status}); check the token: `hf auth whoami`")
+    if status not in BUSY:
+        return HubError(f"the Hub did not give {what} (HTTP {status}: {_first_line(error)})")
+    return None
 
 
 def _first_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ All pairs of a prompt are one batch element: each of its K completions is scored
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,7 +38,7 @@ from stages.reward_model.generative import run_generative
 from stages.reward_model.measuring import inference, measure, measure_beside, say_measured
 from stages.reward_model.preferences import Agreement, EncodedComparison
 from stages.reward_model.rows import Lost, encode, encode_pairs, say_lost, usable
-from stages.reward_model.training import Attempt, finished, new_model, train_with_seed
+from stages.reward_model.training import Attempt, RankingTrainer, finished, new_model, train_with_seed
 from stages.rewards.learned import score_rows
 from stages.sampling.generation import decode_completions, episode_seed
 from stages.step import Publication, StepContext, StepResult
@@ -67,15 +68,7 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
     def normalise(model: RewardModel) -> tuple[float, float]:
         return _normalise(config, context, model, rows_of_texts, scoring)
 
-    attempts: list[Attempt] = []
-    for seed in range(context.seed, context.seed + config.num_seeds):
-        if seed != context.seed:
-            context.runtime.seed_everything(seed)  # adapter weights are drawn from the process's generator
-            model = new_model(config, context, seed).to(context.runtime.device)
-        if config.normalization.before_training:
-            normalise(model)
-        attempt, trainer = train_with_seed(config, context, model, data.train, data.deciding, scoring, seed)
-        attempts.append(attempt)
+    model, trainer, attempts = _train_all_seeds(config, context, model, data, scoring, normalise)
     best = max(attempts, key=lambda attempt: attempt.accuracy)  # the first of equal ones
     if best is not attempts[-1]:
         _load_attempt(context, model, best)
@@ -102,6 +95,27 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
     weights = gathered_weights(trainer)
     record = context.publish(lambda folder: model.save(folder, tokenizer, state_dict=weights, rows=shown), metrics=metrics, **kind)
     return StepResult(model=record, metrics=metrics)
+
+
+def _train_all_seeds(
+    config: RewardModelConfig,
+    context: StepContext,
+    model: RewardModel,
+    data: _Data,
+    scoring: dict[str, int],
+    normalise: Callable[[RewardModel], object],
+) -> tuple[RewardModel, RankingTrainer, list[Attempt]]:
+    """Train ``model``, and a new model for each further seed. Returns the last model, its trainer, and one attempt per seed."""
+    attempts: list[Attempt] = []
+    for seed in range(context.seed, context.seed + config.num_seeds):
+        if seed != context.seed:
+            context.runtime.seed_everything(seed)  # adapter weights are drawn from the process's generator
+            model = new_model(config, context, seed).to(context.runtime.device)
+        if config.normalization.before_training:
+            normalise(model)
+        attempt, trainer = train_with_seed(config, context, model, data.train, data.deciding, scoring, seed)
+        attempts.append(attempt)
+    return model, trainer, attempts
 
 
 # Data

@@ -25,12 +25,13 @@ from stages.models.classifier_inputs import Padding, arguments_of, padding_of
 from stages.sentiment.config import SentimentConfig
 from stages.sentiment.measuring import examples_of, measure, predict, show
 from stages.sentiment.model import tokenizer_and_model
-from stages.sentiment.rows import Collator, encode
+from stages.sentiment.rows import Collator, EncodedReview, encode
 from stages.step import Publication, StepContext, StepResult
 from stages.training.arguments import training_arguments
 from stages.training.best import publish_trained
 from stages.training.reproducible import counted_loss, reproducible
 from stages.training.running import train
+from stages.training.step_trainer import StepTrainer
 
 if TYPE_CHECKING:
     from stages.model_types import TransformersModel
@@ -51,16 +52,7 @@ def run(config: SentimentConfig, context: StepContext) -> StepResult:
             f"longer than the {tokenizer.model_max_length} tokens that max_length, the model and its tokenizer allow"
         )
 
-    settings = training_arguments(
-        config.training, context, precision=config.precision, remove_unused_columns=False, train_sampling_strategy="group_by_length"
-    )
-    trainer = reproducible(Trainer)(
-        model=model,
-        args=settings,
-        train_dataset=rows,
-        data_collator=Collator(tokenizer.pad_token_id, padding),
-        compute_loss_func=counted_loss,
-    )
+    trainer = _make_trainer(config, context, model, rows, Collator(tokenizer.pad_token_id, padding))
     truth = [row["labels"] for row in heldout]
     model = model.to(context.runtime.device)  # type: ignore[arg-type]  # transformers wraps `to` without its self
 
@@ -97,6 +89,16 @@ def run(config: SentimentConfig, context: StepContext) -> StepResult:
     shown = [row["input_ids"] for row in heldout]  # rows on which the saved model is compared with the model in memory
     record = publish_trained(trainer, context, model, tokenizer, rows=shown, metrics=metrics, **kind)
     return StepResult(model=record, metrics=metrics)
+
+
+def _make_trainer(
+    config: SentimentConfig, context: StepContext, model: TransformersModel, rows: list[EncodedReview], collator: Collator
+) -> StepTrainer:
+    """The Trainer of the classifier. Its passes have rows of similar length."""
+    settings = training_arguments(
+        config.training, context, precision=config.precision, remove_unused_columns=False, train_sampling_strategy="group_by_length"
+    )
+    return reproducible(Trainer)(model=model, args=settings, train_dataset=rows, data_collator=collator, compute_loss_func=counted_loss)
 
 
 def _say_padding(padding: Padding, model: TransformersModel, context: StepContext) -> None:
