@@ -24,7 +24,7 @@ class Model:
     """A published model. It can be an input of further steps. ``load`` returns the transformers model and its tokenizer."""
 
     ref: str  # name@version
-    role: str  # language_model, reward_model, value_model, classifier
+    role: str  # language_model, reward_model, generative_reward_model, value_model, classifier
     path: Path
     metrics: JsonObject = field(repr=False)
 

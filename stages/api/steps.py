@@ -1,4 +1,4 @@
-"""One class per stage, to run single steps from a Python program. Fields are those of the recipe (docs/recipes.md).
+"""One class per stage, to run single steps from a Python program. Fields are those of the recipe (docs/settings.md).
 
 from stages import PPO
 

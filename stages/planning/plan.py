@@ -99,7 +99,7 @@ def _named(step: str) -> Iterator[None]:
 
 
 def _outside(config: StepConfig) -> list[str]:
-    """What the plan leaves out for a reason that no count can mend, one sentence each."""
+    """What no plan can count: one sentence for each item, with the reason."""
     collect = getattr(config, "collect", None)
     said = []
     for generation in (getattr(config, "generation", None), getattr(collect, "generation", None)):
@@ -154,7 +154,7 @@ def _foreign(reference: Reference, registry: Registry) -> View | None:
 
 
 def _is_generative(model: ResolvedModel) -> bool:
-    """Whether a model is a generative reward model. For a Hub model, only its files in the cache tell."""
+    """Whether a model is a generative reward model. For a Hub model, this is known only if its files are in the cache."""
     if model.record is not None:
         return bool(model.record.role == "generative_reward_model")
     from stages.models.reward_question import QUESTION_FILE
