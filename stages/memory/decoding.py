@@ -41,8 +41,9 @@ class DecodingMemory:
     """How a model decodes, and what that takes.
 
     ``by_columns``: whether the cache has room as ``ColumnLayer`` has it. ``slot_tokens``: the longest sequence that slots hold; -1: any.
-    ``step`` and ``slot_step``: the largest tensors of one step with transformers' cache or the cache in place, and in slots: bytes per row,
-    and per row and token. ``limits_logits``: whether a pass over prompts computes only the last token's logits.
+    ``stored``: bytes of keys and values in a cache of this project, relative to those that the model makes; under autocast it stores fp32
+    keys in half precision. ``step`` and ``slot_step``: the largest tensors of one step with transformers' cache or the cache in place, and
+    in slots: bytes per row, and per row and token. ``limits_logits``: whether a pass over prompts computes only the last token's logits.
     """
 
     layers: tuple[LayerStates, ...]
@@ -52,6 +53,7 @@ class DecodingMemory:
     step: tuple[float, float]
     slot_step: tuple[float, float]
     limits_logits: bool
+    stored: float = 1.0
 
     def in_slots(self, tokens: int, device: str) -> bool:
         """Whether sequences of up to ``tokens`` tokens are decoded in slots. Without continuous batching only a GPU has them."""
@@ -62,7 +64,7 @@ class DecodingMemory:
         return self.method == "in place" or self.in_slots(tokens, device)
 
     def kept(self, tokens: float, *, windows: bool = True) -> float:
-        """Bytes per row of all layers."""
+        """Bytes per row of all layers, as the model makes them."""
         return sum(layer.number * layer.bytes_at(tokens, windows=windows) for layer in self.layers)
 
     def of_step(self, tokens: float, device: str) -> float:
@@ -95,14 +97,14 @@ def cached(memory: DecodingMemory, rows: int, prompt: int, new: int, device: str
     tokens = prompt + new
     if memory.in_slots(tokens, device):
         columns = -(-tokens // GRAPH_COLUMNS) * GRAPH_COLUMNS
-        full = rows * memory.kept(columns, windows=False)
+        full = rows * memory.stored * memory.kept(columns, windows=False)
         return full, full
     if memory.method == "text":
         return 0.0, 0.0
     if memory.method == "in place":
         first, last, before = columns_in_place(prompt, new, by_columns=memory.by_columns)
-        growth = rows * memory.largest(before)
-        return rows * memory.kept(first), rows * memory.kept(last) + growth
+        stored = rows * memory.stored
+        return stored * memory.kept(first), stored * (memory.kept(last) + memory.largest(before))
     # A layer with a window keeps a view of the prompt's keys, and so all of them, until the first step.
     return rows * memory.kept(prompt, windows=False), rows * memory.kept(tokens - 1)
 

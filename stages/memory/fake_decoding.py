@@ -34,6 +34,7 @@ from stages.sampling.cache import (
     prompt_cache,
     put_prompts,
     reads_by_columns,
+    stored_dtype,
 )
 from stages.sampling.support import DecodingSupport, decoding_support
 
@@ -64,15 +65,16 @@ def count(kind: PassKind) -> DecodingMemory:
         run = _in_place if method == "in place" else _with_cache
         runs = [run(model, support, width) for width in columns]
         in_slots = [_in_slots(model, support, width) for width in columns] if kind.device != "cpu" and slots else []
-    states = _states(kinds[:layers], [sizes for sizes, _ in runs], columns)
+    states = _states(kinds[:layers], [sizes for sizes, _, _ in runs], columns)
     return DecodingMemory(
         _counted_layers(kinds, states, layers),
         method,
         by_columns,
         slots,
-        _line([step for _, step in runs], columns),
+        _line([step for _, step, _ in runs], columns),
         _line(in_slots, columns) if in_slots else (0.0, 0.0),
         support.limits_logits,
+        runs[-1][2],
     )
 
 
@@ -108,18 +110,18 @@ def _model(kind: PassKind, layers: int) -> TransformersModel:
     return full_model(small, layers).eval()
 
 
-# Runs: bytes of the tensors of every cache layer, and the largest tensors of a step
+# Runs: bytes of the tensors of every cache layer, the largest tensors of a step, and ``DecodingMemory.stored``
 
 
 Sizes = list[list[int]]
 """Bytes of each tensor of each layer of a cache."""
 
 
-def _in_place(model: TransformersModel, support: DecodingSupport, width: int) -> tuple[Sizes, float]:
+def _in_place(model: TransformersModel, support: DecodingSupport, width: int) -> tuple[Sizes, float, float]:
     cache = make_cache(model, 2)
     read = prompt_cache(cache)
     model(input_ids=_ids(width), **_options(support, read, cache))
-    sizes = _sizes(read)
+    sizes, stored = _sizes(read), _stored(read)
     put_prompts(cache, read, 0, ROWS, width)
     read.layers.clear()
     mask = torch.zeros((ROWS, 1, 1, width + 1), dtype=_dtype_of(cache))
@@ -129,18 +131,18 @@ def _in_place(model: TransformersModel, support: DecodingSupport, width: int) ->
         model(**inputs, **forward_options(support, cache))
 
     with decoding_attention(model, cache):
-        return sizes, _taken_by(step)
+        return sizes, _taken_by(step), stored
 
 
-def _with_cache(model: TransformersModel, support: DecodingSupport, width: int) -> tuple[Sizes, float]:
+def _with_cache(model: TransformersModel, support: DecodingSupport, width: int) -> tuple[Sizes, float, float]:
     cache = DynamicCache(config=model.config)
     options = forward_options(support, cache)
     with LiveBytes() as live:
         model(input_ids=_ids(width), **options)
-        sizes, before = _sizes(cache), live.now
+        sizes, stored, before = _sizes(cache), _stored(cache), live.now
         live.peak = before
         model(input_ids=_ids(1), **options)
-    return sizes, live.peak - before
+    return sizes, live.peak - before, stored
 
 
 def _in_slots(model: TransformersModel, support: DecodingSupport, width: int) -> float:
@@ -173,8 +175,17 @@ def _dtype_of(cache: DynamicCache) -> torch.dtype:
 
 
 def _sizes(cache: DynamicCache) -> Sizes:
-    stored = [[leaf for leaf in tree_leaves(vars(layer)) if isinstance(leaf, Tensor) and leaf.ndim] for layer in cache.layers]
-    return [[tensor.numel() * tensor.element_size() for tensor in tensors] for tensors in stored]
+    return [[tensor.nbytes for tensor in tensors] for tensors in _tensors(cache)]
+
+
+def _stored(cache: DynamicCache) -> float:
+    """Bytes of the tensors of ``cache`` in a cache of this project, relative to their own bytes."""
+    made = [tensor for tensors in _tensors(cache) for tensor in tensors]
+    return sum(tensor.numel() * stored_dtype(tensor).itemsize for tensor in made) / max(1, sum(tensor.nbytes for tensor in made))
+
+
+def _tensors(cache: DynamicCache) -> list[list[Tensor]]:
+    return [[leaf for leaf in tree_leaves(vars(layer)) if isinstance(leaf, Tensor) and leaf.ndim] for layer in cache.layers]
 
 
 def _taken_by(step: Callable[[], object]) -> float:

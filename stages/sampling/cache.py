@@ -28,6 +28,17 @@ Layer = TypeVar("Layer")
 BY_COLUMNS = "stages_by_columns"  # the name of ``attend_by_columns`` in transformers' registry of attention functions
 
 
+def stored_dtype(states: Tensor) -> torch.dtype:
+    """The dtype in which a cache keeps keys or values ``states``: autocast's if it is enabled, else their own.
+
+    Rotary positions make fp32 keys under autocast. Attention casts them in every step, so casting them once gives the same bits with half
+    of the memory.
+    """
+    kind = states.device.type
+    is_cast = states.dtype == torch.float32 and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if is_cast else states.dtype
+
+
 class PromptLayer(DynamicLayer):
     """Keys and values of prompts that are read in one forward pass. It keeps the model's tensors without copying them."""
 
@@ -105,8 +116,8 @@ class RoomyLayer(DynamicLayer):
         return max(self.room, self.length)
 
     def _storage(self, states: Tensor, rows: int, width: int) -> Tensor:
-        """An empty storage for ``rows`` sequences of ``width`` tokens, with the heads and the dtype of ``states`` [b, H, q, D]."""
-        return states.new_empty((rows, states.shape[1], width, states.shape[3]))
+        """An empty storage for ``rows`` sequences of ``width`` tokens, with the heads of ``states`` [b, H, q, D]."""
+        return states.new_empty((rows, states.shape[1], width, states.shape[3]), dtype=stored_dtype(states))
 
     def _by_token(self, storage: Tensor) -> Tensor:
         """A view of the storage as [B, H, room, D]."""
@@ -128,7 +139,7 @@ class ColumnLayer(RoomyLayer):
         return max(self.room, self.length // 8)  # a long cache grows by an eighth
 
     def _storage(self, states: Tensor, rows: int, width: int) -> Tensor:
-        return states.new_empty((rows, states.shape[1], states.shape[3], width))
+        return states.new_empty((rows, states.shape[1], states.shape[3], width), dtype=stored_dtype(states))
 
     def _by_token(self, storage: Tensor) -> Tensor:
         return storage.transpose(-1, -2)
@@ -170,7 +181,7 @@ class SlotLayer(DynamicLayer):
         """
         if self.keys is None or self.values is None:
             self.keys, self.values = self._storage(keys, room), self._storage(values, room)
-            self.device, self.dtype, self.is_initialized = keys.device, keys.dtype, True
+            self.device, self.dtype, self.is_initialized = keys.device, self.keys.dtype, True
         width = keys.shape[2]
         # Shift each row to the left, over its padding. Copies of its last token fill the end; the attention mask hides them.
         source_columns = (torch.arange(width, device=keys.device) + (width - lengths)[:, None]).clamp(max=width - 1)[:, None, :, None]
@@ -178,7 +189,7 @@ class SlotLayer(DynamicLayer):
             assert storage is not None
             states = states.index_select(0, rows)
             moved = states.gather(2, source_columns.expand(-1, states.shape[1], -1, states.shape[3]))
-            self._by_token(storage)[:, :, :width].index_copy_(0, slots, moved)
+            self._by_token(storage)[:, :, :width].index_copy_(0, slots, moved.to(storage.dtype))
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Write one token per row [rows, H, 1, D]; returns the keys and values of the window [rows, H, columns, D]."""
@@ -197,7 +208,7 @@ class SlotLayer(DynamicLayer):
 
     def _written(self, storage: Tensor, states: Tensor) -> Tensor:
         part = self._by_token(storage)[: self.window.rows, :, : self.window.columns]
-        return part.scatter_(2, self.window.at[:, None, None, None].expand_as(states), states)
+        return part.scatter_(2, self.window.at[:, None, None, None].expand_as(states), states.to(storage.dtype))
 
     def widen(self, room: int) -> None:
         """Copy the storage into a larger one with a capacity of ``room`` tokens per slot."""
@@ -214,7 +225,8 @@ class SlotLayer(DynamicLayer):
     def _storage(self, states: Tensor, room: int) -> Tensor:
         """A storage of zeros. Attention reads unwritten columns with weight 0, so they must hold finite values."""
         heads, width = states.shape[1], states.shape[3]
-        return states.new_zeros((self.slots, heads, width, room) if self.by_columns else (self.slots, heads, room, width))
+        shape = (self.slots, heads, width, room) if self.by_columns else (self.slots, heads, room, width)
+        return states.new_zeros(shape, dtype=stored_dtype(states))
 
     def _by_token(self, storage: Tensor) -> Tensor:
         """A view of the storage as [S, H, room, D]."""

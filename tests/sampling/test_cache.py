@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from stages.sampling.cache import ColumnLayer, RoomyLayer, attend_by_columns, without_cudnn_attention
+from stages.sampling.cache import ColumnLayer, RoomyLayer, SlotLayer, SlotWindow, attend_by_columns, without_cudnn_attention
 
 
 def states(rows: int, tokens: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,9 +36,28 @@ def test_layer_stores_the_same_states_as_transformers(made: type[RoomyLayer]) ->
         assert ours.get_seq_length() == theirs.get_seq_length()
 
 
+@pytest.mark.parametrize("by_slots", [True, False])
+def test_under_autocast_fp32_keys_are_stored_in_half_and_attention_gives_the_same_bits(by_slots: bool) -> None:
+    """Rotary positions make keys fp32 under autocast; values come from a product in bf16."""
+    draw = torch.Generator().manual_seed(0)
+    (keys, values), (key, value) = ((one, two.bfloat16()) for one, two in (states(2, 5, draw), states(2, 1, draw)))
+    with torch.autocast("cpu", torch.bfloat16):
+        if by_slots:
+            ours = SlotLayer(SlotWindow(2, 6, torch.tensor([5, 5])), 2, by_columns=False)
+            ours.put(keys, values, torch.tensor([0, 1]), torch.tensor([0, 1]), torch.tensor([5, 5]), 8)
+        else:
+            ours = RoomyLayer(1)
+            ours.put(keys, values, row=0, rows=2, length=5)
+        stored = ours.update(key, value)
+        assert {one.dtype for one in stored} == {torch.bfloat16}
+        query = torch.randn(2, 2, 1, 4, generator=draw)
+        expected = torch.nn.functional.scaled_dot_product_attention(query, torch.cat([keys, key], 2), torch.cat([values, value], 2))
+        assert torch.equal(torch.nn.functional.scaled_dot_product_attention(query, *stored), expected)
+
+
 def test_padding_of_a_new_cache_is_zero(monkeypatch) -> None:
     empty = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape: empty(self, *shape).fill_(torch.nan))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape, **named: empty(self, *shape, **named).fill_(torch.nan))
     layer = ColumnLayer(2)
     layer.put(*states(1, 1, torch.Generator().manual_seed(0)), row=0, rows=1, length=4)
     new = states(1, 1, torch.Generator().manual_seed(1))
