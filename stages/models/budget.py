@@ -24,6 +24,11 @@ from stages.sampling.retreats import ADVICE, SAME_RESULT, LastAttempt, row_limit
 
 logger = logging.getLogger(__name__)
 
+
+class PassTooLarge(TrainingError):
+    """Memory ran out in a pass that takes all processes, so one process cannot repeat it."""
+
+
 FIRST_TOKENS = 2_048  # budget of a training pass on a GPU before memory is measured
 STEP_TOKENS = 1_024  # budgets are multiples of this, so that equal machines get equal budgets
 
@@ -35,10 +40,10 @@ class PassBudget:
         """``what`` is the name of the work in the log. ``rows``: sequences per pass on a CPU if ``size`` is auto. ``trains``: whether
         passes keep activations for a backward pass, so that their memory must be measured. ``advice``: a sentence that names the settings
         to lower if a single sequence does not fit."""
-        self.what, self.device = what, torch.device(device)
+        self.what, self.device, self.advice = what, torch.device(device), advice
         by_tokens = size == "auto" and self.device.type != "cpu"
         self.rows: int | None = rows if size == "auto" else size
-        self.tokens = float("inf")
+        self.tokens = self._most = float("inf")
         if by_tokens:
             self.rows, self.tokens = None, FIRST_TOKENS if trains else GPU_TOKENS
         self.measures = by_tokens and trains  # until ``settle``
@@ -90,6 +95,7 @@ class PassBudget:
         tokens = min(GPU_TOKENS, max(STEP_TOKENS, int(fitting) // STEP_TOKENS * STEP_TOKENS))
         if self.retreats:
             tokens = min(tokens, int(self.tokens))
+        tokens = int(min(tokens, self._most))
         self.tokens = tokens if agree is None else agree(tokens)
         logger.info(
             "%s: up to %d tokens in a pass (%.1f KiB each, %.1f GiB free)",
@@ -107,7 +113,13 @@ class PassBudget:
     def resume(self, tokens: int | None) -> None:
         """Continue with the value of ``settled`` from a checkpoint, so that a resumed run has the same passes and the same rounding."""
         if self.measures and tokens is not None:
-            self.tokens, self.measures = tokens, False
+            self.tokens, self.measures = min(tokens, self._most), False
+
+    def lower_to(self, tokens: int | None) -> None:
+        """Never make passes of more than ``tokens`` tokens, except those over one sequence. None: no limit."""
+        if tokens is not None:
+            self._most = tokens
+            self.tokens = min(self.tokens, tokens)
 
     def retreat(self, error: BaseException) -> None:
         """Halve the budget after memory ran out in the current pass. The log says so once.
@@ -134,9 +146,9 @@ class PassBudget:
         self.tokens = min(self.tokens, tokens) // 2
 
     @property
-    def sequences(self) -> int:
-        """The number of sequences of the current pass."""
-        return self._current[0]
+    def current(self) -> tuple[int, int]:
+        """Sequences and tokens of the current pass."""
+        return self._current
 
     def release(self) -> None:
         """Free the memory of a failed pass, and the workspace that decoding keeps for its next call."""
@@ -165,16 +177,18 @@ class PassBudget:
             waiting = self.groups([row for group in waiting for row in group], lengths, packed=packed)
 
 
-def each_group_together(groups: Iterable[Sequence[int]], work: Callable[[list[int]], None], device: torch.device) -> None:
+def each_group_together(
+    what: str, groups: Iterable[Sequence[int]], work: Callable[[list[int]], None], device: torch.device, *, advice: str = ADVICE
+) -> None:
     """``each_group`` for models with sharded weights. It repeats the last group while other processes have more groups.
 
-    Raises TrainingError if memory runs out.
+    Raises PassTooLarge with ``advice`` if memory runs out.
     """
     try:
         for rows in in_lockstep([list(group) for group in groups], device):
             work(rows)
     except Exception as error:
-        refuse_alone(error)
+        refuse_alone(error, what, advice)
         raise
 
 
@@ -199,7 +213,7 @@ def each_group(
     ``known_by``: the model for which later calls know the smaller size; ``model`` if it is not given.
     """
     if model is not None and sharded_blocks(model):
-        each_group_together(groups, work, next(model.parameters()).device)
+        each_group_together(what, groups, work, next(model.parameters()).device, advice=advice)
         return
     limit = row_limit(model if known_by is None else known_by, what, advice)
     waiting = [list(group) for group in groups]
@@ -220,13 +234,10 @@ def each_group(
         limit.release()
 
 
-def refuse_alone(error: BaseException, advice: str = "microbatch_size to fewer episodes") -> None:
-    """Raise TrainingError if ``error`` means that memory ran out in a pass through sharded weights, which takes all processes.
+def refuse_alone(error: BaseException, what: str, advice: str = ADVICE) -> None:
+    """Raise PassTooLarge if ``error`` means that memory ran out in a pass through sharded weights, which takes all processes.
 
-    ``advice``: the setting to change, and its new value.
+    ``what``: the name of the work. ``advice``: a sentence with the next move.
     """
     if is_out_of_memory(error):
-        raise TrainingError(
-            f"memory ran out, and with sharded weights a process cannot repeat a pass alone; set {advice} "
-            "and run the same command again: it resumes from the last checkpoint"
-        ) from error
+        raise PassTooLarge(f"{what}: memory ran out in a pass that takes all processes, so one cannot repeat it alone. {advice}") from error

@@ -86,7 +86,7 @@ def measure_likelihood(
                 try:
                     sums = one_pass(batches[min(index, len(batches) - 1)])
                 except Exception as error:
-                    refuse_alone(error, "training.microbatch_size to fewer rows")
+                    refuse_alone(error, "held-out likelihood")
                     raise
                 if index < len(batches):
                     add(sums)

@@ -24,6 +24,7 @@ from stages.metric_names import (
     SCORE_MEAN,
     TOTAL_MEAN,
 )
+from stages.models.budget import PassBudget, PassTooLarge
 from stages.models.compiled_layers import NOT_WANTED
 from stages.models.sharding import grouped, shard
 from stages.ppo.checkpoint import RunKeeper, RunState
@@ -52,6 +53,7 @@ from stages.sampling.generation import episode_seed
 from stages.sampling.sampler import SamplerLost
 from stages.step import StepContext, StepResult
 from stages.training.checkpoints import generator_states, set_generator_states, trainable
+from stages.training.smaller_passes import read_limit, write_limit
 
 
 def run(config: PPOStepConfig, context: StepContext) -> StepResult:
@@ -104,6 +106,9 @@ class PPORun:
             num_processes=runtime.num_processes,
         )
         self.measuring = measuring_budget(config, runtime.device)
+        if roles.are_sharded:
+            for budget in (self.updater.budget, self.measuring):
+                budget.lower_to(read_limit(context, budget.what))
         self.controller = (
             FixedKLController(config.kl.coef)
             if config.kl.target is None
@@ -268,6 +273,8 @@ class PPORun:
                 )
         except SamplerLost as error:
             raise self._sampler_lost(error, chosen) from error
+        except PassTooLarge as error:
+            raise self._smaller_next_time(error, self.measuring) from error
         except ScoringError as error:
             kept = keep_episodes(self.context, [{"prompt": prompt, "completion": text} for prompt, text in error.episodes])
             raise TrainingError(f"{self.context.name}: iteration {iteration}: {error}{kept}") from error
@@ -314,11 +321,22 @@ class PPORun:
                     progress=self.state.progress,
                     after_minibatch=self._safe_point,
                 )
+        except PassTooLarge as error:
+            raise self._smaller_next_time(error, self.updater.budget) from error
         except TrainingError as error:
             kept = keep_episodes(self.context, episodes_of(rollout))
             raise TrainingError(f"{self.context.name}: iteration {iteration}: {error}{kept}") from error
         rollout.seconds["update"] = time.perf_counter() - started
         return result
+
+    def _smaller_next_time(self, error: PassTooLarge, budget: PassBudget) -> PassTooLarge:
+        """Halve the passes of ``budget`` from the next start on; returns the exception to raise. A pass over one episode stays as it is."""
+        sequences, tokens = budget.current
+        where = f"{self.context.name}: iteration {self.state.iteration}"
+        if sequences <= 1:
+            return PassTooLarge(f"{where}: {error}")
+        move = write_limit(self.context, budget.what, tokens // 2)
+        return PassTooLarge(f"{where}: {budget.what}: memory ran out in a pass of {tokens} tokens that takes all processes. {move}")
 
     def _log_iteration(self, rollout: Rollout, result: UpdateResult) -> dict[str, float]:
         """Log the iteration, raise alarms and update the KL coefficient. This completes the iteration."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stages.kernels.token_budget import tokens_of
 from stages.models.budget import PassBudget, each_group_together
 from stages.models.compiled_layers import compiled_passes
 from stages.models.packing import packed_attention
@@ -62,13 +63,17 @@ def measure(
             by_row = flat.float().split([int(closes[row]) for row in rows] if name == "bootstrap" else sizes)
             pieces.setdefault(name, {}).update(zip(rows, by_row, strict=True))
 
+    def counted_pass(rows: list[int]) -> None:
+        with budget.one_pass(len(rows), tokens_of(rows, lengths)):
+            one_pass(rows)
+
     # FSDP keeps the buffers of a forward pass for training, where tensors of the inference mode are not allowed.
     without_gradient = torch.no_grad() if roles.are_sharded else torch.inference_mode()
     # Offloaded networks are moved to the device before they are tested for packing.
     with without_gradient, roles.offload.awake(*roles.waiting()):
         kernel = roles.kernel("policy", "reference", "value")
         if roles.are_sharded:
-            each_group_together(budget.groups(order, lengths), one_pass, roles.policy.device)
+            each_group_together(budget.what, budget.groups(order, lengths), counted_pass, roles.policy.device, advice=budget.advice)
         else:
             with roles.casts_kept(), compiled_passes():
                 budget.each(order, lengths, one_pass, packed=kernel is not None)

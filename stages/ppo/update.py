@@ -201,8 +201,8 @@ class Updater:
         Raises ``error`` if memory did not run out, MemoryExhausted if a pass cannot be smaller.
         """
         if self.roles.are_sharded:
-            refuse_alone(error)
-        if self._is_joint and is_out_of_memory(error) and self.budget.sequences == 1:
+            refuse_alone(error, self.budget.what, ADVICE)
+        if self._is_joint and is_out_of_memory(error) and self.budget.current[0] == 1:
             logger.warning(
                 "PPO update: memory ran out in a pass of policy and value network together; their passes are separate from now on"
             )

@@ -10,7 +10,7 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-from stages.errors import StagesError, UnexpectedError, is_out_of_memory
+from stages.errors import MemoryExhausted, StagesError, UnexpectedError, is_out_of_memory
 from stages.process.environment import launched_rank
 from stages.process.redaction import without_secrets
 from stages.process.storage import storage_error
@@ -18,9 +18,10 @@ from stages.process.storage import storage_error
 LONGEST_REASON = 300  # characters of the exception's first line
 PACKAGE = Path(__file__).resolve().parents[1]
 OUT_OF_MEMORY = (
-    "Memory ran out: lower microbatch_size or the lengths in tokens, or set training.gradient_checkpointing; `stages plan` estimates what "
-    "a step needs"
+    "Use a smaller model, quantize it (quantization: nf4), train an adapter (lora) or 8-bit moments (training.optimizer: adamw_8bit), or "
+    "shorten the texts. PPO: set offload: true. End other programs that use this memory. `stages plan` estimates what a step needs"
 )
+"""The next move if memory ran out outside of passes that can be smaller: the weights and what belongs to them do not fit."""
 
 
 def was_in_step(error: BaseException) -> bool:
@@ -29,26 +30,30 @@ def was_in_step(error: BaseException) -> bool:
 
 
 def explain(error: BaseException, doing: str, home: Path) -> StagesError:
-    """The message for ``error``: its own message, a disk error, or an unexpected error (see ``unexpected``)."""
+    """The message for ``error``: its own message, a disk error, or one of ``unexpected``."""
     if isinstance(error, StagesError):
         return error
     return storage_error(error) or unexpected(error, doing, home)
 
 
-def unexpected(error: BaseException, doing: str, home: Path) -> UnexpectedError:
-    """The message for ``error``. Writes its traceback to the folder in its notes, else to ``<home>/errors``.
+def unexpected(error: BaseException, doing: str, home: Path) -> StagesError:
+    """The message for ``error``: MemoryExhausted if memory ran out, else UnexpectedError.
+
+    Writes its traceback to the folder in its notes, else to ``<home>/errors``.
 
     ``doing`` is the activity if the error has no notes.
     """
     notes = vars(error).get("stages_notes", [])
     folder = next((folder for _, folder in notes if folder is not None), home / "errors")
     did = ", ".join(what for what, _ in reversed(notes)) or doing
-    parts = [f"{did}: unexpected {_reason(error)}{_location(error)}"]
-    if is_out_of_memory(error):
+    no_memory = is_out_of_memory(error)
+    what = "memory ran out, " if no_memory else "unexpected "
+    parts = [f"{did}: {what}{_reason(error)}{_location(error)}"]
+    if no_memory:
         parts.append(OUT_OF_MEMORY)
     file = _write(traceback.format_exception(error), folder)
     parts.append(f"The traceback is in {file}; --debug shows it" if file is not None else "--debug shows the traceback")
-    return UnexpectedError(". ".join(parts))
+    return (MemoryExhausted if no_memory else UnexpectedError)(". ".join(parts))
 
 
 def _reason(error: BaseException) -> str:

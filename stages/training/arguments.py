@@ -12,6 +12,7 @@ from stages.config import OptimizerSettings, TrainingStepConfig
 from stages.errors import LaunchError, RecipeError
 from stages.json_types import JsonObject
 from stages.training.fused import fused_adamw_works
+from stages.training.smaller_passes import read_limit
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -25,6 +26,8 @@ TRAINER_OPTIMIZERS = {
     "paged_adamw": "paged_adamw_32bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
+EXAMPLES = "examples of a training pass"
+"""The work whose limit ``training/smaller_passes.py`` keeps: passes of a step with several processes."""
 NUM_LOG_LINES = 100  # log lines per training run
 LOGS_ONLY: JsonObject = {
     "logging_strategy": "steps",
@@ -38,16 +41,17 @@ LOGS_ONLY: JsonObject = {
 }
 
 
-def split_batch(settings: OptimizerSettings, num_processes: int) -> tuple[int, int]:
+def split_batch(settings: OptimizerSettings, num_processes: int, *, most: int | None = None) -> tuple[int, int]:
     """Split ``batch_size`` into (sequences per forward pass and process, forward passes per optimizer step).
 
-    A forward pass has at most ``rows_per_pass`` sequences. The gradient is that of the complete batch. Raises RecipeError if a process
-    would have no sequence.
+    A forward pass has at most ``rows_per_pass`` sequences, and at most ``most`` if that is given. The gradient is that of the complete
+    batch. Raises RecipeError if a process would have no sequence.
     """
     if settings.batch_size < num_processes:
         raise RecipeError(f"training.batch_size={settings.batch_size} is less than one sequence for each of {num_processes} processes")
     share = -(-settings.batch_size // num_processes)
-    num_microbatches = -(-share // settings.rows_per_pass)
+    rows = settings.rows_per_pass if most is None else min(settings.rows_per_pass, most)
+    num_microbatches = -(-share // rows)
     return -(-share // num_microbatches), num_microbatches
 
 
@@ -102,8 +106,9 @@ def training_arguments(
             f"training.optimizer: {settings.optimizer} does not work with FSDP, which shards the weights over the processes; use adamw, or "
             "start without FSDP"
         )
-    microbatch, accumulation = split_batch(settings, context.runtime.num_processes)
     by_tokens = splits_steps(context)
+    limit = None if by_tokens else read_limit(context, EXAMPLES)
+    microbatch, accumulation = split_batch(settings, context.runtime.num_processes, most=limit)
     arguments = {
         "output_dir": str(context.checkpoint_folder),
         "per_device_train_batch_size": settings.batch_size if by_tokens else microbatch,

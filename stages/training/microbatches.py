@@ -10,10 +10,13 @@ from typing import ClassVar
 
 import torch
 
+from stages.errors import MemoryExhausted, TrainingError, is_out_of_memory
 from stages.kernels.token_budget import tokens_of
 from stages.models.budget import PassBudget
 from stages.models.compiled_layers import compiled_passes
 from stages.models.responses import on_device
+from stages.training.arguments import EXAMPLES
+from stages.training.smaller_passes import write_limit
 from stages.training.step_trainer import Batch, StepTrainer
 
 ADVICE = (
@@ -38,8 +41,25 @@ class PassesByTokens(StepTrainer):
         """Forward and backward passes over the step. Returns the summed loss. Gradients must be empty before the call."""
         with compiled_passes():
             if not getattr(self.args, "by_tokens", False):
-                return super().training_step(model, inputs, num_items_in_batch)
+                try:
+                    return super().training_step(model, inputs, num_items_in_batch)
+                except Exception as error:
+                    self._refuse_alone(error)
+                    raise
             return self._step_by_tokens(model, inputs, num_items_in_batch)
+
+    def _refuse_alone(self, error: Exception) -> None:
+        """Raise TrainingError if memory ran out in a pass that takes all processes. The next start of the step makes smaller passes.
+
+        Raises MemoryExhausted if the pass had a single example.
+        """
+        if not is_out_of_memory(error):
+            return
+        what, examples = f"{self.context.name}: training", self.args.per_device_train_batch_size
+        if examples == 1:
+            raise MemoryExhausted(f"{what}: memory ran out in a pass over one example, which cannot be divided. {ADVICE}") from error
+        move = write_limit(self.context, EXAMPLES, examples // 2)
+        raise TrainingError(f"{what}: memory ran out in a pass over {examples} examples that takes all processes. {move}") from error
 
     def _step_by_tokens(self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
         """``training_step`` in passes by tokens."""

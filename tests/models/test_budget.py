@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from stages.errors import MemoryExhausted, TrainingError
+from stages.errors import MemoryExhausted
 from stages.models import budget as module
-from stages.models.budget import PassBudget, each_group, refuse_alone
+from stages.models.budget import PassBudget, PassTooLarge, each_group, refuse_alone
 from stages.process.gpus import Peak
 from stages.sampling import workspace
 
@@ -188,6 +188,6 @@ def test_later_calls_with_the_same_model_begin_with_the_smaller_size(caplog) -> 
 
 
 def test_out_of_memory_with_sharded_weights_gives_a_message_and_other_errors_propagate() -> None:
-    with pytest.raises(TrainingError, match="microbatch_size to fewer episodes"):
-        refuse_alone(torch.OutOfMemoryError("CUDA out of memory"))
-    refuse_alone(RuntimeError("shapes differ"))
+    with pytest.raises(PassTooLarge, match="scoring: memory ran out in a pass that takes all processes.* Use shorter texts"):
+        refuse_alone(torch.OutOfMemoryError("CUDA out of memory"), "scoring", "Use shorter texts")
+    refuse_alone(RuntimeError("shapes differ"), "scoring")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stages.errors import DataError, UnexpectedError, doing
+from stages.errors import DataError, MemoryExhausted, UnexpectedError, doing
 from stages.process.unexpected import explain, was_in_step
 
 
@@ -34,8 +34,6 @@ def raised(error: BaseException, folder: Path | None = None) -> BaseException:
         (KeyboardInterrupt(), "unexpected KeyboardInterrupt. The"),
         (RecursionError("x" * 1000), "x... "),
         (Unprintable(), "unexpected Unprintable: (its message cannot be printed). The"),
-        (MemoryError(), "lower microbatch_size"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "lower microbatch_size"),
         (UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"), "unexpected UnicodeEncodeError"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
@@ -49,6 +47,20 @@ def test_unexpected_exception_gives_one_message_and_a_file(tmp_path: Path, error
     assert (said if said != "x... " else "x...") in message and message.endswith(f"The traceback is in {file}; --debug shows it")
     assert "\n" not in message and len(message) < 700 + len(str(file))
     assert file.read_text().startswith("Traceback (most recent call last)") and "test_unexpected.py" in file.read_text()
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch's error of a GPU."""
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), OutOfMemoryError("CUDA")])
+def test_memory_that_runs_out_outside_of_passes_gives_a_message_with_the_next_move(tmp_path: Path, error: BaseException) -> None:
+    """For example in a test pass over ten tokens, or while a model is moved to the GPU."""
+    explained = explain(raised(error, tmp_path / "run" / "sft"), "stages run", tmp_path)
+    assert isinstance(explained, MemoryExhausted) and explained.exit_status == 2
+    assert str(explained).startswith(f"step 'sft' (sft), loading the model: memory ran out, {type(error).__name__}")
+    assert "quantize it (quantization: nf4)" in str(explained) and "unexpected" not in str(explained)
+    assert (tmp_path / "run" / "sft" / "traceback.txt").exists()
 
 
 def test_without_a_step_the_file_is_below_the_home(tmp_path: Path) -> None:
