@@ -33,6 +33,7 @@ REPETITION, DISTINCT_SHARE = "responses/repetition", "responses/distinct_share"
 
 EPISODES_PER_SECOND = "time/episodes_per_second"
 UPDATE_MATMUL_SHARE, UPDATE_PASS_TOKENS = "time/update_matmul_share", "time/update_pass_tokens"
+UPDATE_RECOMPUTED_SHARE = "time/update_recomputed_share"
 SCORING_HIDDEN_SECONDS, GENERATION_HIDDEN_SECONDS = "time/scoring_hidden_s", "time/generation_hidden_s"
 
 RETREATS = "passes/retreats"
@@ -206,7 +207,8 @@ MEANINGS = {
     seconds_name("<phase>"): "seconds of a phase: generation, measuring, scoring, update, transfer",
     EPISODES_PER_SECOND: "episodes per second of all phases together",
     tokens_per_second_name("<phase>"): "tokens per second of a phase; the update counts each token once per epoch",
-    UPDATE_MATMUL_SHARE: "flops of the update's matrix products as a share of the machine's peak",
+    UPDATE_MATMUL_SHARE: "flops of the update's matrix products as a share of the machine's peak; without those of the next metric",
+    UPDATE_RECOMPUTED_SHARE: "the same for products that gradient checkpointing computes again",
     SCORING_HIDDEN_SECONDS: "seconds of requests for scores during which PPO did not wait",
     GENERATION_HIDDEN_SECONDS: "seconds of sampling during the update before",
     UPDATE_PASS_TOKENS: "tokens of the largest pass of the update",

@@ -106,9 +106,6 @@ class PPORun:
             num_processes=runtime.num_processes,
         )
         self.measuring = measuring_budget(config, runtime.device)
-        if roles.are_sharded:
-            for budget in (self.updater.budget, self.measuring):
-                budget.lower_to(read_limit(context, budget.what))
         self.controller = (
             FixedKLController(config.kl.coef)
             if config.kl.target is None
@@ -145,6 +142,9 @@ class PPORun:
 
     def resume(self) -> None:
         """Resume an interrupted run if there is one. Its logs are written again, so that they are complete."""
+        if self.roles.are_sharded:
+            for budget in (self.updater.budget, self.measuring):
+                budget.lower_to(read_limit(self.context, budget.what))
         with self.roles.offload.awake(self.roles.value):  # optimizer moments are loaded to the device of the weights
             state = self.keeper.load()
         if state is None:

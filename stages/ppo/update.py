@@ -68,7 +68,7 @@ class UpdateResult:
     metrics: dict[str, float]
     optimizer_steps: int
     tokens: int  # response tokens trained on, over all epochs and processes
-    flops: float = 0.0  # flops of this process's matrix products
+    flops: tuple[float, float] = (0.0, 0.0)  # flops of this process's matrix products, and of those that checkpointing repeats
     retreats: int = 0  # number of times that this process ran out of memory and continued with smaller passes
     pass_tokens: int = 0  # tokens of this process's largest pass
 

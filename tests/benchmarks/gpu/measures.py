@@ -125,6 +125,7 @@ def _speed(clock: Clock, scale: Scale) -> dict[str, Any]:
         "episodes_per_second": scale.batch * len(seconds[1:-1]) / sum(seconds[1:-1]),
         "seconds": seconds,
         "update_matmul_share": mean("time/update_matmul_share"),
+        "recomputed_share": mean("time/update_recomputed_share") if "time/update_recomputed_share" in lines[0] else None,
         "generation_tokens_per_second": mean("time/generation_tokens_per_second"),
         "update_tokens_per_second": mean("time/update_tokens_per_second"),
         "pass_tokens": mean("time/update_pass_tokens"),

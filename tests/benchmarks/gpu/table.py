@@ -379,7 +379,14 @@ def reason(result: dict[str, Any]) -> str:
 
 
 def speeds(result: dict[str, Any]) -> dict[str, Any]:
-    kept = ("generation_tokens_per_second", "update_tokens_per_second", "episodes_per_second", "pass_tokens", "retreats")
+    kept = (
+        "generation_tokens_per_second",
+        "update_tokens_per_second",
+        "episodes_per_second",
+        "pass_tokens",
+        "retreats",
+        "recomputed_share",
+    )
     return {name: result[name] for name in kept if name in result}
 
 
