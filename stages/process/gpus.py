@@ -40,8 +40,8 @@ def visible_gpus() -> list[Gpu]:
     """Name, memory in bytes and driver version of every GPU that this process may use, in the order of their indices in torch.
 
     They are the GPUs of this machine that CUDA_VISIBLE_DEVICES selects; empty if there is none. Uses nvidia-smi, so that torch is not
-    imported. Uses torch for a part of a GPU (MIG). Where nvidia-smi is missing, uses torch if it is
-    already imported or the machine has a GPU.
+    imported. Uses torch for a part of a GPU (MIG), and for different GPUs, of which CUDA numbers the fastest first. Where nvidia-smi is
+    missing, uses torch if it is already imported or the machine has a GPU.
     """
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None and "MIG-" in chosen:
@@ -51,6 +51,8 @@ def visible_gpus() -> list[Gpu]:
     except (OSError, subprocess.SubprocessError, ValueError):
         has_driver = any(DEVICE_FILES.glob("nvidia[0-9]*"))  # a container can have the GPU, but not nvidia-smi
         return _gpus_of_torch(importlib.import_module("torch") if has_driver else sys.modules.get("torch"))
+    if _is_order_unknown(gpus) and (known := _gpus_of_torch(importlib.import_module("torch"))):
+        return [{**gpu, "driver": gpus[0]["driver"]} for gpu in known]
     shown = gpus if chosen is None else [gpus[index] for index in _selected(chosen, [gpu["uuid"] for gpu in gpus])]
     return [{"name": gpu["name"], "memory_bytes": gpu["memory_bytes"], "driver": gpu["driver"]} for gpu in shown]
 
@@ -73,6 +75,12 @@ def _gpus_of_machine() -> list[MachineGpu]:
         name, size, driver = rest.rsplit(",", 2)
         gpus.append({"uuid": uuid.strip(), "name": name.strip(), "memory_bytes": int(size) << 20, "driver": driver.strip()})
     return gpus
+
+
+def _is_order_unknown(gpus: Sequence[MachineGpu]) -> bool:
+    """Whether CUDA's order may differ from that of nvidia-smi, the order of the slots: of different GPUs, CUDA puts the fastest first."""
+    kinds = {(gpu["name"], gpu["memory_bytes"]) for gpu in gpus}
+    return len(kinds) > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID"
 
 
 def _selected(chosen: str, uuids: Sequence[str]) -> list[int]:

@@ -30,6 +30,7 @@ def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     return tmp_path / "asked"
 
 
@@ -71,6 +72,18 @@ def test_visible_gpus_are_those_of_cuda_visible_devices(smi: Path, monkeypatch, 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
     assert [gpu["name"] for gpu in gpus.visible_gpus()] == names
     assert len(gpus.gpus_of_machine()) == 3
+
+
+def test_of_different_gpus_cuda_puts_the_fastest_first(smi: Path, monkeypatch) -> None:
+    """nvidia-smi lists an H200, an L4 and an A10; here CUDA's order is that of two other slots."""
+    monkeypatch.delenv("CUDA_DEVICE_ORDER")
+    assert [gpu["name"] for gpu in gpus.visible_gpus()] == ["NVIDIA H200", "NVIDIA L4", "NVIDIA A10"]  # torch sees no GPU
+    ordered = [SimpleNamespace(name="NVIDIA A10", total_memory=23 * GIB), SimpleNamespace(name="NVIDIA L4", total_memory=22 * GIB)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", ordered.__getitem__)
+    assert gpus.visible_gpus()[0] == {"name": "NVIDIA A10", "memory_bytes": 23 * GIB, "driver": "580.95.05"}
+    assert _machine(None).name == "NVIDIA A10"
 
 
 def test_mig_slice_is_described_by_torch(smi: Path, monkeypatch) -> None:
