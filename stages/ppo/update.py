@@ -35,6 +35,7 @@ from stages.models.responses import Policy, PolicyLoss, SequenceBatch, loss_and_
 from stages.models.sharding import gradient_norm, reduce_gradients, scale_gradients
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.data import PretrainingRows
+from stages.ppo.loss_scale import LossScale
 from stages.ppo.minibatch import Minibatch, Pass
 from stages.ppo.optimizers import WeightAverage
 from stages.ppo.roles import Roles
@@ -94,6 +95,7 @@ class Updater:
         self.matmuls = MatmulCounter()
         device, size = roles.policy.device, config.microbatch_size
         self.budget = PassBudget("PPO update", device, size, rows=config.rows_per_pass, trains=True, advice=ADVICE)
+        self.loss_scale = LossScale(roles.policy.autocast)
         self._is_joint = False  # whether the current passes are those of policy and value network together
         self._may_join = True  # False: memory ran out in such a pass over one episode
 
@@ -169,31 +171,45 @@ class Updater:
     def accumulate(self, part: Rollout, part_targets: Targets, *, train_policy: bool = True) -> Totals:
         """Add the minibatch's gradients, summed over processes, to the networks' (empty) gradient buffers; returns its sums, not yet read.
 
-        If memory runs out, all passes are repeated with a smaller token budget and empty buffers.
+        All passes are repeated with empty buffers if memory runs out, with a smaller token budget, or if gradients overflow in fp16.
         """
         importance = part.importance(self.config.importance_cap)
         pad, device = self.roles.tokenizer.pad_token_id, self.roles.policy.device
         episodes = Minibatch(part, part_targets, pad_token_id=pad, device=device, importance=importance)
         texts = self._draw_pretraining_rows(len(episodes)) if train_policy else None
         kernel = self.roles.kernel("policy", "value")
+        networks = self.roles.networks().values()
         while True:
-            try:
-                totals = self._passes(episodes, texts, kernel, train_policy)
+            totals = self._passes_that_fit(episodes, texts, kernel, train_policy)
+            if self.num_processes > 1:
+                for network in networks:
+                    reduce_gradients(network)
+            if self.loss_scale.removed(networks):
                 break
-            except Exception as error:
-                self._retreat(error)
-            # After the except clause, because the error kept the tensors of the failed pass alive.
-            for network in self.roles.networks().values():
-                network.zero_grad(set_to_none=True)
-            self.budget.release()
-        self.budget.succeeded()
+            self._clear_gradients()
         if self.num_processes > 1:
-            for network in self.roles.networks().values():
-                reduce_gradients(network)
-            totals.reduce(self.roles.policy.device)
+            totals.reduce(device)
         if self.budget.measures:
             self.budget.settle(self._pending_moments(), agree=_smallest_of_all if self.roles.are_sharded else None)
         return totals
+
+    def _passes_that_fit(self, episodes: Minibatch, texts: Tensor | None, kernel: str | None, train_policy: bool) -> Totals:
+        """``_passes``, repeated with a smaller token budget if memory runs out."""
+        while True:
+            try:
+                totals = self._passes(episodes, texts, kernel, train_policy)
+            except Exception as error:
+                self._retreat(error)
+            else:
+                self.budget.succeeded()
+                return totals
+            # After the except clause, because the error kept the tensors of the failed pass alive.
+            self._clear_gradients()
+            self.budget.release()
+
+    def _clear_gradients(self) -> None:
+        for network in self.roles.networks().values():
+            network.zero_grad(set_to_none=True)
 
     def _retreat(self, error: Exception) -> None:
         """Reduce the token budget, or separate policy and value network if a joint pass had a single episode.
@@ -244,7 +260,7 @@ class Updater:
             values = policy.values
             if roles.value is not None:
                 if train_policy:
-                    losses.pop().backward()
+                    self.loss_scale.backward(losses.pop())
                 losses = []
                 values = sequence_values(roles.value, one.batch, roles.policy.precision())
                 self.matmuls.add(roles.value.backbone, one.batch)
@@ -255,7 +271,7 @@ class Updater:
                 if not train_policy:
                     losses = []
                 losses.append(config.value_coef * errors.sum() / float(episodes.num_states) * counts)
-            sum(losses[1:], losses[0]).backward()
+            self.loss_scale.backward(sum(losses[1:], losses[0]))
         if counts:
             self._sum_up(one, policy, values, errors, totals)
 
@@ -270,7 +286,7 @@ class Updater:
             self.matmuls.add(roles.value.backbone, one.batch)
             errors = value_terms(values, one.rollout_values, one.returns, clip_range=self.config.clip.value)
             of_values = self.config.value_coef * errors.sum() / float(episodes.num_states)
-            (policy.summed / float(episodes.num_tokens) + of_values).backward()
+            self.loss_scale.backward(policy.summed / float(episodes.num_tokens) + of_values)
         self._sum_up(one, policy, values, errors, totals)
 
     def _policy_term(self, one: Pass) -> Callable[[Tensor, Tensor, slice], Tensor]:
@@ -369,7 +385,7 @@ class Updater:
             (batch,) = moved_together([group if counts else rows[:1]], self.roles.policy.device)
             with self.budget.one_pass(len(batch), batch.numel()):
                 loss = pretraining_loss(self.roles.policy, batch, self.matmuls) / count * counts
-                (mix.coef * loss).backward()
+                self.loss_scale.backward(mix.coef * loss)
             totals.add(pretraining_loss=loss)
 
     def _pending_moments(self) -> int:

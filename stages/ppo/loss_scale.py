@@ -1,0 +1,55 @@
+"""Scale the loss of fp16 passes, so that small gradients do not become 0.
+
+The smallest number of fp16 is 6e-8, and a gradient of one token is smaller in a large minibatch. The factor is a power of two, so it changes
+no other gradient. (bf16 has the range of fp32 and needs no factor.)
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from stages.models.sharding import gradient_norm
+from stages.training.checkpoints import trainable
+
+logger = logging.getLogger(__name__)
+
+FIRST = 2.0**16
+STEPS_TO_GROW = 200  # steps without an overflow before the factor doubles again
+
+
+class LossScale:
+    """The factor of the loss, and its removal from the gradients. If gradients overflow, the passes are repeated with half the factor."""
+
+    def __init__(self, autocast: torch.dtype | None) -> None:
+        self.factor = FIRST if autocast == torch.float16 else 1.0
+        self._steps = 0  # since the factor changed
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """The backward pass of ``loss``, times the factor."""
+        (loss if self.factor == 1.0 else loss * self.factor).backward()
+
+    @torch.no_grad()
+    def removed(self, networks: Iterable[nn.Module]) -> bool:
+        """Divide the gradients of ``networks`` by the factor. If one has overflowed, halve the factor instead, and return False.
+
+        Call it on every process, with the gradients of all processes. On a GPU the CPU waits, if there is a factor.
+        """
+        if self.factor == 1.0:
+            return True
+        parameters = [list(trainable(network).values()) for network in networks]
+        if not all(math.isfinite(float(gradient_norm(own))) for own in parameters):
+            self.factor, self._steps = self.factor / 2, 0
+            logger.info("PPO update: gradients overflowed in fp16; the passes are repeated with a loss scale of %g", self.factor)
+            return False
+        gradients = [parameter.grad for own in parameters for parameter in own if parameter.grad is not None]
+        for gradient in gradients:
+            gradient /= self.factor
+        self._steps += 1
+        if self._steps == STEPS_TO_GROW and self.factor < FIRST:
+            self.factor, self._steps = 2 * self.factor, 0
+        return True

@@ -1,0 +1,62 @@
+"""The loss of fp16 passes is scaled: small gradients do not become 0, and an overflow repeats the passes with a smaller factor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from stages.ppo.loss_scale import FIRST, STEPS_TO_GROW, LossScale
+from stages.ppo.roles import load_roles
+from stages.ppo.targets import targets
+from stages.ppo.update import Updater
+from stages.training.checkpoints import trainable
+
+
+def test_only_fp16_is_scaled_and_the_gradients_are_those_without_a_factor() -> None:
+    assert LossScale(None).factor == LossScale(torch.bfloat16).factor == 1.0
+    scale, network = LossScale(torch.float16), torch.nn.Linear(2, 1, bias=False)
+    scale.backward(network(torch.tensor([1.0, 3.0])).sum())
+    assert network.weight.grad is not None and network.weight.grad.tolist() == [[FIRST, 3 * FIRST]]
+    assert scale.removed([network]) and network.weight.grad.tolist() == [[1.0, 3.0]]
+
+
+def test_an_overflow_halves_the_factor_until_many_steps_had_none() -> None:
+    scale, network = LossScale(torch.float16), torch.nn.Linear(1, 1, bias=False)
+    network.weight.grad = torch.tensor([[torch.inf]])
+    assert not scale.removed([network]) and scale.factor == FIRST / 2
+    network.weight.grad = torch.ones(1, 1)
+    for _ in range(STEPS_TO_GROW - 1):
+        assert scale.removed([network])
+    assert scale.factor == FIRST / 2
+    assert scale.removed([network]) and scale.factor == FIRST
+
+
+def value_gradient(roles: Any, updater: Updater, rollout: Any, target: Any) -> torch.Tensor:
+    for network in roles.networks().values():
+        network.zero_grad(set_to_none=True)
+    updater.accumulate(rollout, target)
+    found = [parameter.grad.flatten() for parameter in trainable(roles.networks()["value"]).values() if parameter.grad is not None]
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("first", [FIRST, 2.0**60])
+def test_tiny_gradients_in_fp16_equal_those_in_fp32(ppo_config, ppo_context, make_rollout, monkeypatch, first: float) -> None:
+    """The value network's gradients are below the smallest number of fp16. A far too large factor overflows, and the passes are repeated."""
+    config = ppo_config(value_coef=1e-6)
+    roles = load_roles(config, ppo_context)
+    rollout = make_rollout(roles, config)
+    target = targets(rollout, config, kl_coef=0.1)
+    expected = value_gradient(roles, Updater(roles, {}, config), rollout, target)
+    roles.policy.autocast = torch.float16
+    unscaled = Updater(roles, {}, config)
+    unscaled.loss_scale.factor = 1.0
+    scaled = Updater(roles, {}, config)
+    scaled.loss_scale.factor = first
+    errors = {
+        name: float((value_gradient(roles, updater, rollout, target) - expected).norm() / expected.norm())
+        for name, updater in (("unscaled", unscaled), ("scaled", scaled))
+    }
+    assert errors["scaled"] < 0.02 and errors["unscaled"] > 0.3, errors
+    assert (scaled.loss_scale.factor == first) == (first == FIRST)
