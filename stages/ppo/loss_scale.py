@@ -1,7 +1,7 @@
 """Scale the loss of fp16 passes, so that small gradients do not become 0.
 
-The smallest number of fp16 is 6e-8, and a gradient of one token is smaller in a large minibatch. The factor is a power of two, so it changes
-no other gradient. (bf16 has the range of fp32 and needs no factor.)
+The smallest number of fp16 is 6e-8, and a gradient of one token is smaller in a large minibatch. The factor is a power of two, so it
+changes no other gradient. bf16 has the range of fp32 and needs no factor.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ def value_gradient(roles: Any, updater: Updater, rollout: Any, target: Any) -> t
 
 
 @pytest.mark.parametrize("first", [FIRST, 2.0**60])
-def test_tiny_gradients_in_fp16_equal_those_in_fp32(ppo_config, ppo_context, make_rollout, monkeypatch, first: float) -> None:
-    """The value network's gradients are below the smallest number of fp16. A far too large factor overflows, and the passes are repeated."""
+def test_tiny_gradients_in_fp16_equal_those_in_fp32(ppo_config, ppo_context, make_rollout, first: float) -> None:
+    """The value network's gradients are below the smallest number of fp16. A too large factor overflows, and the passes are repeated."""
     config = ppo_config(value_coef=1e-6)
     roles = load_roles(config, ppo_context)
     rollout = make_rollout(roles, config)
