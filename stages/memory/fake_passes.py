@@ -197,7 +197,7 @@ def config_of(kind: PassKind, layers: int | None = None, **sizes: int) -> Pretra
     In the config of a model of several modalities, they belong to the part for text. Raises ModelError for a model type that
     transformers does not have.
     """
-    fields = json.loads(kind.config)
+    fields = json.loads(kind.config, object_hook=_as_float)
     if fields["model_type"] not in CONFIG_MAPPING:
         raise ModelError(f"transformers has no model type {fields['model_type']!r}")
     left_out = {"model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "quantization_config"}
@@ -215,6 +215,11 @@ def config_of(kind: PassKind, layers: int | None = None, **sizes: int) -> Pretra
     if (getattr(text, "pad_token_id", None) or 0) >= text.vocab_size:
         text.pad_token_id = None
     return config
+
+
+def _as_float(content: dict[str, object]) -> object:
+    """The number that transformers writes into a config.json as an object, e.g. {"__float__": "Infinity"}; other objects unchanged."""
+    return float(str(content["__float__"])) if content.keys() == {"__float__"} else content
 
 
 def text_config_of(kind: PassKind, layers: int | None = None, **sizes: int) -> PretrainedConfig:

@@ -82,6 +82,7 @@ def _active_adapters(decoder: nn.Module) -> tuple[str, ...]:
 def _computing(decoder: nn.Module) -> Iterator[nn.Module]:
     """The modules that a pass uses: without adapters of other roles, and without modules that a copy of the active adapter replaces."""
     active, idle = _active_adapters(decoder), set[nn.Module]()
+    module: Any  # a layer of peft, if it has these attributes
     for module in decoder.modules():
         for part in ("lora_A", "lora_B"):
             idle.update(factor for name, factor in dict(getattr(module, part, {})).items() if name not in active)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from stages.memory import counting, fake_passes
 from stages.memory.counting import has_plain_logits, kept_in, pass_memory
@@ -182,6 +183,17 @@ def test_a_quantized_layer_takes_what_the_products_of_bitsandbytes_take(quantiza
         before = live.now
         output.sum().backward()
         assert live.peak >= before + 64 * 160 * 2  # the weight in bf16
+
+
+def test_infinite_numbers_in_a_config_are_read_as_transformers_writes_them() -> None:
+    """Mamba 2 and hybrid models (Bamba, Falcon-H1) have one."""
+    sizes = {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8, "num_hidden_layers": 2}
+    config = Mamba2Config(vocab_size=64, hidden_size=32, **sizes)
+    text = config.to_json_string(use_diff=False)
+    assert '{"__float__": "Infinity"}' in " ".join(text.split()).replace("{ ", "{").replace(" }", "}")
+    counted = counting.model_weights(text, 64)
+    expected = sum(parameter.numel() for parameter in Mamba2ForCausalLM(config).parameters())
+    assert counted is not None and counted.linear + counted.other + counted.output == expected
 
 
 def test_counts_are_kept_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

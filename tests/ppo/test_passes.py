@@ -368,7 +368,7 @@ def test_sharded_weights_are_not_retried_because_other_processes_wait(ppo_config
     rollout = make_rollout(roles, config)
     run_out_above(roles.policy.decoder, 0, monkeypatch)
     roles.__dict__["are_sharded"] = True
-    with pytest.raises(TrainingError, match="set microbatch_size to fewer episodes"):
+    with pytest.raises(TrainingError, match="takes all processes"):
         make_updater(roles, config).accumulate(rollout, targets(rollout, config, kl_coef=0.1))
 
 
