@@ -23,6 +23,7 @@ NEW = (
     "part_of",
     "lengths_of",
     "_pending_moments",
+    "_refuse_alone",
 )
 OVERRIDDEN = [
     (mixin, name)

@@ -5,29 +5,30 @@
     python tests/benchmarks/gpu/table.py --tiny      # every row at toy size, on a CPU if there is no GPU, to test this program
 
 The models have random weights and the shapes of known models, so nothing is downloaded. The folder of --trl is an environment (with
-bin/python) or a folder of packages, with TRL 1.12. Without --trl, the rows that compare with TRL have no number. Each measurement runs in a
+bin/python) or a folder of packages, with TRL 1.12 (``pip install --no-deps --target FOLDER trl==1.12.0``). Without --trl, the rows that
+compare with TRL have no number. Packages that are missing are named before anything is measured. Each measurement runs in a
 separate process and has a time limit. If a set-up does not fit into memory, lacks a package, takes too long or crashes, its row gives the
 reason, and the next measurement runs. The exit status is 1 only if a measurement crashed.
 
 Result: gpu.json and gpu.md in the folder of --out, written after every measurement; docs/speed.md, section "Measure your GPU".
 
-The important measurements come first. The same command continues: it keeps the results in --out that this commit measured on this card, and
-runs what is missing, was stopped by a time limit, or crashed. --again measures everything again. --minutes ends it in time.
+The important measurements come first: PPO at 410M beside TRL, decoding, 1B, 7B nf4, KL, memory. The same command continues: it keeps the
+results in --out that this code measured on a card of this kind, and runs what is missing, was stopped by a time limit, or crashed. --again
+measures everything again. --minutes ends it in time.
 
-A session of 30 minutes on a GPU, in calls of at most 10 minutes (package versions of pyproject.toml; TRL 1.12 in a separate folder):
+A session of 30 minutes on a GPU is this command, once with --minutes 28, or in each of three calls of 10 minutes with --minutes 9:
 
-    python -m pytest -m gpu tests/gpu -x -q -k "one_gpu or decode"        # 1. about 3 minutes: the program runs on this card
-    python tests/benchmarks/gpu/table.py --trl TRL --work /tmp/models --minutes 6    # in the same call: PPO at 410M beside TRL
-    python tests/benchmarks/gpu/table.py --trl TRL --work /tmp/models --minutes 9    # 2. decoding, 1B, the rest of TRL
-    python tests/benchmarks/gpu/table.py --trl TRL --work /tmp/models --minutes 9    # 3. 7B nf4, KL, planned and measured memory
+    python tests/benchmarks/gpu/table.py --trl TRL --work /tmp/models --out gpu-table --minutes 28
 
-Copy gpu-table/ to where it is safe at the end of every call. Where the folders of --work and --out are lost between calls, bring back
-gpu-table/ before the next call; the models are made again. These times are estimates; no GPU has run this program yet.
+If time is left, ``python -m pytest -m gpu tests/gpu -x -q`` runs every stage on the card. Copy gpu-table/ to where it is safe at the end of
+every call. Where the folders of --work and --out are lost between calls, bring back gpu-table/ before the next call; the models are made
+again. The times are estimates; no GPU has run this program yet.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -43,10 +44,11 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[2]
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(REPOSITORY)]  # the project need not be installed
 TIME_LIMIT = 180  # seconds of a measurement, unless its set-up has its own limit
 LEAST_SECONDS = 20  # a measurement does not begin if less than this is left of --minutes
 
+from packages import TRL, Missing, how_to_install, missing, problem_of_trl  # noqa: E402
 from workloads import FULL, TINY  # noqa: E402
 
 LORA = {"lora": {"r": 16}}
@@ -369,7 +371,7 @@ def files_of(shape: str) -> str:
 
 
 def _row(measure: str, case: str, value: float | None, must: str, aim: str, note: str, details: dict[str, Any] | None = None) -> Row:
-    shown = {name: part for name, part in (details or {}).items() if name not in ("skipped", *LATER)}
+    shown = {name: part for name, part in (details or {}).items() if name not in ("skipped", "measured_on", *LATER)}
     return Row(measure, case, value, must, aim, note, shown)
 
 
@@ -453,10 +455,23 @@ def machine() -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = "not installed"
-    git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     processor = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
-    return {"gpus": visible_gpus(), **processor, "versions": versions, "commit": commit, "date": time.strftime("%Y-%m-%d")}
+    return {"gpus": visible_gpus(), **processor, "versions": versions, "commit": commit(), "date": time.strftime("%Y-%m-%d")}
+
+
+def commit() -> str:
+    """The commit of this code; where git does not know it (a copy of the files), a digest of the code."""
+    git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        found = ""
+    if found:
+        return found
+    digest = hashlib.sha256()
+    for path in sorted([*(REPOSITORY / "stages").rglob("*.py"), *HERE.glob("*.py")]):
+        digest.update(path.read_bytes())
+    return f"code {digest.hexdigest()[:12]}"
 
 
 def markdown(rows: Sequence[Row], on: dict[str, Any], *, tiny: bool) -> str:
@@ -485,13 +500,16 @@ def _shown(value: Any) -> str:
 
 
 def kept_results(path: Path, on: dict[str, Any], *, tiny: bool) -> dict[str, dict[str, Any]]:
-    """The results in ``path``, if the same commit measured them on the same card and versions. Another file is renamed."""
+    """The results in ``path``, if the same code measured them on the same kind of card with the same versions. Another file is renamed.
+
+    Processor and driver may differ, because calls may get different machines; each result has its own as ``measured_on``.
+    """
     if not path.exists():
         return {}
     try:
         content = json.loads(path.read_text())
-        same = ("gpus", "cpu", "versions", "commit")
-        if content["tiny"] == tiny and all(content["machine"][name] == on[name] for name in same):
+        same = content["tiny"] == tiny and all(content["machine"][name] == on[name] for name in ("versions", "commit"))
+        if same and cards(content["machine"]) == cards(on):
             return dict(content["results"])
     except (ValueError, KeyError, TypeError) as error:
         print(f"{path} cannot be read ({type(error).__name__}: {error})", file=sys.stderr)
@@ -501,9 +519,17 @@ def kept_results(path: Path, on: dict[str, Any], *, tiny: bool) -> dict[str, dic
     return {}
 
 
+def cards(on: dict[str, Any]) -> list[tuple[str, int]]:
+    """Name and memory of each GPU of a machine."""
+    return [(gpu["name"], gpu["memory_bytes"]) for gpu in on["gpus"]]
+
+
 def write(table: Table, folder: Path, on: dict[str, Any]) -> str:
     """Write ``gpu.json`` and ``gpu.md``; returns the table in Markdown. A reader never sees half a file."""
     rows = table.rows
+    driver = ", ".join(str(gpu["driver"]) for gpu in on["gpus"]) or "none"
+    for result in table.done.values():
+        result.setdefault("measured_on", f"{on['cpu']}, driver {driver}")
     content = {"machine": on, "tiny": table.options.tiny, "rows": [asdict(row) for row in rows], "results": table.done}
     text = markdown(rows, on, tiny=table.options.tiny)
     for name, written in (("gpu.json", json.dumps(content, indent=1) + "\n"), ("gpu.md", text)):
@@ -518,6 +544,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="Toy sizes in this process, on a CPU if there is no GPU.")
     parser.add_argument("--trl", type=Path, metavar="FOLDER", help="An environment or a folder of packages with TRL 1.12.")
+    parser.add_argument("--anyway", action="store_true", help="Measure also if packages are missing or have other versions.")
     parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="Make only rows whose name has all these words.")
     parser.add_argument("--minutes", type=float, default=float("inf"), metavar="N", help="End after this time; the table has what is done.")
     parser.add_argument("--again", action="store_true", help="Ignore the results that are already in the folder of --out.")
@@ -526,6 +553,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="Folder for the models (about 40 GB), kept; default: a temporary one.")
     options = parser.parse_args(arguments)
     deadline = time.monotonic() + 60 * options.minutes
+    if not (options.tiny or options.list or _is_ready(options)):
+        return 2
     import torch
 
     on_gpu = torch.cuda.is_available()
@@ -548,6 +577,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if table.crashed:
         print(f"error: these measurements crashed: {'; '.join(table.crashed)}", file=sys.stderr)
     return 1 if table.crashed else 0
+
+
+def _is_ready(options: argparse.Namespace) -> bool:
+    """Whether packages and --trl fit. Prints what does not, and the next move."""
+    needed, extra = missing(REPOSITORY / "pyproject.toml")
+    if needed:
+        listed = "".join(f"  {one}\n" for one in needed)
+        print(f"error: this Python lacks packages of pyproject.toml:\n{listed}{how_to_install(needed)}", file=sys.stderr)
+        print("--anyway measures what is possible without them", file=sys.stderr)
+    if extra:
+        print(_without_extra(extra), file=sys.stderr)
+    problem = "" if options.trl is None else problem_of_trl(*interpreter(options.trl))
+    if options.trl is None:
+        print(f"note: {NO_TRL}, so PPO is not compared with it ({TRL_ADVICE})", file=sys.stderr)
+    elif problem:
+        print(f"error: --trl {options.trl}: {problem} ({TRL_ADVICE})", file=sys.stderr)
+    return options.anyway or not (needed or problem)
+
+
+TRL_ADVICE = f"python -m pip install --no-deps --target FOLDER {TRL}; then --trl FOLDER"
+
+
+def _without_extra(extra: list[Missing]) -> str:
+    listed = ", ".join(map(str, extra))
+    return f"note: rows of quantized weights and 8-bit moments will have no number: {listed}. To have them:\n{how_to_install(extra)}"
 
 
 if __name__ == "__main__":

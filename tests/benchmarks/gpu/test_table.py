@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from argparse import Namespace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
 import measures  # noqa: E402
+import packages  # noqa: E402
 import table  # noqa: E402
 from table import DECODED  # noqa: E402
 from workloads import FULL, TINY  # noqa: E402
@@ -148,11 +152,64 @@ def test_every_result_is_in_the_files_at_once_and_the_next_call_continues(tmp_pa
 
 
 def test_results_of_another_commit_are_put_aside(tmp_path: Path, capsys) -> None:
-    on = {"gpus": [], "cpu": "c", "versions": {}, "commit": "new"}
-    (tmp_path / "gpu.json").write_text(json.dumps({"machine": {**on, "commit": "old"}, "tiny": True, "results": {"a": {}}}))
-    assert table.kept_results(tmp_path / "gpu.json", on, tiny=True) == {}
+    card = {"name": "NVIDIA H200", "memory_bytes": 1, "driver": "1"}
+    on = {"gpus": [card], "cpu": "c", "versions": {}, "commit": "new"}
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps({"machine": on, "tiny": True, "results": {"a": {}}}))
+    other_machine = {**on, "cpu": "d", "gpus": [{**card, "driver": "2"}]}
+    assert table.kept_results(path, other_machine, tiny=True) == {"a": {}}
+    path.write_text(json.dumps({"machine": {**on, "commit": "old"}, "tiny": True, "results": {"a": {}}}))
+    assert table.kept_results(path, on, tiny=True) == {}
     (older,) = tmp_path.glob("gpu-before-*.json")
     assert str(older) in capsys.readouterr().err and not (tmp_path / "gpu.json").exists()
+
+
+def test_missing_packages_are_named_with_the_command_that_installs_them(tmp_path: Path, monkeypatch, capsys) -> None:
+    """As on a machine whose image has an older transformers, and neither bitsandbytes nor a network."""
+    (tmp_path / "pyproject.toml").write_text(
+        "[project]\ndependencies = ['torch>=1', 'transformers>=99,<100', 'no-such-package>=1']\n"
+        "[project.optional-dependencies]\nquantize = ['bitsandbytes>=99']\n"
+    )
+    monkeypatch.setattr(table, "REPOSITORY", tmp_path)
+    assert table.main(["--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert f"transformers>=99,<100 ({version('transformers')} installed)" in said and "no-such-package>=1 (not installed)" in said
+    assert "pip install 'transformers>=99,<100' 'no-such-package>=1'" in said and "torch>=1" not in said
+    assert "rows of quantized weights and 8-bit moments will have no number: bitsandbytes>=99" in said
+    assert not (tmp_path / "out").exists()
+    assert packages.missing(HERE.parents[2] / "pyproject.toml") == ([], [])  # of this environment
+
+
+def test_a_folder_without_trl_1_12_is_refused_with_the_command_that_makes_one(tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "trl" / "experimental" / "ppo").mkdir(parents=True)
+    for folder in ("trl", "trl/experimental", "trl/experimental/ppo"):
+        (tmp_path / folder / "__init__.py").write_text("")
+    for number, problem in (("1.16.0", "it has TRL 1.16.0, not 1.12"), ("1.12.0", "")):
+        information = tmp_path / f"trl-{number}.dist-info"
+        information.mkdir()
+        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: trl\nVersion: {number}\n")
+        assert packages.problem_of_trl(Path(sys.executable), str(tmp_path)) == problem
+        (information / "METADATA").unlink()
+        information.rmdir()
+    monkeypatch.setattr(table, "problem_of_trl", lambda *_: "it has TRL 1.16.0, not 1.12")
+    assert table.main(["--trl", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "not 1.12 (python -m pip install --no-deps --target FOLDER trl==1.12.0" in capsys.readouterr().err
+
+
+def test_the_table_starts_where_the_project_is_not_installed(tmp_path: Path) -> None:
+    """Only this file's place tells it where the project is."""
+    code = f"import runpy; runpy.run_path({str(HERE / 'table.py')!r}); import stages; print(stages.__file__)"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == str(HERE.parents[2] / "stages" / "__init__.py"), done.stderr
+
+
+def test_code_without_git_is_known_by_a_digest(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "stages").mkdir()
+    monkeypatch.setattr(table, "REPOSITORY", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    empty = table.commit()
+    (tmp_path / "stages" / "a.py").write_text("x = 1")
+    assert empty.startswith("code ") and table.commit() not in (empty, "")
 
 
 def test_the_row_of_a_crash_has_its_error_and_the_next_measurement_runs(tmp_path: Path) -> None:
