@@ -175,6 +175,13 @@ class DataInput(Strict):
     folds: int | None = Field(None, ge=2, description="With split_by: assign the groups to this many folds, and hold out one of them.")
     fold: int = Field(0, ge=0, description="With folds: the fold to hold out, from 0.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _only_train(cls, value: object) -> object:
+        """Convert a bare source, or a list of sources, to the training data."""
+        is_source = isinstance(value, str | list) or (isinstance(value, dict) and "path" in value and "train" not in value)
+        return {"train": value} if is_source else value
+
     @model_validator(mode="after")
     def _groups(self) -> "DataInput":
         if self.split_by is not None and self.validation is not None:

@@ -1,19 +1,23 @@
 """Addresses of Python functions passed to a step, so that a recipe can name them.
 
 A function of an importable module has its usual address (``package.module:function``). Any other callable (a lambda, a notebook function,
-an object) is stored in this module until the process ends. Its name ends in a hash of its source, so a changed function causes a re-run.
+an object) is stored in this module until the process ends. Its name ends in a digest of what it computes (stages/api/identity.py), so a
+changed function causes a re-run.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import inspect
 import re
-from collections.abc import Callable
-from types import CodeType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from stages.api.identity import digest_of
 
 _kept: dict[str, Callable[..., object]] = {}
+_after_run: dict[tuple[int, str], str] = {}  # (id of a kept callable, its digest after a run) -> its name in that run
+_passed: ContextVar[list[str] | None] = ContextVar("passed", default=None)
 
 
 def __getattr__(name: str) -> Callable[..., object]:
@@ -27,15 +31,40 @@ def address_of(function: Callable[..., object]) -> str:
     module, name = getattr(function, "__module__", None) or "", getattr(function, "__qualname__", "")
     if module not in ("", "__main__", "builtins") and name.isidentifier() and _is_importable(module, name, function):
         return f"{module}:{name}"
-    plain = re.sub(r"\W+", "_", getattr(function, "__name__", type(function).__name__)).strip("_") or "function"
-    kept = f"{plain}_{hashlib.sha256(_source(function).encode()).hexdigest()[:10]}"
+    digest = digest_of(function)
+    kept = _after_run.get((id(function), digest)) or f"{_plain_name(function, '_')}_{digest[:10]}"
     _kept[kept] = function
+    if (passed := _passed.get()) is not None:
+        passed.append(kept)
     return f"{__name__}:{kept}"
+
+
+@contextmanager
+def unchanged_by_the_run() -> Iterator[None]:
+    """Context of one run. A callable whose own calls change it (it counts, or has a cache) keeps its name after the run.
+
+    Without this, the same call would not continue an interrupted run, or reuse a completed one.
+    """
+    token = _passed.set([])
+    try:
+        yield
+    finally:
+        for name in _passed.get() or []:
+            function = _kept[name]
+            _after_run[id(function), digest_of(function)] = name
+        _passed.reset(token)
 
 
 def shown_name(function: Callable[..., object]) -> str:
     """The name in metrics and reports: the function's name."""
-    return re.sub(r"\W+", "-", getattr(function, "__name__", type(function).__name__)).strip("-") or "function"
+    return _plain_name(function, "-")
+
+
+def _plain_name(function: object, separator: str) -> str:
+    """The name of a function, of the function inside a ``functools.partial``, or of an object's class."""
+    inside = getattr(function, "func", None)
+    named = inside if callable(inside) and not hasattr(function, "__name__") else function
+    return re.sub(r"\W+", separator, getattr(named, "__name__", type(named).__name__)).strip(separator) or "function"
 
 
 def _is_importable(module: str, name: str, function: object) -> bool:
@@ -43,17 +72,3 @@ def _is_importable(module: str, name: str, function: object) -> bool:
         return getattr(importlib.import_module(module), name, None) is function
     except ImportError:
         return False
-
-
-def _source(function: object) -> str:
-    """The source of a callable (its bytecode if there is no source), and its captured values."""
-    held = repr([cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]) + repr(getattr(function, "__dict__", {}))
-    try:
-        return inspect.getsource(function if inspect.isroutine(function) else type(function)) + held
-    except (OSError, TypeError):
-        code = getattr(function, "__code__", None)
-        return (_bytecode(code) if isinstance(code, CodeType) else repr(function)) + held
-
-
-def _bytecode(code: CodeType) -> str:
-    return repr((code.co_code, code.co_names, [_bytecode(one) if isinstance(one, CodeType) else one for one in code.co_consts]))

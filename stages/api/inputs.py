@@ -10,13 +10,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from stages.api.functions import address_of, shown_name
 from stages.api.results import Model
-from stages.errors import DataError, ModelError
+from stages.errors import DataError, ModelError, RecipeError
 from stages.registry.contents import digest_folder
 
 if TYPE_CHECKING:
@@ -30,28 +30,50 @@ def as_field(name: str, value: object, folder: Path, tokenizer: PreTrainedTokeni
     """Convert ``value`` of the field ``name`` to plain recipe values. ``folder`` stores files; ``tokenizer`` is used for models without
     one.
 
-    Raises ModelError for a model that cannot be saved, and DataError for data that is not a table.
+    Raises ModelError for a model that cannot be used, DataError for rows that cannot be stored, and RecipeError for any other object.
     """
     if name in SOURCES:
         entries = value if isinstance(value, list | tuple) and not _is_pair(value) else [value]
         return [_as_source(entry, folder, tokenizer) for entry in entries]
     if isinstance(value, Model):
-        return value.ref
+        return _reference(value, folder)
     if isinstance(value, Path):
         return str(value)
     if _is_pair(value):
         return _save_model(value[0], value[1], folder)
     if _is_model(value):
         return _save_model(value, tokenizer, folder)
-    if _is_table(value) or _are_rows(value):
-        return _save_rows(value, folder)
+    if (rows := _rows_in(value)) is not None:
+        return _save_rows(rows, folder)
     if isinstance(value, Mapping):
         return {key: as_field(str(key), item, folder, tokenizer) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [as_field(name, item, folder, tokenizer) for item in value]
-    if callable(value):
+    if callable(value) and not isinstance(value, type):
         return address_of(value)
-    return value
+    return _plain(name, value)
+
+
+def _plain(name: str, value: Any) -> object:
+    """A value that YAML can express; a scalar of numpy or torch becomes a number."""
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return value.item()
+    expected = "a text, a number, a list, a mapping, a model with its tokenizer, a function, or a table (a data set, a DataFrame, rows)"
+    raise RecipeError(f"{name} is an object of the class {type(value).__name__}; expected {expected}")
+
+
+def _reference(model: Model, folder: Path) -> str:
+    """The reference of a model in the registry of this home. Raises ModelError if the model is in another home."""
+    registry = folder.parent / "registry"
+    if model.path.resolve().is_relative_to(registry.resolve()):
+        return model.ref
+    theirs = next((str(path.parent) for path in model.path.parents if path.name == "registry"), str(model.path))
+    raise ModelError(
+        f"the model {model.ref} is in the home {theirs}, and this call has the home {folder.parent}; pass home={theirs!r}, or the "
+        "folder of an exported model"
+    )
 
 
 def _as_source(entry: object, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> object:
@@ -74,13 +96,37 @@ def _is_pair(value: object) -> TypeGuard[tuple[PreTrainedModel, PreTrainedTokeni
     return isinstance(value, tuple) and len(value) == 2 and _is_model(value[0])
 
 
-def _is_table(value: object) -> TypeGuard[Iterable[Mapping[str, object]]]:
-    return hasattr(value, "column_names") and hasattr(value, "__iter__") and hasattr(value, "features")
+def _rows_in(value: Any) -> Iterable[Mapping[str, object]] | None:
+    """The rows of a table in memory; None for anything else (also for data sources, which have a path).
+
+    Tables are data sets, DataFrames, tables of pyarrow, lists, tuples and generators of rows. A missing value of a DataFrame is None.
+    """
+    if isinstance(value, Mapping | str):
+        return None
+    if hasattr(value, "column_names") and hasattr(value, "features") and hasattr(value, "__iter__"):
+        rows: Iterable[Mapping[str, object]] = value
+        return rows
+    if hasattr(value, "iloc") and hasattr(value, "to_dict"):  # pandas
+        return _without_gaps(value)
+    for convert in ("to_pylist", "to_dicts"):  # pyarrow, polars
+        if hasattr(value, convert) and hasattr(value, "columns"):
+            return getattr(value, convert)()
+    if isinstance(value, Iterator):
+        value = list(value)
+        if not value:
+            raise DataError("the iterator with the data in memory has no rows; an iterator gives its rows only once, so pass a list")
+    if isinstance(value, list | tuple) and value and all(isinstance(row, Mapping) and "path" not in row for row in value):
+        return value
+    return None
 
 
-def _are_rows(value: object) -> TypeGuard[Iterable[Mapping[str, object]]]:
-    """Whether the value is a list of data rows, as opposed to data sources (which have a path)."""
-    return isinstance(value, list) and bool(value) and all(isinstance(row, Mapping) and "path" not in row for row in value)
+def _without_gaps(frame: Any) -> list[Mapping[str, object]]:
+    """The rows of a DataFrame of pandas."""
+    gaps = frame.isna().to_dict("records")
+    return [
+        {str(name): None if gap[name] is True else value for name, value in row.items()}
+        for row, gap in zip(frame.to_dict("records"), gaps, strict=True)
+    ]
 
 
 def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> str:
@@ -91,21 +137,18 @@ def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
         raise ModelError("a PeftModel in memory does not name its base; pass its merge_and_unload(), or save it and pass its folder")
 
     def write(made: Path) -> None:
-        model.save_pretrained(made)
-        tokenizer.save_pretrained(made)
+        from stages.models.quiet import quiet_transformers
+
+        with quiet_transformers():
+            model.save_pretrained(made)
+            tokenizer.save_pretrained(made)
 
     return str(_keep(write, folder, f"model-{getattr(model.config, 'model_type', 'model')}"))
 
 
 def _save_rows(rows: Iterable[Mapping[str, object]], folder: Path) -> str:
     """Write rows as JSON Lines. Returns the file."""
-    lines = []
-    for row_number, row in enumerate(rows, 1):
-        try:
-            lines.append(json.dumps(dict(row), ensure_ascii=False))
-        except (TypeError, ValueError) as error:
-            reason = f"row {row_number} of the data in memory cannot be written as JSON ({error})"
-            raise DataError(f"{reason}; expected texts, numbers, lists and mappings") from error
+    lines = [_line(row, row_number) for row_number, row in enumerate(rows, 1)]
     if not lines:
         raise DataError("the data in memory has no rows")
     content = ("\n".join(lines) + "\n").encode()
@@ -116,6 +159,32 @@ def _save_rows(rows: Iterable[Mapping[str, object]], folder: Path) -> str:
         partial.write_bytes(content)
         partial.replace(path)
     return str(path)
+
+
+def _line(row: Mapping[str, object], row_number: int) -> str:
+    """A row as JSON. Raises DataError that names the column of a value that JSON cannot express."""
+    if not isinstance(row, Mapping):
+        raise DataError(f"row {row_number} of the data in memory is {type(row).__name__}; expected a mapping of columns to values")
+    try:
+        return json.dumps(dict(row), ensure_ascii=False, allow_nan=False, default=_json_value)
+    except (TypeError, ValueError):
+        for column, value in row.items():
+            try:
+                json.dumps({column: value}, allow_nan=False, default=_json_value)
+            except (TypeError, ValueError, RecursionError) as error:
+                reason = f"row {row_number} of the data in memory, column {column!r}: {value!r:.60} cannot be written as JSON ({error})"
+                raise DataError(f"{reason}; expected texts, finite numbers, lists and mappings") from error
+        raise
+
+
+def _json_value(value: Any) -> object:
+    """Values of numpy, torch and pandas, and dates. Raises TypeError for any other object."""
+    if hasattr(value, "tolist"):
+        plain: object = value.tolist()
+        return plain
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    raise TypeError(f"an object of the class {type(value).__name__}")
 
 
 def _keep(write: Callable[[Path], None], folder: Path, name: str) -> Path:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from stages.api.functions import unchanged_by_the_run
 from stages.api.inputs import as_field
 from stages.api.results import Model, Results
 from stages.chain import run as chain
@@ -45,15 +46,15 @@ def run(
     """
     home_folder = Path(home or default_home()).absolute()
     check_home(home_folder)
-    file = recipe if isinstance(recipe, str | Path) else write_recipe(recipe, name, seed, home_folder / "inputs")
-    plain = {path: as_field(path.rpartition(".")[2], value, home_folder / "inputs") for path, value in (overrides or {}).items()}
-    changes = [f"{path}={json.dumps(value)}" for path, value in plain.items()]
     runtime = Runtime(quiet=quiet)
     runtime.waits_for_people = wait
     if on_log is not None:
         runtime.listeners.append(on_log)
     try:
-        with runtime.stop.installed():
+        with unchanged_by_the_run(), runtime.stop.installed():
+            file = recipe if isinstance(recipe, str | Path) else write_recipe(recipe, name, seed, home_folder / "inputs")
+            plain = {path: as_field(path.rpartition(".")[2], value, home_folder / "inputs") for path, value in (overrides or {}).items()}
+            changes = [f"{path}={json.dumps(value)}" for path, value in plain.items()]
             summary = chain.run(load_recipe(file, changes, chain.open_registry(home_folder)), home_folder, runtime)
     except Stopped as stop:
         raise KeyboardInterrupt(f"stopped by {stop.name}; completed steps are kept, and the same call continues") from stop

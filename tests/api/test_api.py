@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import stages
 from stages.api.functions import address_of
 from stages.api.inputs import as_field
+from stages.api.running import write_recipe
+from stages.recipe.schema import data_inputs, load_recipe
 
 PROMPTS = [{"prompt": f"word {number}"} for number in range(8)]
 TRAINING = {"max_steps": 1, "batch_size": 4, "microbatch_size": 4}
@@ -104,15 +110,82 @@ def test_run_takes_a_recipe_file_with_overrides(tmp_path: Path, home: Path, tiny
     assert stages.Registry(home / "registry").get(results.models["base"].ref).role == "language_model"
 
 
-def test_bad_input_raises_an_error_with_its_location(pair: tuple[Any, Any], home: Path, tmp_path: Path) -> None:
+def test_bad_input_raises_an_error_with_its_location(pair: tuple[Any, Any], home: Path) -> None:
     with pytest.raises(stages.StagesError, match="kl_coeff"):
         ppo(pair, shortness, kl_coeff=0.1).train(home, quiet=True)
     with pytest.raises(stages.StagesError, match="has no tokenizer"):
         ppo(pair[0], shortness).train(home, quiet=True)
-    with pytest.raises(stages.StagesError, match="row 1 of the data in memory cannot be written as JSON"):
-        as_field("data", [{"prompt": object()}], tmp_path)
 
 
 def test_function_address_is_its_importable_module() -> None:
     assert address_of(shortness).endswith(":shortness") and "stages.api" not in address_of(shortness)
     assert address_of(lambda prompts, completions: [0.0]).startswith("stages.api.functions:lambda_")
+
+
+def tables() -> dict[str, Any]:
+    """The same two rows in every kind of table that Python programs have."""
+    import pandas
+    import pyarrow
+    from datasets import Dataset, IterableDataset
+
+    rows = [{"prompt": "a", "n": 1}, {"prompt": "b", "n": None}]
+    return {
+        "list": rows,
+        "tuple": tuple(rows),
+        "generator": (row for row in rows),
+        "Dataset": Dataset.from_list(rows),
+        "IterableDataset": IterableDataset.from_generator(lambda: iter(rows)),
+        "pandas": pandas.DataFrame(rows),
+        "pyarrow": pyarrow.Table.from_pylist(rows),
+    }
+
+
+def test_every_kind_of_table_gives_the_same_rows(tmp_path: Path) -> None:
+    for kind, table in tables().items():
+        path = as_field("data", table, tmp_path)
+        assert isinstance(path, str), kind
+        lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        assert lines == [{"prompt": "a", "n": 1}, {"prompt": "b", "n": None}], kind
+
+
+def test_values_of_libraries_become_plain_values(tmp_path: Path) -> None:
+    row = {"prompt": "a", "i": np.int64(3), "f": np.float32(0.5), "v": np.arange(2), "t": torch.tensor([1, 2]), "d": date(2026, 1, 2)}
+    path = as_field("data", [row], tmp_path)
+    expected = {"prompt": "a", "i": 3, "f": 0.5, "v": [0, 1], "t": [1, 2], "d": "2026-01-02"}
+    assert json.loads(Path(str(path)).read_text()) == expected
+    assert as_field("coef", np.float64(0.25), tmp_path) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("data", [{"prompt": "a"}, {"prompt": float("nan")}], "row 2 of the data in memory, column 'prompt': nan"),
+        ("data", iter([]), "an iterator gives its rows only once"),
+        ("data", [{"prompt": object()}], "row 1 of the data in memory, column 'prompt'"),
+        ("coef", object(), "coef is an object of the class object; expected a text, a number"),
+        ("precision", torch.float32, "precision is an object of the class dtype"),
+    ],
+)
+def test_objects_that_cannot_be_stored_are_named(field: str, value: object, message: str, tmp_path: Path) -> None:
+    with pytest.raises(stages.StagesError, match=re.escape(message)):
+        as_field(field, value, tmp_path)
+
+
+def test_a_model_of_another_home_is_refused(tmp_path: Path) -> None:
+    model = stages.Model("python/sft@1", "language_model", tmp_path / "one/registry/models/python/sft/1/model", {})
+    assert as_field("policy", model, tmp_path / "one/inputs") == "python/sft@1"
+    with pytest.raises(stages.StagesError, match=f"is in the home {tmp_path}/one, and this call has the home {tmp_path}/two"):
+        as_field("policy", model, tmp_path / "two/inputs")
+
+
+def test_training_data_may_be_a_bare_table(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b"}]
+    recipe = write_recipe([stages.SFT(name="sft", model="tiny/model", data=rows).as_dict()], "python", 0, tmp_path)
+    (step,) = load_recipe(recipe, []).steps
+    (source,) = data_inputs(step.config)["data.train"]
+    assert Path(source.path).read_text() == '{"prompt": "a", "completion": "b"}\n'
+
+
+def test_saving_a_model_in_memory_prints_nothing(pair: tuple[Any, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    as_field("model", pair, tmp_path)
+    assert capfd.readouterr() == ("", "")
