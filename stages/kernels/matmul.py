@@ -124,7 +124,8 @@ class _Linear(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         ctx.save_for_backward(flat if ctx.needs_input_grad[1] else None, weight)
         ctx.shape = x.shape
-        return _onednn(flat, weight, bias).view(*x.shape[:-1], len(weight))
+        # Not a view for autograd, because a model may change the result in place (Gemma 3n).
+        return torch.ops.aten._unsafe_view(_onednn(flat, weight, bias), [*x.shape[:-1], len(weight)])
 
     @staticmethod
     @torch.autograd.function.once_differentiable

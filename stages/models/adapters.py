@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError, is_out_of_memory
-from stages.models.families import state_space_products
+from stages.models.families import unfit_products
 from stages.models.own_layers import use_folded_adapters
 from stages.models.saved_adapters import SavedAdapter, base_of, fitted, read_adapter
 from stages.sampling.support import plain_model, weight_of
@@ -111,7 +111,7 @@ def _fresh_config(plain: PreTrainedModel, lora: LoraSettings, task: str, new_row
     head = [r".*(classifier|score)(\..*)?"] if task == "SEQ_CLS" else []
     new = [name for name in getattr(plain, NEW_MODULES, ()) if task == "SEQ_CLS" and not re.fullmatch(head[0], name)]
     modules_to_save = list(dict.fromkeys([*lora.modules_to_save, *new]))
-    never = [*head, *map(re.escape, [*new, *state_space_products(plain)])]
+    never = [*head, *map(re.escape, [*new, *unfit_products(plain)])]
     excluded = "|".join(never) if lora.target_modules == "all-linear" else None
     return LoraConfig(
         r=lora.r,
@@ -256,10 +256,11 @@ def _check_names(lora: LoraSettings, plain: PreTrainedModel, task: str) -> None:
     names = [name for name, _ in plain.named_modules()]
     if not isinstance(lora.target_modules, str):
         ends = tuple(f".{own}" for own in lora.target_modules)
-        if passed := [one for one in state_space_products(plain) if f".{one}".endswith(ends)]:
+        if passed := [one for one in unfit_products(plain) if f".{one}".endswith(ends)]:
             raise ModelError(
-                f"lora.target_modules reaches {passed[0]} of {type(plain).__name__}: a state-space mixer reads that weight directly, "
-                "so an adapter on it has no effect. Use 'all-linear', which excludes it, or in_proj"
+                f"lora.target_modules reaches {passed[0]} of {type(plain).__name__}: the model does not use this module as a plain linear "
+                "layer (it reads the weight itself, or returns more than the product), so an adapter on it cannot work. "
+                "Use 'all-linear', which excludes it, or name other modules"
             )
     is_bare = task == "FEATURE_EXTRACTION"
     for field, wanted in (("target_modules", lora.target_modules), ("modules_to_save", lora.modules_to_save)):

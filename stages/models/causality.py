@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from stages.errors import ModelError
-from stages.sampling.support import says_causal, weight_of
+from stages.sampling.support import no_cache, says_causal, weight_of
 
 if TYPE_CHECKING:
     from stages.model_types import TransformersModel
@@ -19,7 +19,7 @@ def require_causal(model: TransformersModel, name: str) -> None:
     """Raise ModelError if ``model``, called ``name``, is not causal.
 
     A class whose attention layers all declare themselves causal is trusted. Other models read two texts that differ in the last token: the
-    logits before it must be equal.
+    logits (or the hidden states of a transformer without a head) before it must be equal.
     """
     if says_causal(model) or not _looks_ahead(model):
         return
@@ -39,9 +39,11 @@ def _looks_ahead(model: TransformersModel) -> bool:
     training = model.training
     model.eval()
     try:
-        logits = model(input_ids=text).logits[:, : LENGTH - 1].float()
+        outputs = model(input_ids=text, **no_cache(model))
+        logits = getattr(outputs, "logits", None)
+        seen = (outputs.last_hidden_state if logits is None else logits)[:, : LENGTH - 1].float()
     finally:
         model.train(training)
-    spread = (logits[0] - logits[0].mean(dim=-1, keepdim=True)).norm()
+    spread = (seen[0] - seen[0].mean(dim=-1, keepdim=True)).norm()
     # Both rows use the same kernels, so equal inputs differ at most by rounding.
-    return float((logits[0] - logits[1]).norm()) > (1e-4 if model.dtype == torch.float32 else 0.05) * float(spread)
+    return float((seen[0] - seen[1]).norm()) > (1e-4 if model.dtype == torch.float32 else 0.05) * float(spread)

@@ -6,7 +6,8 @@ names do not change, so the saved model is the same.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -45,11 +46,15 @@ def set_residual_dropout(model: TransformersModel, probability: float) -> int:
 
 
 def has_dropout(model: nn.Module) -> bool:
-    """Whether ``model`` has any active dropout in training mode: in modules, in its attention, or on residual branches."""
+    """Whether passes of ``model`` in training mode are random: dropout in modules, attention or branches, or noise in a router."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             return True
-        if any("dropout" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items()):
+        if any(
+            ("dropout" in name or name == "layerdrop") and isinstance(value, float) and value > 0 for name, value in vars(module).items()
+        ):
+            return True
+        if _has_jitter(module) and not isinstance(module, _AlwaysEvaluating):
             return True
     return False
 
@@ -72,11 +77,37 @@ def _drop(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability in ``model`` to 0. The config is not changed, so the saved model is the same."""
+    """Make every pass in training mode compute what evaluation mode computes. The config is not changed, so the saved model is the same.
+
+    Every dropout probability becomes 0, also that of whole layers (``layerdrop``). Mixtures of experts that add noise to their input or
+    sample their experts during training (Mixtral's and Dbrx's jitter, PhiMoE's sparsemixer) stay in evaluation mode.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
             # attention modules pass a float to scaled_dot_product_attention
-            if "dropout" in name and isinstance(value, float):
+            if ("dropout" in name or name == "layerdrop") and isinstance(value, float):
                 setattr(module, name, 0.0)
+        if _has_jitter(module) and not isinstance(module, _AlwaysEvaluating):
+            kind: Any = type(module)
+            module.__class__ = _always_evaluating(kind)
+            module.eval()
+
+
+def _has_jitter(module: nn.Module) -> bool:
+    """Whether the module is a router, or contains one, whose choice of experts has noise in training mode."""
+    return any("jitter" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items())
+
+
+class _AlwaysEvaluating(nn.Module):
+    """Mixin for a module that stays in evaluation mode when its model is set to training mode."""
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(False)
+
+
+@cache
+def _always_evaluating(kind: Any) -> type[nn.Module]:  # Any, because mypy takes classes of modules for unhashable
+    """The class ``kind`` in evaluation mode. It keeps the name, because configs refer to classes by name."""
+    return type(kind.__name__, (_AlwaysEvaluating, kind), {"__module__": kind.__module__})

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import inspect
+import re
+from contextlib import suppress
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
@@ -13,6 +18,8 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from stages.errors import ModelError
+from stages.models.attention import class_of
+from stages.sampling.support import PASS_FAILURES
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -64,34 +71,84 @@ def no_linear_layers(kind: str, quantization: str, name: str) -> str:
     )
 
 
-def state_space_products(model: nn.Module) -> list[str]:
-    """Names of linear modules inside state-space mixers (Mamba, Jamba, Bamba, Falcon-H1) that support neither adapters nor quantization.
+def unfit_products(model: nn.Module) -> list[str]:
+    """Names of linear modules of ``model`` that support neither adapters nor quantization.
 
-    Fused kernels or the family's code read their weights directly, so a wrapper around the module would be ignored silently. ``in_proj`` is
-    always called as a module, so it is not in this list.
+    The products of state-space mixers (Mamba, Jamba, Bamba, Falcon-H1), because fused kernels read their weights. Modules whose weight the
+    family's code reads itself (Gemma 3n, LongCat, MobileBERT): a wrapper around the module would be ignored silently. Linear classes that
+    return more than their product, such as the routers of Llama 4 and PhiMoE.
     """
     names = []
+    returns_more: dict[type[nn.Module], bool] = {}
     for name, module in model.named_modules():
-        if "A_log" in module._parameters:
-            names += [f"{name}.{own}" for own, child in module.named_children() if isinstance(child, nn.Linear) and own != "in_proj"]
+        family: Any = type(module)  # Any, because mypy takes classes of modules for unhashable
+        # Bloom reads weights only with slow_but_exact.
+        inside = frozenset() if getattr(module, "slow_but_exact", None) is False else _read_directly(family)
+        is_mixer = "A_log" in module._parameters
+        for own, child in module.named_children():
+            if not isinstance(child, nn.Linear):
+                continue
+            kind = type(child)
+            if kind not in returns_more:
+                returns_more[kind] = _returns_more(child)
+            # Mixers always call in_proj as a module.
+            if own in inside or (is_mixer and own != "in_proj") or returns_more[kind]:
+                names.append(f"{name}.{own}" if name else own)
     return names
+
+
+_WEIGHT_OF_PART = re.compile(r"(?<!isinstance\()\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape)\b|\s*=[^=])")
+_READ_IN_OTHER_USES = frozenset({"DisentangledSelfAttention"})
+"""Classes that read a weight only for an argument that classifiers and language models never pass."""
+
+
+@cache
+def _read_directly(kind: type[nn.Module]) -> frozenset[str]:
+    """The parts of a module class whose weights its methods read, by the source of these methods."""
+    names: set[str] = set()
+    for one in kind.__mro__:
+        if one is nn.Module:
+            break
+        if one.__name__ in _READ_IN_OTHER_USES:
+            continue
+        for name, method in vars(one).items():
+            code = getattr(inspect.unwrap(method), "__code__", None) if inspect.isfunction(method) else None
+            if name != "__init__" and code is not None and "weight" in code.co_names:
+                with suppress(OSError, TypeError):  # a class that was made at run time has no source
+                    names |= set(_WEIGHT_OF_PART.findall(inspect.getsource(code)))
+    return frozenset(names)
+
+
+@torch.no_grad()
+def _returns_more(layer: nn.Linear) -> bool:
+    """Whether a class of linear layers with its own forward pass returns something else than x W^T + b."""
+    own = type(layer).forward
+    if own is nn.Linear.forward or layer.weight.is_meta or not layer.weight.is_floating_point():
+        return False  # on the meta device only plain layers matter: bitsandbytes quantizes no others
+    x = torch.linspace(-1, 1, 2 * layer.in_features, device=layer.weight.device).reshape(2, -1).to(layer.weight.dtype)
+    expected = functional.linear(x, layer.weight, layer.bias)
+    try:
+        made: object = layer(x)
+    except PASS_FAILURES:
+        return True
+    if not isinstance(made, torch.Tensor) or made.shape != expected.shape:
+        return True
+    return not torch.allclose(made.float(), expected.float(), rtol=0.05, atol=0.05 * float(expected.float().abs().max()))
 
 
 def unquantized_modules(auto: AutoClass, config: PretrainedConfig) -> list[str] | None:
     """Modules of the class that ``auto`` selects which must not be quantized; None for transformers' default.
 
-    These are the products of state-space mixers, and all layers of a classifier's head (transformers leaves out only the last one), because
-    a new head is trained completely.
+    These are ``unfit_products``, and all layers of a classifier's head (transformers leaves out only the last one), because a new head is
+    trained completely.
     """
-    text = config.get_text_config()
-    is_classifier = auto is AutoModelForSequenceClassification and not getattr(config, "auto_map", None)
-    if not is_classifier and not any(hasattr(text, field) for field in ("mamba_d_state", "state_size", "mamba_state_dim")):
+    if class_of(auto, config) is None:
         return None
     with torch.device("meta"):
         made = auto.from_config(config)
-    products = state_space_products(made)
+    is_classifier = auto is AutoModelForSequenceClassification and not getattr(config, "auto_map", None)
     head = [name for name, _ in made.named_children() if name != made.base_model_prefix] if is_classifier else []
-    kept = [*products, *head, *([".*pooler"] if head else [])]
+    kept = [*unfit_products(made), *head, *([".*pooler"] if head else [])]
     return list(dict.fromkeys([*get_keys_to_not_convert(made), *kept])) if kept else None
 
 
@@ -101,7 +158,7 @@ def quantized_modules(model: PreTrainedModel) -> list[nn.Linear | Conv1D]:
     transformers leaves out the output layer, tied weights, the last module, and what the class keeps in fp32.
     """
     left_out = HfQuantizer.get_modules_to_not_convert(model, None, getattr(model, "_keep_in_fp32_modules", None))
-    left_out += state_space_products(model)
+    left_out += unfit_products(model)
     return [
         module
         for name, module in model.named_modules()

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from stages.errors import is_out_of_memory
 from stages.kernels.low_rank import Update, UpdatedLayer, updated_layers
 from stages.kernels.matmul import PLAIN, Linear
-from stages.sampling.support import PASS_FAILURES
+from stages.sampling.support import PASS_FAILURES, no_cache
 
 logger = logging.getLogger(__name__)
 
@@ -309,7 +309,7 @@ def _trial(model: Any) -> None:
     plain.eval()
     try:
         ids = torch.arange(1, 1 + TRIAL_TOKENS, device=weight.device)[None] % len(weight)
-        plain(input_ids=ids, attention_mask=torch.ones_like(ids))
+        plain(input_ids=ids, attention_mask=torch.ones_like(ids), **no_cache(plain))
     finally:
         for module, training in modes.items():
             module.training = training

@@ -16,12 +16,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from transformers import AutoModelForSequenceClassification
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import cached_file
 
 from stages.config import LoraSettings
 from stages.errors import ModelError
 from stages.models.adapters import FRESH, HEAD_FILE, is_part_of
+from stages.models.attention import class_of
 from stages.models.loading import as_resolved, load_backbone, load_tokenizer
 from stages.models.longrope import positions_of_rows
 from stages.models.packing import Packing, one_sequence_per_row, packed_attention
@@ -144,9 +146,10 @@ class ScalarModel(nn.Module):
     ) -> None:
         """Save backbone, head, bias and tokenizer.
 
-        Full weights are saved as a Hugging Face checkpoint of ``<Arch>ForSequenceClassification`` with one label (``score.weight``); the
-        config contains the bias (``reward_bias``). An adapter is saved as in peft, with the head in head.safetensors. For ``state_dict``
-        and ``rows`` see ``loading.save_model``: the saved files are read again and compared with this model.
+        Full weights are saved as a Hugging Face checkpoint of ``<Arch>ForSequenceClassification`` with one label (``score.weight``), if
+        that class has no other head; the config contains the bias (``reward_bias``). An adapter is saved as in peft, with the head in
+        head.safetensors. For ``state_dict`` and ``rows`` see ``loading.save_model``: the saved files are read again and compared with this
+        model.
         """
         from peft import PeftModel, get_peft_model_state_dict
 
@@ -175,7 +178,9 @@ class ScalarModel(nn.Module):
         else:
             config.architectures = [_classifier_class(config)]
             prefix = self.backbone.base_model_prefix
-            weights = {f"{prefix}.{name}": value.detach().cpu().contiguous() for name, value in body.items()}
+            # In the names and shapes of checkpoints, from which transformers makes those in memory: it would convert the latter again.
+            stored = revert_weight_conversion(self.backbone, {name: value.detach().cpu() for name, value in body.items()})
+            weights = {f"{prefix}.{name}": value.contiguous() for name, value in stored.items()}
             save_file({**weights, **head}, folder / "model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(folder)
         if tokenizer := tokenizer or self.tokenizer:
@@ -347,8 +352,17 @@ def last_positions(attention_mask: Tensor) -> Tensor:
 
 
 def _classifier_class(config: PretrainedConfig) -> str:
-    """Name of transformers' sequence classifier of this architecture; the backbone's class if there is none."""
-    return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(config.model_type, (config.architectures or ["AutoModel"])[0])
+    """Name of transformers' sequence classifier of this architecture; the backbone's class if there is none with only a linear ``score``.
+
+    In other classifiers (CTRL, ModernBERT's decoder) the head has another name or more layers, which would be random when they are loaded.
+    """
+    kind = class_of(AutoModelForSequenceClassification, config)
+    if kind is not None:
+        with torch.device("meta"):
+            made = kind(config)
+        if {name for name, part in made.named_children() if any(True for _ in part.parameters())} == {made.base_model_prefix, "score"}:
+            return kind.__name__
+    return (config.architectures or ["AutoModel"])[0]
 
 
 def read_head(model: ResolvedModel) -> tuple[Tensor, float]:

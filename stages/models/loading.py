@@ -143,7 +143,9 @@ def load_backbone(
 ) -> TransformersModel:
     """Load the transformer of a causal language model without its head (``AutoModel``). Arguments as in ``load_language_model``."""
     model = as_resolved(model)
-    return _finish(*_load(AutoModel, model, dtype, tokenizer, trainable, lora), model, lora, "FEATURE_EXTRACTION", trainable, dropout)
+    loaded, new_rows = _load(AutoModel, model, dtype, tokenizer, trainable, lora)
+    require_causal(loaded, model.ref)
+    return _finish(loaded, new_rows, model, lora, "FEATURE_EXTRACTION", trainable, dropout)
 
 
 def load_classifier(

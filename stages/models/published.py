@@ -24,7 +24,7 @@ from stages.models.adapters import activate, active_adapters, add_adapter, remov
 from stages.models.classifier_inputs import ended
 from stages.models.saved_adapters import base_of
 from stages.registry.references import ResolvedModel
-from stages.sampling.support import plain_model, weight_of
+from stages.sampling.support import no_cache, plain_model, weight_of
 from stages.tokens.positions import readable_length
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def outputs_of(model: TransformersModel, rows: Sequence[Sequence[int]]) -> list[
     with _without_trainer_autocast(model):
         for row in rows:
             ids = torch.tensor([row], device=device)
-            logits = model(input_ids=ids).logits.float().cpu()
+            logits = model(input_ids=ids, **no_cache(model)).logits.float().cpu()
             if logits.dim() == 3 and logits.shape[1] == len(row):
                 logits = logits[0, :-1].log_softmax(dim=-1).gather(1, ids[0, 1:, None].cpu())
             outputs.append(logits.flatten())

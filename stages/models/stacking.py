@@ -14,7 +14,7 @@ from stages.models.adapters import adapted, add_adapter, merge, module_name
 from stages.models.classifier_inputs import ended
 from stages.models.embeddings import grow_embedding
 from stages.models.quiet import quiet_transformers
-from stages.sampling.support import plain_model, weight_of
+from stages.sampling.support import no_cache, plain_model, weight_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,7 +104,7 @@ def _probe(model: TransformersModel) -> Tensor:
     weight = weight_of(plain.get_input_embeddings())
     spread = torch.linspace(1, weight.shape[0] - 1, PROBE_TOKENS).long().tolist()
     ids = torch.tensor([ended(spread, plain.config)], device=weight.device)
-    outputs = plain.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
+    outputs = plain.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), **no_cache(plain))
     plain.train(training)
     logits = getattr(outputs, "logits", None)
     return (outputs.last_hidden_state if logits is None else logits).float()

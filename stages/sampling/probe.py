@@ -17,7 +17,16 @@ from torch import Tensor
 
 from stages.errors import ModelError, is_out_of_memory
 from stages.sampling.readers import make_reader
-from stages.sampling.support import PASS_FAILURES, DecodingSupport, decoding_support, family_of, plain_model, says_causal, weight_of
+from stages.sampling.support import (
+    PASS_FAILURES,
+    DecodingSupport,
+    decoding_support,
+    family_of,
+    no_cache,
+    plain_model,
+    says_causal,
+    weight_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,7 +124,7 @@ def _problem(model: TransformersModel, support: DecodingSupport) -> str | None:
             raise
         return f"its forward pass fails ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
     expected = torch.stack(
-        [model(input_ids=row[None]).logits[0, length - 1 :].float() for row, length in zip(rows, lengths, strict=True)]
+        [model(input_ids=row[None], **no_cache(model)).logits[0, length - 1 :].float() for row, length in zip(rows, lengths, strict=True)]
     )  # [2, 1 + STEPS, V]
     spread = (expected - expected.mean(dim=-1, keepdim=True)).norm()
     difference = float((actual - expected).norm() / spread.clamp(min=torch.finfo(torch.float32).tiny))

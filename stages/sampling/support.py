@@ -62,7 +62,6 @@ def decoding_support(model: TransformersModel) -> DecodingSupport:
     parameters = inspect.signature(family_of(plain).forward).parameters
     # transformers is renaming past_key_values to cache
     name = next((name for name in ("cache", "past_key_values") if name in parameters), None)
-    has_options = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     layers = _cache_layers(plain) if name is not None and not _numbers_tokens_itself(plain) else None
     if layers is None:
         name = None
@@ -86,12 +85,23 @@ def decoding_support(model: TransformersModel) -> DecodingSupport:
         hides_padding=hides_padding,
         takes_mask=takes_mask,
         takes_positions=takes_positions,
-        takes_use_cache="use_cache" in parameters or has_options,
+        takes_use_cache=bool(no_cache(plain)),
         masks_steps=not has_states_alone,
         adds_mask=slot_tokens == math.inf,
         limits_logits="logits_to_keep" in parameters,
         slot_tokens=slot_tokens,
     )
+
+
+def no_cache(model: nn.Module) -> dict[str, bool]:
+    """The argument of a forward pass that keeps no keys, values or states: ``use_cache=False``; nothing if the model does not take it.
+
+    A pass that needs no cache should have this argument: some classes cannot make a cache for every config (xLSTM, hybrids without an
+    attention layer).
+    """
+    parameters = inspect.signature(family_of(plain_model(model)).forward).parameters
+    has_options = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return {"use_cache": False} if "use_cache" in parameters or has_options else {}
 
 
 def family_of(model: nn.Module) -> type[nn.Module]:

@@ -132,7 +132,7 @@ def check_rewards(family: Family, folder: Path, scratch: Path) -> float:
         differences.append(difference(sequence_values(value, batch, policy_precision()), of_values))
     reward.save(saved)
     differences.append(difference(RewardModel.from_pretrained(str(saved), dtype=torch.float32).score(*rows.padded("right")), expected))
-    if type(reward.config) in AutoModelForSequenceClassification._model_mapping:
+    if AutoConfig.from_pretrained(saved).architectures[0].endswith("ForSequenceClassification"):
         foreign = plain(saved, AutoModelForSequenceClassification)
         with torch.no_grad():
             scores = torch.cat([foreign(input_ids=torch.tensor([row])).logits[0] for row in rows.sequences])
@@ -196,7 +196,7 @@ def check_nf4(family: Family, folder: Path, scratch: Path) -> float:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=torch.float32,
         bnb_4bit_use_double_quant=True,
-        llm_int8_skip_modules=[name for name in skipped if "lora_" not in name],
+        llm_int8_skip_modules=[name.removesuffix(".base_layer") for name in skipped if "lora_" not in name],
     )
     reference = with_adapter(folder, adapter, quantization_config=settings, device_map={"": "cpu"})
     for module in reference.modules():

@@ -41,6 +41,19 @@ def test_linear_and_its_gradients(onednn, shape, with_bias) -> None:
         torch.testing.assert_close(linear(x, weight, bias), functional.linear(x, weight, bias))
 
 
+def test_an_output_can_be_changed_in_place(onednn) -> None:
+    """Gemma 3n multiplies a part of a linear layer's output in place."""
+    x, weight = torch.randn(2, 3, 8), torch.randn(6, 8)
+    gradients = []
+    for function in (linear, functional.linear):
+        leaf = x.clone().requires_grad_()
+        made = function(leaf, weight)
+        made[..., :2] *= 3.0
+        made.sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+
+
 def test_strided_and_transposed_operands(onednn) -> None:
     a, b = torch.randn(7, 10)[:, ::2], torch.randn(4, 5).T
     torch.testing.assert_close(product(a, b), a @ b)

@@ -90,3 +90,32 @@ def test_has_dropout_sees_modules_and_attention_and_branches(family: str, expect
     disable_dropout(model)  # it reaches the branches, too
     branch = next(module for name, module in model.named_modules() if name.endswith(".mlp"))
     assert not has_dropout(model) and not (outputs(model.train(), branch) == 0).any()
+
+
+def test_routers_and_dropped_layers_are_not_random_without_dropout() -> None:
+    """In training mode PhiMoE samples its experts, Mixtral's router has jitter, and OPT drops whole layers."""
+    import transformers
+
+    common = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    common |= {"intermediate_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, **common}
+    opt = {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64, "layerdrop": 0.5, "dropout": 0.0}
+    configs = [
+        transformers.PhimoeConfig(**experts, router_jitter_noise=0.4),
+        transformers.MixtralConfig(**experts, router_jitter_noise=0.4),
+        transformers.OPTConfig(
+            **opt, **{name: value for name, value in common.items() if name not in ("intermediate_size", "num_key_value_heads")}
+        ),
+    ]
+    ids = torch.arange(3, 43)[None]
+    for config in configs:
+        torch.manual_seed(0)
+        model: Any = transformers.AutoModelForCausalLM.from_config(config)
+        plain = model.eval()(input_ids=ids, use_cache=False).logits.detach()
+        assert has_dropout(model)
+        disable_dropout(model)
+        assert not has_dropout(model)
+        model.train()
+        for _ in range(2):
+            torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, plain)
+        assert model.training and config.to_dict() == model.config.to_dict()

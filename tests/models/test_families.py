@@ -10,8 +10,8 @@ import torch
 import transformers
 
 from stages.errors import ModelError
-from stages.models.families import refuse_unfit
-from stages.models.loading import load_language_model
+from stages.models.families import refuse_unfit, unfit_products
+from stages.models.loading import load_backbone, load_language_model
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,41 @@ def test_bidirectional_policy_is_refused_before_its_weights_are_read(tmp_path: P
     (tmp_path / "model.safetensors").write_bytes(b"never read")
     with pytest.raises(ModelError, match="bert model; a policy or a scalar head needs a causal language model"):
         load_language_model(str(tmp_path), dtype=torch.float32)
+
+
+SMALL = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+EXPERTS = {**SMALL, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "unfit"),
+    [
+        (transformers.LlamaConfig(**SMALL), []),
+        (transformers.BloomConfig(vocab_size=40, hidden_size=32, n_layer=1, n_head=2), []),
+        (transformers.FalconConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2), []),
+        (transformers.Llama4TextConfig(**EXPERTS, intermediate_size_mlp=48, head_dim=16), ["model.layers.0.feed_forward.router"]),
+        (transformers.PhimoeConfig(**EXPERTS), ["model.layers.0.mlp.router"]),
+        (
+            transformers.Gemma3nTextConfig(
+                **SMALL, num_key_value_heads=2, head_dim=16, vocab_size_per_layer_input=40, hidden_size_per_layer_input=8, laurel_rank=4,
+                layer_types=["full_attention"], num_kv_shared_layers=0,
+            ),
+            ["model.layers.0.altup.correction_coefs", "model.layers.0.altup.prediction_coefs"],
+        ),
+        (transformers.MobileBertConfig(vocab_size=40, num_hidden_layers=0), ["cls.predictions.dense", "cls.predictions.decoder"]),
+    ],
+)  # fmt: skip
+def test_linear_modules_that_a_family_uses_in_its_own_way(config: Any, unfit: list[str]) -> None:
+    auto = transformers.AutoModelForCausalLM if type(config) in transformers.AutoModelForCausalLM._model_mapping else None
+    model = (auto or transformers.AutoModelForMaskedLM).from_config(config)
+    assert [name for name in unfit_products(model) if "router" in name or "altup" in name or "cls" in name] == unfit
+    assert unfit or not unfit_products(model)
+
+
+def test_backbone_that_looks_ahead_is_refused_as_a_language_model_is(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.XLNetConfig(vocab_size=40, d_model=32, n_layer=1, n_head=2, d_inner=32)
+    transformers.XLNetLMHeadModel(config).save_pretrained(tmp_path)
+    for load in (load_backbone, load_language_model):
+        with pytest.raises(ModelError, match="is not a causal language model"):
+            load(str(tmp_path), dtype=torch.float32)
