@@ -75,14 +75,20 @@ EXPERTS = {**SMALL, "num_key_value_heads": 2, "num_local_experts": 2, "num_exper
         (transformers.PhimoeConfig(**EXPERTS), ["model.layers.0.mlp.router"]),
         (
             transformers.Gemma3nTextConfig(
-                **SMALL, num_key_value_heads=2, head_dim=16, vocab_size_per_layer_input=40, hidden_size_per_layer_input=8, laurel_rank=4,
-                layer_types=["full_attention"], num_kv_shared_layers=0,
+                **SMALL,
+                num_key_value_heads=2,
+                head_dim=16,
+                vocab_size_per_layer_input=40,
+                hidden_size_per_layer_input=8,
+                laurel_rank=4,
+                layer_types=["full_attention"],
+                num_kv_shared_layers=0,
             ),
             ["model.layers.0.altup.correction_coefs", "model.layers.0.altup.prediction_coefs"],
         ),
         (transformers.MobileBertConfig(vocab_size=40, num_hidden_layers=0), ["cls.predictions.dense", "cls.predictions.decoder"]),
     ],
-)  # fmt: skip
+)
 def test_linear_modules_that_a_family_uses_in_its_own_way(config: Any, unfit: list[str]) -> None:
     auto = transformers.AutoModelForCausalLM if type(config) in transformers.AutoModelForCausalLM._model_mapping else None
     model = (auto or transformers.AutoModelForMaskedLM).from_config(config)
