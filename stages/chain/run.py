@@ -48,7 +48,7 @@ from stages.process.announcing import announcing
 from stages.process.environment import launched_processes, wants_cpu
 from stages.process.gpus import peak_gpu_memory, visible_gpus
 from stages.process.hardware import cpu_name
-from stages.process.held_log import held_log
+from stages.process.held_log import held_log, without_repeats
 from stages.process.packages import missing_attention_package, missing_quantization_package
 from stages.process.precision import AutoPrecision
 from stages.process.runtime import Runtime
@@ -107,7 +107,7 @@ def plan(recipe: Recipe, home: Path, *, download: bool = True) -> list[StepPlan]
     models = ModelChecks(registry)
     made: dict[str, ModelRecord | None] = {}
     plans = []
-    with remembered_hashes(home / "cache" / "plan.json") as memo:
+    with without_repeats(), remembered_hashes(home / "cache" / "plan.json") as memo:
         for step in recipe.steps:
             with doing(f"planning step {step.name!r} ({step.stage})"):
                 check_folders(step)
@@ -238,12 +238,12 @@ def run(recipe: Recipe, home: Path, runtime: Runtime, *, command: str | None = N
 
     ``command`` is what the user typed to start the run; the summary and the report show it.
     """
-    home = home.absolute()
-    chain = _Run(recipe, home, runtime, command)
-    chain.start()
-    for step, planned in zip(chain.recipe.steps, chain.plans, strict=True):
-        chain.do(step, planned)
-    return chain.finish()
+    with without_repeats():
+        chain = _Run(recipe, home.absolute(), runtime, command)
+        chain.start()
+        for step, planned in zip(chain.recipe.steps, chain.plans, strict=True):
+            chain.do(step, planned)
+        return chain.finish()
 
 
 class _Run:

@@ -11,7 +11,8 @@ prompt + responses as an object      {name: text}; ``preferred`` names the best 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import TYPE_CHECKING
@@ -20,11 +21,14 @@ from stages.config import DataInput
 from stages.corpora.files import read_splits
 from stages.corpora.messages import Completion, Prompt, holds_turns, open_conversation, prompt_of, split_answers, split_dialogue
 from stages.corpora.rows import Row, text_of
+from stages.corpora.splits import say_shared
 from stages.corpora.summaries import compared_prompt, compared_summaries, is_comparison
 from stages.errors import DataError
 
 if TYPE_CHECKING:
     from stages.corpora.rows import RowFilter
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,41 @@ def load_comparisons(
         made = [replace(comparison(row, preferred=preferred), groups=_groups(row, group_by), location=row.location) for row in rows]
         if not any(item.num_pairs for item in made):
             raise DataError(f"the {which} comparisons ({len(made)} rows, first {rows[0].location}) are all ties; expected a preference")
+        _say_contradictions(made, which)
         splits.append(made)
+    say_shared(*([(repr((item.prompt, sorted(map(repr, item.completions)))), item.location) for item in made] for made in splits))
     return Comparisons(splits[0], splits[1])
+
+
+def _say_contradictions(comparisons: Sequence[Comparison], which: str) -> None:
+    """Warn about comparisons whose order of two texts is the opposite of another comparison with the same prompt."""
+    by_prompt: dict[str, list[Comparison]] = {}
+    for item in comparisons:
+        by_prompt.setdefault(repr(item.prompt), []).append(item)
+    against = [item for items in by_prompt.values() if len(items) > 1 for item in _contradictory(items)]
+    if against:
+        logger.warning(
+            "%d of %d %s comparisons contradict another one: same prompt, same two texts, other order (the first: %s)",
+            len(against),
+            len(comparisons),
+            which,
+            against[0].location,
+        )
+
+
+def _contradictory(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Those of the comparisons of one prompt that contradict another one."""
+    preferences = {pair for item in comparisons for pair in _preferences(item)}
+    return [item for item in comparisons if any((worse, better) in preferences for better, worse in _preferences(item))]
+
+
+def _preferences(item: Comparison) -> Iterator[tuple[str, str]]:
+    """(better text, worse text) of each pair whose ranks and texts differ."""
+    ranked = [(repr(completion), rank) for completion, rank in zip(item.completions, item.ranks, strict=True)]
+    for better, high in ranked:
+        for worse, low in ranked:
+            if high < low and better != worse:
+                yield better, worse
 
 
 def comparison(row: Row, *, preferred: str | None = None) -> Comparison:

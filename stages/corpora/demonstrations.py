@@ -32,6 +32,7 @@ from stages.corpora.messages import (
     text_prompt,
 )
 from stages.corpora.rows import Row, text_of
+from stages.corpora.splits import say_shared
 from stages.corpora.summaries import is_post, post_prompt
 from stages.errors import DataError
 
@@ -67,7 +68,9 @@ class Demonstrations:
 def load_demonstrations(data: DataInput, curator: RowFilter | None = None) -> Demonstrations:
     """Load both splits. Raises DataError with the row's location, its columns and the expected columns."""
     train, validation = read_splits(data, curator)
-    return Demonstrations([demonstration(row) for row in train], [demonstration(row) for row in validation])
+    loaded = Demonstrations([demonstration(row) for row in train], [demonstration(row) for row in validation])
+    say_shared(*([(repr(tuple(row.values())), row.location) for row in split] for split in (loaded.train, loaded.validation)))
+    return loaded
 
 
 def demonstration(row: Row) -> Demonstration:

@@ -61,7 +61,6 @@ def read_splits(data: DataInput, curator: RowFilter | None = None) -> tuple[list
     train = read_rows(data.train)
     if data.validation is not None:
         heldout = read_rows(data.validation, split="validation")
-        _say_overlap(data.train, data.validation)
     else:
         train, heldout = hold_out(train, data, _names(data.train))
     if curator is not None:
@@ -70,29 +69,6 @@ def read_splits(data: DataInput, curator: RowFilter | None = None) -> tuple[list
             if not rows:
                 raise DataError(f"{_names(data.train)}: curation leaves no {which} row ({dict(curator.left_out)})")
     return train, heldout
-
-
-def _say_overlap(train: Sequence[DataSource], validation: Sequence[DataSource]) -> None:
-    """Warn if held-out rows are also training rows. Compares what the sources name; equal rows under different names are not detected."""
-    for held in validation:
-        for source in train:
-            if _rows_named(source, "train") == _rows_named(held, "validation") and _meet(source, held):
-                logger.warning("%s: held-out rows are also training rows; change split, skip or limit of one", held.path)
-
-
-def _rows_named(source: DataSource, default: str) -> tuple[object, ...]:
-    """The table that ``source`` reads, without skip and limit. ``default`` is the split if it names none."""
-    split = source.split or default
-    path = Path(source.path)
-    if not source.on_hub and not (path.is_dir() and folder_layout(path, source).names_splits):
-        split = UNSPLIT  # a file, a part of the embedded world, or a folder without splits
-    return source.path, source.name, split, source.data_dir, str(source.data_files), source.revision
-
-
-def _meet(one: DataSource, other: DataSource) -> bool:
-    """Whether the ``skip`` and ``limit`` of two sources select overlapping rows."""
-    ends = [float("inf") if source.limit is None else source.skip + source.limit for source in (one, other)]
-    return max(one.skip, other.skip) < min(ends)
 
 
 def _read_source(source: DataSource, split: str) -> list[Row]:

@@ -94,7 +94,7 @@ def _json_lines(text: str, shown: str) -> Iterator[Row]:
             continue
         location = f"{shown}:{line_number}"
         try:
-            value = json.loads(line, parse_constant=_refused)
+            value = json.loads(line, parse_constant=_refused, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             hint = "; a list of objects is .json" if line_number == 1 and line.lstrip().startswith("[") else ""
             raise DataError(f"{location}: bad JSON at column {error.colno} ({error.msg}); expected an object per line{hint}") from error
@@ -110,7 +110,7 @@ def _read_json(path: Path, shown: str) -> Iterator[Row]:
         yield from _json_lines(text, shown)
         return
     try:
-        value = json.loads(text, parse_constant=_refused)
+        value = json.loads(text, parse_constant=_refused, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise DataError(f"{shown}:{error.lineno}: bad JSON at column {error.colno} ({error.msg})") from error
     except (ValueError, RecursionError) as error:
@@ -128,6 +128,15 @@ def _holds_lines(text: str) -> bool:
         return bool(rest) and isinstance(json.loads(first), dict)
     except (ValueError, RecursionError):
         return False
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object. Raises ValueError if a key occurs twice, because Python would silently keep the last value."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
+        raise ValueError(f"the key {twice!r} occurs twice in one object")
+    return made
 
 
 def _refused(name: str) -> NoReturn:
@@ -181,6 +190,12 @@ def _read_csv(path: Path, shown: str) -> Iterator[Row]:
     reader = csv.DictReader(io.StringIO(file_text(path, shown), newline=""), delimiter=delimiter, strict=True)
     try:
         header = list(reader.fieldnames or ())
+        other = next((mark for mark in ",;\t|" if mark != delimiter and mark in header[0]), None) if len(header) == 1 else None
+        if other is not None:
+            expected = "; a table with tabs is .tsv" if other == "\t" else ""
+            raise DataError(
+                f"{shown}:1: the header is one column, {header[0]!r:.80}; expected columns separated by {delimiter!r}{expected}"
+            )
         if twice := sorted({name for name in header if header.count(name) > 1}):
             raise DataError(
                 f"{shown}:1: the header names {', '.join(map(repr, twice))} more than once; rename or remove one of the columns"

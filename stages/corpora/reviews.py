@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from stages.config import DataInput
 from stages.corpora.files import read_splits
 from stages.corpora.rows import Row, text_of
+from stages.corpora.splits import say_shared
 from stages.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ def load_reviews(data: DataInput, labels: Sequence[str]) -> Reviews:
     """Load both splits. A label is one of the names, or an index below ``len(labels)``. Raises DataError with the row's location."""
     train, validation = read_splits(data)
     reviews = Reviews([_review(row, labels) for row in train], [_review(row, labels) for row in validation])
+    read = ((train, reviews.train), (validation, reviews.validation))
+    say_shared(*([(review.text, row.location) for row, review in zip(rows, made, strict=True)] for rows, made in read))
     if len({review.label for review in reviews.train}) < 2:
         raise DataError(f"all {len(train)} training rows (first {train[0].location}) have one label; a classifier needs at least two")
     if len(reviews.validation) >= MANY and len(held := {review.label for review in reviews.validation}) == 1:

@@ -6,11 +6,14 @@ For cross-validation, groups are assigned to folds once, and each fold is held o
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 
 from stages.config import DataInput
 from stages.corpora.rows import Row
 from stages.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 
 def hold_out(rows: Sequence[Row], data: DataInput, name: str) -> tuple[list[Row], list[Row]]:
@@ -36,6 +39,24 @@ def hold_out(rows: Sequence[Row], data: DataInput, name: str) -> tuple[list[Row]
     if not train:
         raise DataError(f"{name}: all rows have one {column} ({groups[0]!r}); expected at least two groups, so that one can be held out")
     return train, heldout
+
+
+def say_shared(train: Sequence[tuple[str, str]], heldout: Sequence[tuple[str, str]]) -> None:
+    """Warn if held-out rows are also training rows. ``train`` and ``heldout``: (content, location) of each row.
+
+    The content is what the step reads, so other columns, and the names of the files, do not count.
+    """
+    wanted = {content for content, _ in heldout}
+    trained = {content: location for content, location in reversed(train) if content in wanted}
+    shared = [(location, trained[content]) for content, location in heldout if content in trained]
+    if shared:
+        logger.warning(
+            "%d of %d held-out rows are also training rows (the first: %s equals %s), so measurements on held-out rows are too good; "
+            "remove duplicates, or change split, skip or limit of a source",
+            len(shared),
+            len(heldout),
+            *shared[0],
+        )
 
 
 def shuffled_groups(names: set[str]) -> list[str]:

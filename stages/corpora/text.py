@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from stages.config import DataInput, DataSource
 from stages.corpora.files import read_rows, read_splits
 from stages.corpora.rows import Row, text_of
+from stages.corpora.splits import say_shared
 from stages.errors import DataError
 
 
@@ -22,7 +23,9 @@ class TextCorpus:
 def load_text(data: DataInput) -> TextCorpus:
     """Load both splits without empty documents. Raises DataError if the column is missing, not text, or always empty."""
     train, validation = read_splits(data)
-    return TextCorpus(_documents(train, "training"), _documents(validation, "held-out"))
+    corpus = TextCorpus(_documents(train, "training"), _documents(validation, "held-out"))
+    say_shared(*([(row["text"], row.location) for row in rows if row["text"].strip()] for rows in (train, validation)))
+    return corpus
 
 
 def check_texts(sources: Sequence[DataSource]) -> None:

@@ -65,7 +65,8 @@ def usable(rows: list[Pair], max_length: int, context: StepContext, which: str) 
         raise DataError(f"no {which} pair is left: the completions of all {len(fitting)} have equal tokens")
     if not kept:
         shortest = min((row.length for row in rows), default=0)
-        raise DataError(f"no {which} pair fits max_length={max_length}: the shortest of {len(rows)} has {shortest} tokens")
+        fits = f"no {which} pair fits max_length={max_length}"
+        raise DataError(f"{fits}: the shortest of {len(rows)} has {shortest} tokens; raise max_length, or add shorter rows")
     if len(fitting) < len(rows):
         left_out = len(rows) - len(fitting)
         context.runtime.console.print(f"{context.name}: left out {left_out} of {len(rows)} {which} pairs longer than {max_length} tokens")

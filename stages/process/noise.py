@@ -16,6 +16,8 @@ WARNINGS: tuple[tuple[type[Warning], str], ...] = (
 LOG_MESSAGES: tuple[tuple[str, str], ...] = (
     # Rows are right-padded and causal, so padding has no effect; without a mask attention uses its fast path.
     ("transformers.modeling_utils", "We strongly recommend passing in an `attention_mask`"),
+    # Rows that are too long are left out or shortened after they are tokenized, and counted in a message.
+    ("transformers.tokenization_utils_base", "Token indices sequence length is longer than"),
 )
 LOGGERS: tuple[tuple[str, int], ...] = (
     # On import it warns that an optional speed-up for 4-bit models on CPUs is missing; later it reports every cast. Failures raise errors.

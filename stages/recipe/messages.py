@@ -27,9 +27,18 @@ EXPECTED = {
     "less_than": "a number below {lt}",
     "less_than_equal": "a number of at most {le}",
     "literal_error": "one of {expected}",
-    "string_pattern_mismatch": "letters, digits and _-. after a first letter or digit",
     "too_short": "at least {min_length} items",
 }
+
+PATTERNS = {
+    r"^[A-Za-z0-9][A-Za-z0-9_.-]*$": "letters, digits and _-. after a first letter or digit",
+    r"^[\w.-]+$": "letters, digits and _-.",
+    r"^[\w-]+$": "letters, digits, _ and -",
+    r"^[A-Za-z_]\w*$": "the name of an environment variable",
+    r"^[\w.]+:\w+$": "package.module:function",
+    r"^https?://\S+$": "an address that begins with http:// or https://",
+}
+"""What to expect of a text, by the pattern of its field."""
 
 Block = TypeVar("Block", bound=BaseModel)
 SECRET_FIELD = re.compile(r"(?i)api_?key|secret|passw|credential")  # the value may be the secret itself instead of its name
@@ -67,9 +76,16 @@ def _explained(problem: ErrorDetails, model: type[BaseModel], content: object, p
         return source.error(where, f"this field is missing.{about}{more}")
     if kind in ("value_error", "assertion_error"):
         return source.error(where, problem["msg"].partition(", ")[2] + more)
-    expected = EXPECTED[kind].format(**problem.get("ctx", {})) if kind in EXPECTED else problem["msg"]
+    expected = _expected(problem)
     got = "a text that is not shown" if location and SECRET_FIELD.search(str(location[-1])) else _short(problem["input"])
     return source.error(where, f"got {got}, expected {expected}.{about}{more}")
+
+
+def _expected(problem: ErrorDetails) -> str:
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "string_pattern_mismatch":
+        return PATTERNS.get(context["pattern"], f"a text of the form {context['pattern']}")
+    return EXPECTED[kind].format(**context) if kind in EXPECTED else problem["msg"]
 
 
 def _short(value: object) -> str:

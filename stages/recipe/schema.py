@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -467,6 +468,16 @@ def _data_path(written: str, path: Steps, folders: Sequence[Path], source: Recip
             return str(local)
     if not written.endswith(DATA_SUFFIXES) and (names_hub_repository(written) or (is_hub_id(written) and written.isidentifier())):
         return written  # a data set of the Hub
-    looked = " and ".join(str(folder) for folder in dict.fromkeys(folders))
-    expected = "a file, a folder, a Hub id or world:PART"
-    raise source.error(path, f"got {written!r}, a file that does not exist (looked in {looked}); expected {expected}")
+    raise source.error(path, f"got {written!r}, a file that does not exist{_where_it_may_be(written, folders)}")
+
+
+def _where_it_may_be(written: str, folders: Sequence[Path]) -> str:
+    """The end of a message about a missing data file: the next move."""
+    if "$" in written:
+        return (
+            "; a recipe does not replace environment variables. Write the path, or set the field on the command line: STEP.FIELD=$NAME/..."
+        )
+    files = dict.fromkeys(path for folder in folders if (path := _local(folder, written)) is not None)
+    near = [name for path in files if path.parent.is_dir() for name in difflib.get_close_matches(path.name, os.listdir(path.parent), n=1)]
+    hint = f"; did you mean {str(Path(written).with_name(near[0]))!r}?" if near else "; expected a file, a folder, a Hub id or world:PART"
+    return f" (looked for {' and '.join(map(str, files)) or 'nothing, because it is no path'}){hint}"

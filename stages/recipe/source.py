@@ -28,6 +28,7 @@ PLAIN_TAGS = ("map", "seq", "str", "int", "float", "bool", "null")
 LARGEST = 2**63 - 1
 HEADER = ("name", "seed", "description", "trackers")  # recipe fields outside steps that an override may set
 DATA_FIELDS = ("data", "train", "validation", "demonstrations", "perplexity", "exclude", "completions", "judgements")
+MOST_LISTED = 8  # files that a message lists
 MOST_VALUES = 100_000  # nested YAML aliases can expand to billions of values
 
 
@@ -90,10 +91,11 @@ def entry(node: object, key: str | int) -> object:
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """``did you mean 'x'?``, or the list of known names."""
+    """``did you mean 'x'?``, or the list of known names. Upper and lower case count as equal."""
     choices = sorted(known)
-    near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(choices) or 'none'}"
+    by_lower = {choice.lower(): choice for choice in choices}
+    near = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.6)
+    return f"did you mean {by_lower[near[0]]!r}?" if near else f"known: {', '.join(choices) or 'none'}"
 
 
 def named(overrides: Sequence[str]) -> str:
@@ -263,10 +265,7 @@ def read(path: Path | str) -> RecipeSource:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        folder = Path(path).parent
-        known = [str(item) for item in sorted(folder.glob("*.yaml"))] if folder.is_dir() else []
-        known = known or sorted(shipped_recipes())
-        raise RecipeError(f"{file}: no such recipe; {nearest(file, known)}") from None
+        raise RecipeError(f"{file}: no such recipe; {_recipes_near(Path(path))}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{file}: cannot be read as a recipe ({error})") from error
     content, lines = _parse(text, file)
@@ -278,6 +277,16 @@ def read(path: Path | str) -> RecipeSource:
     if not isinstance(content["steps"], list) or not content["steps"]:
         raise source.error(("steps",), f"got {content['steps']!r}, expected a list of at least one step, each with a name and a stage")
     return source
+
+
+def _recipes_near(path: Path) -> str:
+    """The recipe that ``path`` may mean, else some of the recipes in its folder and the shipped ones."""
+    nearby = [str(item) for item in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
+    shipped = sorted(shipped_recipes())
+    if (advice := nearest(path, [*nearby, *shipped])).startswith("did you mean"):
+        return advice
+    listed = f"{', '.join(nearby[:MOST_LISTED])}{f' and {len(nearby) - MOST_LISTED} more' if len(nearby) > MOST_LISTED else ''}"
+    return f"known: {listed}; shipped: {', '.join(shipped)}" if nearby else f"known: {', '.join(shipped)}"
 
 
 def parse_value(text: str, location: str) -> object:

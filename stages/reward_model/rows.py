@@ -64,6 +64,10 @@ def say_lost(context: StepContext, which: str, lost: Lost, max_length: int) -> N
     if lost.equal:
         console.print(f"{context.name}: left out {lost.equal} of {lost.pairs} {which}pairs, because their two texts have equal tokens")
     if lost.equal == lost.pairs:
+        if not lost.cut:
+            raise DataError(
+                f"no {which}comparison is left: the two texts of all {lost.pairs} pairs have equal tokens; add other comparisons"
+            )
         raise DataError(f"no {which}comparison is left: truncated to {max_length} tokens, the completions are equal; raise max_length")
 
 

@@ -11,7 +11,9 @@ import math
 import operator
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -125,7 +127,7 @@ class FunctionSource:
             else:
                 if cause is None:
                     return value
-                reason, advice = f"raised {type(cause).__name__}: {cause}", ""
+                reason, advice = f"raised {type(cause).__name__}{f': {cause}' if str(cause) else ''}{_line_of(cause)}", ""
                 if not isinstance(cause, Exception):
                     break
             if attempt < self.retries:
@@ -150,6 +152,12 @@ class FunctionSource:
                 else "this data has no such column"
             )
             raise TrainingError(f"reward function {self.address} needs {name!r}, but {why}") from None
+
+
+def _line_of(error: BaseException) -> str:
+    """`` (file.py, line 3)``: where the reward function, or what it called, raised ``error``."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first one is ``_serve``
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
 
 
 class SpanFunctionSource(FunctionSource):

@@ -52,7 +52,7 @@ class Signature:
     @property
     def takes_texts(self) -> bool:
         """Whether the function can receive the completions, by name or as its second positional argument."""
-        if not self.by_position or not self.parameters:
+        if not self.by_position:
             return True
         positional = [one for one in self.parameters if one.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
         return len(positional) > 1 or any(one.kind is Parameter.VAR_POSITIONAL for one in self.parameters)
@@ -139,6 +139,8 @@ def load_function(address: str) -> Callable[..., object]:
     function = getattr(function, name)
     if not callable(function):
         raise RecipeError(f"function {address!r} is {type(function).__name__}; expected a function of (prompts, completions)")
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(type(function), "__call__", None)):  # noqa: B004
+        raise RecipeError(f"function {address!r} is async; expected a plain function, which may call asyncio.run")
     if not signature_of(function, address).takes_texts:
         raise RecipeError(f"function {address!r} takes {_shown(function)}; expected a function of (prompts, completions)")
     return function
@@ -153,7 +155,7 @@ def signature_of(function: Callable[..., object], address: str) -> Signature:
     try:
         return _signature(address, inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
-        return Signature(address, (), by_position=True)
+        return Signature(address, (Parameter("texts", Parameter.VAR_POSITIONAL),), by_position=True)
 
 
 def signature_in_source(address: str) -> Signature | None:

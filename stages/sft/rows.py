@@ -74,7 +74,8 @@ def short_enough(rows: list[EncodedRow], max_length: int, context: StepContext, 
     kept = [row for row in rows if len(row.ids) <= max_length]
     if not kept:
         shortest = min((len(row.ids) for row in rows), default=0)
-        raise DataError(f"no {which} demonstration fits max_length={max_length}: the shortest of {len(rows)} has {shortest} tokens")
+        fits = f"no {which} demonstration fits max_length={max_length}"
+        raise DataError(f"{fits}: the shortest of {len(rows)} has {shortest} tokens; raise max_length, or add shorter rows")
     if len(kept) < len(rows):
         context.runtime.console.print(
             f"{context.name}: left out {len(rows) - len(kept)} of {len(rows)} {which} demonstrations longer than {max_length} tokens"

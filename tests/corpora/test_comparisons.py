@@ -120,3 +120,18 @@ def test_wrong_column_path_names_the_location(tmp_path: Path, name: str, message
     path.write_text(json.dumps({"prompt": "p", "completions": [{"text": "a", "rank": 1}, {"text": "b"}]}) + "\n")
     with pytest.raises(DataError, match=message):
         read_rows([DataSource(path=str(path), columns={"ranks": name})])
+
+
+def test_contradictory_comparisons_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [
+        {"prompt": "p", "completions": ["a", "b", "c"], "ranks": [0, 1, 2]},
+        {"prompt": "p", "chosen": "c", "rejected": "b"},  # against the first
+        {"prompt": "q", "chosen": "c", "rejected": "b"},  # another prompt
+        {"prompt": "p", "completions": ["a", "b"], "ranks": [0, 0]},  # a tie is not against a preference
+        {"prompt": "r", "chosen": "x", "rejected": "y"},  # held out
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    load_comparisons(DataInput(train=[DataSource(path=str(path))]))
+    expected = f"2 of 4 training comparisons contradict another one: same prompt, same two texts, other order (the first: {path}:1)"
+    assert caplog.messages == [expected]

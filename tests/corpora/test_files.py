@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from stages.config import DataInput, DataSource
-from stages.corpora.files import fingerprint, read_rows, read_splits
+from stages.corpora.files import fingerprint, read_rows
+from stages.corpora.text import load_text
 from stages.errors import DataError
 
 Rows = list[dict[str, Any]]
@@ -191,7 +192,7 @@ def test_held_out_rows_in_the_training_data_are_reported(
     plain = str(tmp_path / "plain")
     data = DataInput(train=[DataSource(path=plain, **train)], validation=[DataSource(path=plain, **held)])
     with caplog.at_level(logging.WARNING):
-        read_splits(data)
+        load_text(data)
     assert ("held-out rows are also training rows" in caplog.text) == is_said
 
 
@@ -200,8 +201,8 @@ def test_named_splits_of_a_folder_are_separate(tmp_path: Path, caplog: pytest.Lo
     write(tmp_path / "dev.jsonl", "two")
     source = DataSource(path=str(tmp_path))
     with caplog.at_level(logging.WARNING):
-        rows = read_splits(DataInput(train=[source], validation=[source]))
-    assert [[row["text"] for row in part] for part in rows] == [["one"], ["two"]]
+        loaded = load_text(DataInput(train=[source], validation=[source]))
+    assert (loaded.train, loaded.validation) == (["one"], ["two"])
     assert caplog.text == ""
 
 
@@ -217,3 +218,19 @@ def test_a_column_that_occurs_twice_in_a_header_is_refused(tmp_path: Path) -> No
     (tmp_path / "rows.csv").write_text("text,label,text\na,1,b\n")
     with pytest.raises(DataError, match="rows.csv:1: the header names 'text' more than once"):
         read_rows([DataSource(path=str(tmp_path / "rows.csv"))])
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_a_table_with_another_separator_is_refused(mark: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(f"prompt{mark}completion\na{mark}b\n")
+    with pytest.raises(DataError, match="rows.csv:1: the header is one column, 'prompt.*'; expected columns separated by ','"):
+        read_rows([DataSource(path=str(tmp_path / "rows.csv"))])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.jsonl", '{"text": "a"}\n{"text": "b", "text": "c"}\n'), ("a.json", '[{"text": "b", "text": "c"}]')]
+)
+def test_a_key_that_occurs_twice_in_an_object_is_refused(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=r"a.json.*the key 'text' occurs twice in one object"):
+        read_rows([DataSource(path=str(tmp_path / name))])

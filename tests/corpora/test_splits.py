@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from stages.config import DataInput
+from stages.config import DataInput, DataSource
 from stages.corpora.comparisons import load_comparisons
+from stages.corpora.demonstrations import load_demonstrations
 from stages.corpora.files import read_splits
+from stages.corpora.reviews import load_reviews
+from stages.corpora.text import load_text
 from stages.errors import DataError
 
 
@@ -86,3 +90,38 @@ def test_unsplittable_data_is_refused(table: str) -> None:
     with pytest.raises(DataError, match="all rows have one user"):
         Path(table).write_text(json.dumps({"text": "t", "user": "u"}) + "\n")
         split(table, split_by="user")
+
+
+ROWS: dict[str, tuple[Any, list[dict[str, Any]], list[dict[str, Any]]]] = {
+    "demonstrations": (
+        load_demonstrations,
+        [{"prompt": "p", "completion": "a", "id": 1}, {"prompt": "p", "completion": "b", "id": 2}],
+        [{"prompt": "p", "completion": "c", "id": 3}, {"prompt": "p", "completion": "b", "id": 4}],
+    ),
+    "comparisons in another order": (
+        load_comparisons,
+        [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "a", "rejected": "b"}],
+        [{"prompt": "r", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "b", "rejected": "a"}],
+    ),
+    "reviews": (
+        lambda data: load_reviews(data, ["bad", "good"]),
+        [{"text": "a", "label": 0}, {"text": "b", "label": 1}],
+        [{"text": "c", "label": 0}, {"text": "b", "label": 1}],
+    ),
+    "texts": (load_text, [{"text": "a"}, {"text": "b"}], [{"text": "c"}, {"text": "b"}]),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_held_out_rows_that_equal_training_rows_are_counted(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load, *splits = ROWS[kind]
+    paths = [tmp_path / "train.jsonl", tmp_path / "other.jsonl"]
+    for path, rows in zip(paths, splits, strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataInput(train=[DataSource(path=str(paths[0]))], validation=[DataSource(path=str(paths[1]))])
+    load(data)
+    assert f"1 of 2 held-out rows are also training rows (the first: {paths[1]}:2 equals {paths[0]}:2)" in caplog.text
+    caplog.clear()
+    paths[1].write_text(json.dumps(splits[1][0]) + "\n")
+    load(data)
+    assert "also training rows" not in caplog.text

@@ -92,6 +92,8 @@ def test_misspelt_column_gives_one_message_before_training(grading, rows, ppo_co
 
 def test_run_that_ends_after_retries_keeps_its_episodes(grading, rows, ppo_config, ppo_context) -> None:
     config = ppo_config(data=rows, reward=[{"function": "grading:down", "retries": 2, "backoff_seconds": 0.0}])
-    with pytest.raises(TrainingError, match=r"raised ConnectionError: nobody answers \(attempt 3 of 3\).*episodes are in"):
+    with pytest.raises(
+        TrainingError, match=r"raised ConnectionError: nobody answers \(\w+\.py, line \d+\) \(attempt 3 of 3\).*episodes are in"
+    ):
         run(config, ppo_context)
     assert len((ppo_context.folder / "failed_rollout.jsonl").read_text().splitlines()) == 12

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from stages.process.held_log import held_log
+from stages.process.held_log import held_log, without_repeats
 
 logger = logging.getLogger("stages.test_held_log")
 
@@ -24,3 +24,13 @@ def test_records_of_a_successful_attempt_are_shown_at_its_end(caplog: pytest.Log
         logger.warning("three rows")
         assert caplog.messages == []
     assert caplog.messages == ["three rows"]
+
+
+def test_equal_messages_are_shown_once(caplog: pytest.LogCaptureFixture) -> None:
+    with without_repeats():
+        with without_repeats(), held_log():
+            logger.warning("%d rows", 3)
+        logger.warning("3 rows")
+        logger.warning("4 rows")
+    logger.warning("3 rows")
+    assert caplog.messages == ["3 rows", "4 rows", "3 rows"]

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from stages.config import DataInput, DataSource, ModelField, ModelInput, OptimizerSettings, StepConfig, Strict, TrainingStepConfig
 from stages.errors import DataError, RecipeError
+from stages.recipe.messages import PATTERNS
 from stages.recipe.schema import STAGES, Recipe, Stage, load_recipe
 from stages.recipe.source import parse_path, show
 from stages.registry.ledger import Registry
@@ -272,6 +273,41 @@ def test_missing_recipe_lists_recipes_nearby() -> None:
     load(GOOD)
     with pytest.raises(RecipeError, match=re.escape("did you mean 'recipes/x.yaml'?")):
         load_recipe("recipes/y.yaml")
+
+
+def test_a_shipped_recipe_is_suggested_next_to_those_of_the_folder() -> None:
+    for number in range(12):
+        Path(f"mine{number:02}.yaml").write_text(GOOD)
+    with pytest.raises(RecipeError, match=re.escape("quikstart: no such recipe; did you mean 'quickstart'?")):
+        load_recipe("quikstart")
+    with pytest.raises(RecipeError, match=r"known: mine00.yaml, .*, mine07.yaml and 4 more; shipped: assistant, "):
+        load_recipe("zzz")
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("text.txt", "(looked for {cwd}/text.txt and {cwd}/recipes/text.txt); did you mean 'texts.txt'?"),
+        ("{cwd}/recipes/text.txt", "(looked for {cwd}/recipes/text.txt); did you mean '{cwd}/recipes/texts.txt'?"),
+        ("$DATA/x.txt", "; a recipe does not replace environment variables"),
+        ("far.jsonl", "; expected a file, a folder, a Hub id or world:PART"),
+    ],
+)
+def test_a_missing_data_file_is_named_with_the_next_move(written: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(changed("texts.txt", written.format(cwd=tmp_path)))
+    assert message.format(cwd=tmp_path) in str(caught.value)
+
+
+def test_a_stage_in_upper_case_is_suggested() -> None:
+    with pytest.raises(RecipeError, match=re.escape("got 'STEER', which is not a stage; did you mean 'steer'?")):
+        load(changed("stage: steer", "stage: STEER"))
+
+
+def test_every_pattern_of_a_field_has_its_own_expectation() -> None:
+    sources = "".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "stages").rglob("*config.py"))
+    used = set(re.findall(r'pattern=r"([^"]+)"', sources))
+    assert len(used) > 4 and used <= set(PATTERNS)
 
 
 def test_references_resolve_in_the_documented_order(tmp_path: Path) -> None:

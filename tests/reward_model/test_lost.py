@@ -65,3 +65,6 @@ def test_step_reports_dropped_rows(tmp_path, step_context, resolve_folder, tiny_
     path.write_text(json.dumps(same) + "\n")
     with pytest.raises(DataError, match="no comparison is left: truncated to 16 tokens, the completions are equal"):
         run(RewardModelConfig.model_validate(settings), step_context("test/none", models=models))
+    path.write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "a"}) + "\n")
+    with pytest.raises(DataError, match="no comparison is left: the two texts of all 1 pairs have equal tokens"):
+        run(RewardModelConfig.model_validate(settings), step_context("test/none", models=models))

@@ -37,6 +37,10 @@ def only(prompts, completions, /, answer): return named(prompts, completions, an
 def old(texts, completions): return [len(text) for text in completions]
 def anything(*args): return [len(text) for text in args[1]]
 def one(texts): return [0.0]
+def none(): return [0.0]
+async def waits(p, c): return [0.0 for _ in c]
+def helper(text): raise ValueError("no digit")
+def broken(p, c): return [helper(text) for text in c]
 @functools.wraps(named)
 def wrapped(*args, **kwargs): return named(*args, **kwargs)
 def sometimes(p, c): return [None if "x" in text else len(text) for text in c]
@@ -103,6 +107,10 @@ def test_a_conversation_has_its_roles(module) -> None:
 def test_function_with_an_unavailable_argument_is_an_error(module) -> None:
     with pytest.raises(RecipeError, match=r"takes \(texts\); expected a function of \(prompts, completions\)"):
         FunctionSource("f", "asking:one")
+    with pytest.raises(RecipeError, match=r"takes \(\); expected a function of \(prompts, completions\)"):
+        FunctionSource("f", "asking:none")
+    with pytest.raises(RecipeError, match="is async; expected a plain function"):
+        FunctionSource("f", "asking:waits")
     with pytest.raises(TrainingError, match="needs 'answer', but this data has no such column"):
         FunctionSource("f", "asking:named").score(["p"], ["a"])
     with pytest.raises(TrainingError, match="needs 'completion_ids', but no model of this run wrote these completions"):
@@ -189,7 +197,7 @@ def test_retries_with_a_growing_wait(module) -> None:
     source = FunctionSource("f", "asking:flaky", retries=3, backoff_seconds=0.5, sleep=waits.append)
     assert source.score(["p"], ["a"]).tolist() == [1.0] and waits == [0.5, 1.0]
     module.calls.clear()
-    with pytest.raises(TrainingError, match=r"asking:flaky raised ConnectionError: busy \(attempt 2 of 2\)"):
+    with pytest.raises(TrainingError, match=r"asking:flaky raised ConnectionError: busy \(asking.py, line 27\) \(attempt 2 of 2\)"):
         FunctionSource("f", "asking:flaky", retries=1, sleep=waits.append).score(["p"], ["a"])
     module.calls.clear()
     source = FunctionSource("f", "asking:slow_once", retries=1, timeout=0.2, sleep=waits.append)
@@ -197,3 +205,9 @@ def test_retries_with_a_growing_wait(module) -> None:
     assert source.score(["p", "q"], ["a", "b"]).tolist() == [2.0, 2.0]
     with pytest.raises(ValueError, match="retries needs a function or an endpoint"):
         RewardInput.model_validate({"model": "m", "label": 1, "retries": 2})
+
+
+def test_an_exception_of_a_function_is_reported_with_its_line(module) -> None:
+    line = CODE[: CODE.index("def helper")].count("\n") + 1
+    with pytest.raises(TrainingError, match=rf"asking:broken raised ValueError: no digit \(asking.py, line {line}\)"):
+        FunctionSource("f", "asking:broken").score(["p"], ["a"])
