@@ -7,6 +7,7 @@ turns, tool calls, reasoning), it is a list of messages that ends with an assist
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -50,6 +51,7 @@ Prompt = str | list[Message]
 Completion = str | list[Message]
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # field names for the assistant's reasoning before its reply
+_THOUGHT = re.compile(r"\s*(?P<opening><think>)?(?P<thought>.*?)</think>\s*", re.DOTALL)
 COLUMNS = ("messages", "conversations")  # columns with a full conversation; the second is ShareGPT's
 LAST_REPLY = "\n\nAssistant:"  # the assistant marker in Anthropic's dialogues
 
@@ -88,7 +90,30 @@ def _message(entry: object, *, columnar: bool) -> Message:
         del fields["weight"]
     if not fields.get("tool_calls", True):
         del fields["tool_calls"]
-    return {name: without_missing(item) for name, item in fields.items()} if columnar else fields
+    return _with_one_reasoning({name: without_missing(item) for name, item in fields.items()} if columnar else fields)
+
+
+def _with_one_reasoning(message: Message) -> Message:
+    """The message with its reasoning only in a field, if it is also in a think block of the text. A template would write it twice.
+
+    A blank field gives way to the block. Raises DataError if the field and the block say different things.
+    """
+    names = [name for name in REASONING if isinstance(message.get(name), str)]
+    block = _THOUGHT.match(content_text(message)) if names and message["role"] == "assistant" else None
+    if block is None:
+        return message
+    fields = {" ".join(message[name].split()) for name in names} - {""}
+    thought = " ".join(block["thought"].split())
+    if not fields:
+        return {name: item for name, item in message.items() if name not in names}
+    if thought and thought not in fields:
+        if not block["opening"]:  # a text that only mentions the tag
+            return message
+        raise DataError(
+            f"the reply has the reasoning {message[names[0]]!r:.60} in {names[0]} and another think block in its text ({thought!r:.60}); "
+            "keep one of them"
+        )
+    return {**message, "content": content_text(message)[block.end() :]}
 
 
 def _read_json(text: str) -> object:

@@ -42,6 +42,29 @@ def test_every_field_of_a_message_is_kept() -> None:
     assert read[1]["content"] is None and read.location == "chats.jsonl:7"
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("content", ["<think>\nit is  easy\n</think>\n\n22", "it is easy</think>22", "<think></think>22", "22"])
+def test_reasoning_in_a_field_and_in_the_text_is_kept_once(name: str, content: str) -> None:
+    read = messages_of(row(messages=[user("hi"), {**bot(content), name: "it is easy"}]), "messages")
+    assert read[1] == {**bot("22"), name: "it is easy"}
+    as_parts = {**bot(""), "content": [{"type": "text", "text": content}], name: "it is easy"}
+    assert completion_text(messages_of(row(messages=[user("hi"), as_parts]), "messages")[1:]) == "<think>\nit is easy\n</think>\n22"
+
+
+def test_blank_reasoning_gives_way_to_the_think_block_of_the_text() -> None:
+    read = messages_of(row(messages=[user("hi"), {**bot("<think>so</think>22"), "reasoning_content": "\n"}]), "messages")
+    assert read[1] == bot("<think>so</think>22")
+
+
+def test_two_different_reasonings_of_one_reply_are_refused() -> None:
+    with pytest.raises(
+        DataError, match=r"chats.jsonl:7: messages, message 2: .*'easy' in reasoning_content and another think block .*'hard'"
+    ):
+        messages_of(row(messages=[user("hi"), {**bot("<think>hard</think>22"), "reasoning_content": "easy"}]), "messages")
+    mentions = {**bot("the tag </think> ends it"), "reasoning_content": "easy"}
+    assert messages_of(row(messages=[user("hi"), mentions]), "messages")[1] == mentions
+
+
 def test_tools_make_another_prompt_and_travel_between_processes() -> None:
     plain, with_tools = Conversation([user("hi")]), Conversation([user("hi")], tools=TOOLS, location="a:1")
     assert plain == [user("hi")] and plain != with_tools and prompt_key(plain) != prompt_key(with_tools)

@@ -261,6 +261,18 @@ def test_think_blocks(tokenizer_of, reply) -> None:
     assert render_pair(tokenizer, "hello", reply, sampled=True)[1] == "i am fine</s>"
 
 
+def test_reasoning_that_the_data_has_twice_is_trained_once(tokenizer_of) -> None:
+    """As Qwen 3's template, this one writes the field and leaves the text of the reply as it is."""
+    tokenizer = tokenizer_of("byte_bpe")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think>' }}"
+        "{% endif %}{{ m.content + '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    both = {"role": ASSISTANT, "content": "<think>look outside</think>22", "reasoning_content": "look outside"}
+    (made,) = training_rows(tokenizer, demonstration(row(messages=[{"role": USER, "content": "hello"}, both])), train_on="last_reply")
+    assert trained_runs(tokenizer, made) == ["<think>look outside</think>22<|end|>"]
+
+
 def test_reasoning_reaches_the_template_or_is_refused(tokenizer_of) -> None:
     tokenizer = tokenizer_of("byte_bpe")
     reply = [{"role": ASSISTANT, "content": "22", "reasoning_content": "look outside"}]
