@@ -84,7 +84,8 @@ def unfit_products(model: nn.Module) -> list[str]:
         family: Any = type(module)  # Any, because mypy takes classes of modules for unhashable
         # Bloom reads weights only with slow_but_exact.
         inside = frozenset() if getattr(module, "slow_but_exact", None) is False else _read_directly(family)
-        is_mixer = "A_log" in module._parameters
+        # Linear attention (Qwen3-Next, Kimi) has A_log, too, but no in_proj. It calls all its products as modules.
+        is_mixer = "A_log" in module._parameters and hasattr(module, "in_proj")
         for own, child in module.named_children():
             if not isinstance(child, nn.Linear):
                 continue

@@ -73,6 +73,7 @@ EXPERTS = {**SMALL, "num_key_value_heads": 2, "num_local_experts": 2, "num_exper
         (transformers.FalconConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2), []),
         (transformers.Llama4TextConfig(**EXPERTS, intermediate_size_mlp=48, head_dim=16), ["model.layers.0.feed_forward.router"]),
         (transformers.PhimoeConfig(**EXPERTS), ["model.layers.0.mlp.router"]),
+        (transformers.Qwen3_5TextConfig(**SMALL, num_key_value_heads=2, head_dim=16, layer_types=["linear_attention"]), []),
         (
             transformers.Gemma3nTextConfig(
                 **SMALL,
