@@ -16,7 +16,8 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -207,10 +208,14 @@ def checked_recording(recorder: Recorder, step: Callable[[], Tensor], slots: Slo
 
 
 class CudaRecorder:
-    """Records on the current GPU. All recordings share one memory pool, because nothing in it must outlive a step."""
+    """Records on the current GPU. Recordings share a memory pool, because nothing in it must outlive a step.
+
+    After the last recording of a pool is freed, PyTorch may refuse the pool. So the next recording gets a new one.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()  # recordings in the pool
         self.memory_limit = int(KEPT_SHARE * torch.cuda.get_device_properties(device).total_memory)
 
     def record(self, step: Callable[[], Tensor]) -> Recording:
@@ -223,23 +228,40 @@ class CudaRecorder:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the recording also does this at its start; done here, it does not distort the memory difference
         reserved = torch.cuda.memory_reserved()
+        if not self._graphs:
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
             with garbage_kept(), torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
                 logits = step()
         except BaseException:
-            self._end_allocation()
+            if not _has_ended(graph):
+                self._leave_pool(graph)
             raise
         finally:
             torch.cuda.set_stream(current)  # a failed recording would leave its own stream as the current one
+        self._graphs.add(graph)
         return Recording(graph.replay, logits, max(0, torch.cuda.memory_reserved() - reserved))
 
-    def _end_allocation(self) -> None:
-        """End the allocation from the pool after a failed recording. Otherwise PyTorch would never again free its unused memory."""
-        end = getattr(torch._C, "_cuda_endAllocateToPool", None)
-        if end is not None:
-            with suppress(RuntimeError):  # it has ended already
-                end(torch.cuda.current_device(), self._pool)
+    def _leave_pool(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End the allocation of a recording that failed before its end. Otherwise PyTorch would never again free the pool's memory."""
+        _unended.append(graph)
+        with suppress(RuntimeError, AttributeError):  # the recording has not begun
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+            torch._C._cuda_releasePool(torch.cuda.current_device(), self._pool)
+
+
+_unended: list[torch.cuda.CUDAGraph] = []
+"""Recordings that failed before their end. They stay, because PyTorch's allocator for pinned memory refers to them."""
+
+
+def _has_ended(graph: torch.cuda.CUDAGraph) -> bool:
+    """Whether the recording of ``graph`` has ended, so that it leaves its pool when it is freed."""
+    try:
+        graph.pool()
+    except RuntimeError:
+        return False
+    return True
 
 
 @cache

@@ -94,6 +94,19 @@ def decoded() -> dict[str, Any]:
     return {**made, "refused": sum(graphs._refusals.values())}
 
 
+def decoded_in_a_growing_cache() -> dict[str, Any]:
+    """Completions with and without graphs that need a larger cache on the way, and how many recordings were rejected meanwhile."""
+    made, language_model, before = {}, model(torch.float32), sum(graphs._refusals.values())
+    usual, workspace.RESPONSE_ROOM = workspace.RESPONSE_ROOM, 8  # 64 columns at first
+    try:
+        for name, recorded in (("recorded", True), ("computed", False)):
+            settings = GenerationSettings(max_new_tokens=84, batch_size=2, cuda_graphs=recorded)
+            made[name] = generate(language_model, PROMPTS[:2], settings, seeds=range(2), stop_ids=[], pad_token_id=0).response_ids.tolist()
+    finally:
+        workspace.RESPONSE_ROOM = usual
+    return {**made, "refused": sum(graphs._refusals.values()) - before}
+
+
 def pass_with_gradients() -> dict[str, Any]:
     """A packed pass of a policy: its kernel, and the operations for which the CPU waited."""
     policy = Policy(model(torch.float32), temperature=1.0, autocast=torch.bfloat16)
@@ -319,6 +332,7 @@ if __name__ == "__main__":
     results = {
         "casts": casts_of_checkpointed_passes(),
         "decoded": decoded(),
+        "grown": decoded_in_a_growing_cache(),
         "pass": pass_with_gradients(),
         "training": training_waits(sys.argv[1]),
         "decoding": decoding_waits(),

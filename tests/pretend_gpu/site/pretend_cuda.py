@@ -225,6 +225,7 @@ def _counter() -> Iterator[int]:
 
 _pools = _counter()
 _recorded: dict[Any, list[_Tape]] = {}  # pool -> recordings that share its memory
+_released: set[Any] = set()  # pools whose recordings were all freed
 _held: collections.Counter[int] = collections.Counter()  # storage -> references that tapes hold
 
 
@@ -321,6 +322,8 @@ class CUDAGraph:
         if _recorded is not None and self._pool is not None:  # None at the end of the process
             _recorded[self._pool] = [tape for tape in _recorded.get(self._pool, []) if tape is not self._tape]
             self._tape.forget()
+            if not _recorded[self._pool]:
+                _released.add(self._pool)
 
 
 class graph:  # noqa: N801  # the name in torch.cuda
@@ -335,6 +338,8 @@ class graph:  # noqa: N801  # the name in torch.cuda
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         assert graph.now is None, "a capture within a capture"
+        if self._graph._pool in _released:  # PyTorch keeps such a pool as long as a tensor in it lives, and refuses it
+            raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED: the pool was released with its last graph")
         if torch.is_grad_enabled():
             raise AssertionError("a capture with gradients")
         graph.now, self._before = self, Stream.current
