@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from stages.dpo.config import DPOStepConfig
 from stages.memory.estimate import Machine, Memory, dtype_bytes
 from stages.memory.lengths import Counter, Lengths, comparison_lengths
-from stages.memory.models import View, language_model, rows_per_pass
+from stages.memory.models import View, is_whole, keeps_masks, language_model, rows_per_pass
 
 
 def lengths_of(config: DPOStepConfig, counter: Counter) -> Lengths:
@@ -19,6 +19,7 @@ def estimate(config: DPOStepConfig, models: Mapping[str, View], lengths: Lengths
     """Both completions of a pair in one pass; plus a frozen reference unless an adapter is trained."""
     view = models["model"]
     columns = min(config.max_length or view.shape.positions, lengths.comparison)
-    rows = 2 * rows_per_pass(config, processes, columns, machine, lengths.examples, texts=2)
-    made = language_model(config, view, rows, columns, machine, tiled=True)
+    pairs = rows_per_pass(config, processes, columns, machine, lengths.examples, texts=2)
+    whole = is_whole(config, pairs, processes)
+    made = language_model(config, view, 2 * pairs, columns, machine, tiled=True, masked=keeps_masks(view), whole=whole)
     return made if config.lora is not None else made + view.frozen(dtype_bytes(config.precision, machine))

@@ -63,7 +63,7 @@ def _candidate(config: EvaluationConfig, view: View, lengths: Lengths, machine: 
     if config.perplexity is not None:
         columns = config.perplexity_block_size
         logits = rows * columns * view.shape.vocabulary * compute
-        measured_phases.append(inference_phase(view, rows, columns, compute, machine, logits=logits, masked=True))
+        measured_phases.append(inference_phase(view, rows, columns, compute, machine, logits=logits))
     return view.frozen(compute) + phases(*measured_phases or [Phase()])
 
 

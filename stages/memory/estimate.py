@@ -62,16 +62,20 @@ class Memory:
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes that a step has temporarily: cache, activations, logits, and weights that are moved to the device for this phase."""
+    """Bytes that a step has temporarily: cache, activations, logits, and weights that are moved to the device for this phase.
+
+    ``absent``: of what the step holds, bytes that do not exist at the peak of this phase (gradients, before the first backward pass).
+    """
 
     cache: float = 0.0
     activations: float = 0.0
     logits: float = 0.0
     awake: float = 0.0
+    absent: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.cache + self.activations + self.logits + self.awake
+        return max(0.0, self.cache + self.activations + self.logits + self.awake - self.absent)
 
 
 def phases(*held: Phase) -> Memory:

@@ -273,19 +273,43 @@ def largest_pass(examples: Sequence[int], batch_size: int, rows: int) -> int:
     return largest
 
 
-def language_model(config: TrainingStepConfig, view: View, rows: float, columns: int, machine: Machine, *, tiled: bool = False) -> Memory:
-    """Next-token training with logits at every position. ``tiled``: by the loss of TRL, which makes the logits in tiles."""
+def language_model(
+    config: TrainingStepConfig,
+    view: View,
+    rows: float,
+    columns: int,
+    machine: Machine,
+    *,
+    tiled: bool = False,
+    masked: bool = False,
+    whole: bool = False,
+) -> Memory:
+    """Next-token training with logits at every position.
+
+    ``tiled``: by the loss of TRL, which makes the logits in tiles. ``masked``: attention gets a mask. ``whole``: see ``is_whole``.
+    """
     logits = unchunked_logits(view.shape, rows * columns)
     if tiled:
         compute = dtype_bytes(config.precision, machine)
         trains_output = config.lora is None or changes_output(view, config.lora)
         logits = tiled_logits(view.shape, rows * columns, machine, trains_output=trains_output, compute=compute)
-    return trained_model(config, view, machine) + phases(
-        training_phase(config, view, rows, columns, machine, logits=logits, masked=has_padding(config)),
-        saving(view.shape),
-    )
+    held = trained_model(config, view, machine)
+    training = training_phase(config, view, rows, columns, machine, logits=logits, masked=masked)
+    return held + phases(before_gradients(training, held) if whole else training, saving(view.shape))
 
 
-def has_padding(config: TrainingStepConfig) -> bool:
-    """Whether the rows of a Trainer's step have different lengths, so that attention gets a mask."""
-    return not (config.stage == "pretraining" or getattr(config, "packing", False))
+def is_whole(config: TrainingStepConfig, rows: float, processes: int) -> bool:
+    """Whether one pass over ``rows`` examples computes a complete optimizer step. Then no gradients exist when its activations are largest:
+    they are made while activations are freed."""
+    return rows >= max(1, config.training.batch_size // processes)
+
+
+def before_gradients(phase: Phase, trained: Memory) -> Phase:
+    """``phase``, if the gradients of ``trained`` do not exist yet at its peak."""
+    return replace(phase, absent=trained.gradients)
+
+
+def keeps_masks(view: View) -> bool:
+    """Whether right-padded rows keep their attention mask in SFT and DPO: the loss of routers must not count padding
+    (``models/right_padding.py``)."""
+    return any(f'"{name}"' in view.shape.config for name in ("num_local_experts", "num_experts"))

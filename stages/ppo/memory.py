@@ -10,6 +10,7 @@ from stages.memory.estimate import FP32, Machine, Memory, Phase, dtype_bytes, fi
 from stages.memory.lengths import Counter, Lengths, prompt_texts
 from stages.memory.models import (
     View,
+    before_gradients,
     cache_bytes,
     cast_bytes,
     decoding_phases,
@@ -60,7 +61,12 @@ def estimate(config: PPOStepConfig, models: Mapping[str, View], lengths: Lengths
 
     share = -(-config.minibatch_size // processes)
     episodes = [min(tokens, prompt) + new for _, tokens in lengths.examples] or [prompt + new]
-    updating = update(_update_rows(config, episodes, prompt + new, machine, share, lambda rows: held.total + update(rows).total))
+    rows = _update_rows(config, episodes, prompt + new, machine, share, lambda rows: held.total + update(rows).total)
+    updating = update(rows)
+    if rows >= share and config.lora is None:
+        # One pass of each network computes the step. The gradients of the network whose pass is second do not exist yet at its peak.
+        weights = bigger.shape.weights if value is None else min(policy.shape.weights, value.shape.weights)
+        updating = before_gradients(updating, trained(weights, config.training.optimizer))
     own = max(1, config.rollout_batch_size // processes)
     scoring = [replace(scoring_phase(judge, own, prompt, new, compute, machine), cache=kept, awake=scorers) for judge in judges]
     measured = _measured_rows(config, prompt + new, machine, own)

@@ -8,8 +8,10 @@ from stages.memory.estimate import Machine, Memory, dtype_bytes, phases
 from stages.memory.lengths import Counter, Lengths, comparison_lengths
 from stages.memory.models import (
     View,
+    before_gradients,
     decoding_phases,
     inference_phase,
+    is_whole,
     language_model,
     rows_per_pass,
     saving,
@@ -38,14 +40,16 @@ def estimate(config: RewardModelConfig, models: Mapping[str, View], lengths: Len
 
 def _training(config: RewardModelConfig, view: View, columns: int, lengths: Lengths, machine: Machine, processes: int) -> Memory:
     compute = dtype_bytes(config.precision, machine)
-    rows = rows_per_pass(config, processes, columns, machine, lengths.examples, texts=lengths.completions) * lengths.completions
+    prompts = rows_per_pass(config, processes, columns, machine, lengths.examples, texts=lengths.completions)
+    rows, whole = prompts * lengths.completions, is_whole(config, prompts, processes)
     if config.generative is not None:
         if config.generative.train:
-            return language_model(config, view, rows, columns, machine)
+            return language_model(config, view, rows, columns, machine, masked=True, whole=whole)
         logits = compute * rows * columns * view.shape.vocabulary
         return view.frozen(compute) + phases(inference_phase(view, rows, columns, compute, machine, logits=logits, masked=True))
-    training = training_phase(config, view, rows, columns, machine, logits=0.0, masked=True, task="FEATURE_EXTRACTION")
-    return trained_model(config, view, machine, task="FEATURE_EXTRACTION") + phases(training, saving(view.shape, output=False))
+    training = training_phase(config, view, rows, columns, machine, logits=0.0, masked=False, task="FEATURE_EXTRACTION")
+    held = trained_model(config, view, machine, task="FEATURE_EXTRACTION")
+    return held + phases(before_gradients(training, held) if whole else training, saving(view.shape, output=False))
 
 
 def _collecting(collection: Collection, models: Mapping[str, View], columns: int, machine: Machine, compute: int) -> list[Memory]:

@@ -71,6 +71,7 @@ SCALE = Scale(
     longest_completion=0,
     rounds=0,
 )
+STEPS = 6  # optimizer steps of a stage with a Trainer
 LORA: dict[str, Any] = {"lora": {"r": 16}}
 CHECKPOINTED = {"training": {"gradient_checkpointing": True}}
 SETUPS: dict[str, dict[str, Any]] = {
@@ -105,6 +106,12 @@ SETUPS: dict[str, dict[str, Any]] = {
         "fields": {"lora": {"r": 16, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}},
         "learned": False,
     },
+    "Llama, pretraining, one pass per step": {
+        "shape": "Llama",
+        "stage": "pretraining",
+        "fields": {"block_size": 128, "training": {"batch_size": 4}},
+    },
+    "Llama, PPO, LoRA on int8": {"shape": "Llama", "fields": LORA, "learned": False, "quantization": "int8"},
     "DistilBERT, classifier": {"shape": "DistilBERT", "stage": "sentiment", "fields": {"max_length": 128}},
 }
 
@@ -129,6 +136,8 @@ def planned_and_measured(setup: dict[str, Any], work: Path) -> tuple[float, floa
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         fields = {"precision": "fp32", **setup.get("fields", {})}
+        if stage != "ppo":  # enough steps for passes of the planned size
+            fields["training"] = {"max_steps": STEPS, **fields.get("training", {})}
         quantization, learned = setup.get("quantization", "none"), setup.get("learned", stage == "ppo")
         settings = settings_of(SCALE, files, stage=stage, quantization=quantization, learned_reward=learned, fields=fields)
         (home / "recipe.yaml").write_text(json.dumps({"name": "tensors", "steps": [settings]}))

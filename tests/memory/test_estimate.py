@@ -163,6 +163,7 @@ def test_logits_of_all_tokens_take_what_the_loss_of_a_policy_takes(capped: bool)
 
 
 def test_phases_follow_each_other() -> None:
+    assert (Phase(5, 1, 1, absent=3).total, Phase(1, absent=2).total) == (4, 0)
     memory = phases(Phase(5, 1, 1), Phase(0, 4, 6), Phase(awake=9))
     assert (memory.kv_cache, memory.activations, memory.logits, memory.awake, memory.passing) == (5, 4, 6, 9, 10)
     assert (memory + Memory(weights=1, gradients=2)).total == 13
