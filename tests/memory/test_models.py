@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from stages.memory.estimate import Machine, Phase
+from stages.memory.estimate import Machine, Memory, Phase, phases
 from stages.memory.fake_passes import LiveBytes
 from stages.memory.lengths import Counter, Lengths, comparison_lengths, demonstration_lengths
-from stages.memory.models import largest_pass, rows_per_pass, saving
+from stages.memory.models import before_gradients, is_whole, largest_pass, rows_per_pass, saving
 from stages.memory.shapes import shape_of
 from stages.sft.config import SFTStepConfig
 
@@ -34,16 +34,23 @@ def test_the_largest_pass_of_a_step(examples: list[int], batch_size: int, rows: 
     assert largest_pass(examples, batch_size, rows) == tokens
 
 
+def step_of_eight() -> SFTStepConfig:
+    fields = {"stage": "sft", "name": "sft", "model": "base", "data": {"train": "rows.jsonl"}}
+    return SFTStepConfig.model_validate({**fields, "training": {"batch_size": 8, "microbatch_size": 8}})
+
+
+def test_at_the_peak_of_a_pass_over_a_complete_step_no_gradients_exist() -> None:
+    """Weights 10, gradients 10, moments 20; a pass with 100 and the check of the saved model with 15."""
+    config = step_of_eight()
+    assert is_whole(config, 8, 1) and is_whole(config, 4, 2) and not is_whole(config, 7.5, 1)
+    held, training = Memory(weights=10, gradients=10, optimizer=20), Phase(activations=100)
+    assert (held + phases(training, Phase(activations=15))).total == 140
+    assert (held + phases(before_gradients(training, held), Phase(activations=15))).total == 130
+    assert (held + phases(before_gradients(Phase(activations=3), held))).total == 40  # after the pass, with the gradients
+
+
 def test_rows_of_a_pass_follow_from_the_lengths_of_the_examples() -> None:
-    config = SFTStepConfig.model_validate(
-        {
-            "stage": "sft",
-            "name": "sft",
-            "model": "base",
-            "data": {"train": "rows.jsonl"},
-            "training": {"batch_size": 8, "microbatch_size": 8},
-        }
-    )
+    config = step_of_eight()
     assert rows_per_pass(config, 1, 200, CPU, [(1, 50)]) == 8 * 50 / 200
     assert rows_per_pass(config, 1, 200, CPU, []) == 4  # 800 tokens, if the lengths are unknown
     assert rows_per_pass(config, 1, 400, CPU, [(3, 200)], texts=4) == 3 * 200 / (4 * 400)  # a pass of one example with three texts
