@@ -17,6 +17,7 @@ import json
 import logging
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,12 @@ SETUPS: dict[str, dict[str, Any]] = {
         "quantization": "nf4",
     },
     "Qwen2, reward model": {"shape": "Qwen2", "stage": "reward_model"},
+    "Llama, reward model, one pass per step": {
+        "shape": "Llama",
+        "stage": "reward_model",
+        "fields": {"training": {"batch_size": 3}},
+        "scale": {"shortest_prompt": 64},  # texts of one length
+    },
     "Gemma 2 (capped scores and logits), PPO, full": {"shape": "Gemma 2"},
     "Gemma 3, PPO, LoRA": {"shape": "Gemma 3", "fields": LORA, "learned": False},
     "Llama, DPO, full": {"shape": "Llama", "stage": "dpo"},
@@ -105,11 +112,6 @@ SETUPS: dict[str, dict[str, Any]] = {
         "shape": "Llama",
         "fields": {"lora": {"r": 16, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}},
         "learned": False,
-    },
-    "Llama, pretraining, one pass per step": {
-        "shape": "Llama",
-        "stage": "pretraining",
-        "fields": {"block_size": 128, "training": {"batch_size": 4}},
     },
     "Llama, PPO, LoRA on int8": {"shape": "Llama", "fields": LORA, "learned": False, "quantization": "int8"},
     "DistilBERT, classifier": {"shape": "DistilBERT", "stage": "sentiment", "fields": {"max_length": 128}},
@@ -130,8 +132,8 @@ def planned_and_measured(setup: dict[str, Any], work: Path) -> tuple[float, floa
 
     # Of a tile that is wider than the vocabulary, a CPU never touches the rest, so it takes no memory.
     trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = COMMON["vocab_size"]
-    stage = setup.get("stage", "ppo")
-    files = prepare(SCALE, setup["shape"], work, "cpu")
+    stage, scale = setup.get("stage", "ppo"), replace(SCALE, **setup.get("scale", {}))
+    files = prepare(scale, setup["shape"], work / ("other lengths" if "scale" in setup else "usual"), "cpu")
     sys.path.insert(0, str(files))
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
@@ -139,7 +141,7 @@ def planned_and_measured(setup: dict[str, Any], work: Path) -> tuple[float, floa
         if stage != "ppo":  # enough steps for passes of the planned size
             fields["training"] = {"max_steps": STEPS, **fields.get("training", {})}
         quantization, learned = setup.get("quantization", "none"), setup.get("learned", stage == "ppo")
-        settings = settings_of(SCALE, files, stage=stage, quantization=quantization, learned_reward=learned, fields=fields)
+        settings = settings_of(scale, files, stage=stage, quantization=quantization, learned_reward=learned, fields=fields)
         (home / "recipe.yaml").write_text(json.dumps({"name": "tensors", "steps": [settings]}))
         registry = Registry(home / "registry")
         step = load_recipe(home / "recipe.yaml", [], registry).steps[0]

@@ -224,7 +224,7 @@ def settings_of(
     policy = {"ref": str(workdir / "policy"), "quantization": quantization}
     common = {"stage": stage, "name": "step", "precision": "bf16"}
     if stage != "ppo":
-        rows = str(workdir / ("reviews.jsonl" if stage in ("sentiment", "pretraining") else "pairs.jsonl"))
+        rows = str(workdir / ("reviews.jsonl" if stage == "sentiment" else "pairs.jsonl"))
         data = {"train": rows, "validation": {"path": rows, "limit": scale.batch // 4}}
         training = {"max_steps": 2, "batch_size": scale.batch, **fields.get("training", {})}
         return {**common, "model": policy, "data": data, **fields, "training": training}
