@@ -98,6 +98,19 @@ def _logits(model: TransformersModel, rows: Sequence[Row], pad: int, padding: Pa
     return logits
 
 
+def readable_groups(groups: Sequence[Sequence[int]], rows: Sequence[Row], config: PretrainedConfig) -> list[list[int]]:
+    """``groups`` of indices of ``rows``, divided where the classifier needs the same number of end tokens in all rows of a pass (BART, T5).
+
+    A text may contain the end token.
+    """
+    end = getattr(config, "eos_token_id", None) if getattr(config, "is_encoder_decoder", False) else None
+    parts: dict[tuple[int, int], list[int]] = {}
+    for number, group in enumerate(groups):
+        for index in group:
+            parts.setdefault((number, rows[index]["input_ids"].count(end) if isinstance(end, int) else 0), []).append(index)
+    return list(parts.values())
+
+
 def same_length_groups(lengths: Sequence[int], most: int) -> list[list[int]]:
     """Indices in groups of at most ``most`` with one length each, from short to long."""
     groups: list[list[int]] = []

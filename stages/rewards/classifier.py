@@ -17,7 +17,7 @@ from torch.nn import functional
 from stages.corpora.messages import Prompt
 from stages.errors import ModelError
 from stages.models.budget import each_group
-from stages.models.classifier_inputs import Row, arguments_of, padded_rows, padding_of, row_of, same_length_groups
+from stages.models.classifier_inputs import Row, arguments_of, padded_rows, padding_of, readable_groups, row_of, same_length_groups
 from stages.models.loading import load_classifier, load_tokenizer
 from stages.models.parts import moved_to
 from stages.models.responses import moved_together
@@ -134,7 +134,7 @@ class ClassifierSource:
         batches = (
             same_length_groups(lengths, self.batch_size) if self._padding == "none" else similar_length_batches(lengths, self.batch_size)
         )
-        each_group(f"scoring by {self.name}", batches, score, model=self.model)
+        each_group(f"scoring by {self.name}", readable_groups(batches, rows, self.model.config), score, model=self.model)
         return scores
 
     def _logits(self, rows: Sequence[Row]) -> Tensor:
