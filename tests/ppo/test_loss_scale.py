@@ -37,8 +37,8 @@ def value_gradient(roles: Any, updater: Updater, rollout: Any, target: Any) -> t
     for network in roles.networks().values():
         network.zero_grad(set_to_none=True)
     updater.accumulate(rollout, target)
-    found = [parameter.grad.flatten() for parameter in trainable(roles.networks()["value"]).values() if parameter.grad is not None]
-    return torch.cat(found)
+    gradients = [parameter.grad.flatten() for parameter in trainable(roles.networks()["value"]).values() if parameter.grad is not None]
+    return torch.cat(gradients)
 
 
 @pytest.mark.parametrize("first", [FIRST, 2.0**60])

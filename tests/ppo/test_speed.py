@@ -60,8 +60,8 @@ def test_of_several_adapters_only_the_active_one_counts_and_recomputation_counts
     decoder.gradient_checkpointing_enable()
     counter.add(decoder, BATCH)
     copied = 8 * 4  # k: it is trained, and its original is not used
-    passes = 8 * (2 * (2 * (LLAMA - copied) + 3 * (copied + value)) + attention)
-    assert counter.take() == (passes, 8 * (2 * (LLAMA + value) + attention / 3))
+    operations = 8 * (2 * (2 * (LLAMA - copied) + 3 * (copied + value)) + attention)
+    assert counter.take() == (operations, 8 * (2 * (LLAMA + value) + attention / 3))
 
 
 def test_a_quantized_layer_counts_with_its_logical_shape() -> None:

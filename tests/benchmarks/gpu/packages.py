@@ -44,7 +44,7 @@ def missing(project: Path) -> tuple[list[Missing], list[Missing]]:
 def _unmet(requirements: list[str]) -> list[Missing]:
     from packaging.requirements import Requirement
 
-    found = []
+    unmet = []
     for text in requirements:
         needed = Requirement(text)
         if needed.marker is not None and not needed.marker.evaluate():
@@ -54,8 +54,8 @@ def _unmet(requirements: list[str]) -> list[Missing]:
         except PackageNotFoundError:
             installed = None
         if installed is None or not needed.specifier.contains(installed, prereleases=True):
-            found.append(Missing(text, installed))
-    return found
+            unmet.append(Missing(text, installed))
+    return unmet
 
 
 def how_to_install(packages: list[Missing]) -> str:
@@ -77,5 +77,5 @@ def problem_of_trl(python: Path, folder: str | None) -> str:
     done = subprocess.run([str(python), "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
         return f"its PPO cannot be imported: {(done.stderr.strip().splitlines() or ['?'])[-1][:200]}"
-    found = done.stdout.strip().splitlines()[-1]
-    return "" if found.startswith("1.12.") else f"it has TRL {found}, not 1.12"
+    installed = done.stdout.strip().splitlines()[-1]
+    return "" if installed.startswith("1.12.") else f"it has TRL {installed}, not 1.12"

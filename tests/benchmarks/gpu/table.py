@@ -463,11 +463,11 @@ def commit() -> str:
     """The commit of this code; where git does not know it (a copy of the files), a digest of the code."""
     git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        found = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+        described = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:
-        found = ""
-    if found:
-        return found
+        described = ""
+    if described:
+        return described
     digest = hashlib.sha256()
     for path in sorted([*(REPOSITORY / "stages").rglob("*.py"), *HERE.glob("*.py")]):
         digest.update(path.read_bytes())
