@@ -11,7 +11,8 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from types import UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin
 
 from generated import write_or_check
 from pydantic import BaseModel
@@ -46,6 +47,15 @@ def blocks_of(annotation: object) -> Iterator[type[BaseModel]]:
         yield annotation
     for part in get_args(annotation):
         yield from blocks_of(part)
+
+
+def choices_of(annotation: object) -> list[str]:
+    """The fixed values in an annotation, as in a recipe, e.g. ``["auto"]`` for ``int | Literal["auto"]``."""
+    if get_origin(annotation) is Literal:
+        return [written(value) for value in get_args(annotation)]
+    if get_origin(annotation) in (Union, UnionType, list, Annotated):
+        return [value for part in get_args(annotation) for value in choices_of(part)]
+    return []
 
 
 def shared(block: type[BaseModel]) -> type[BaseModel]:
@@ -124,6 +134,9 @@ def rows(block: type[BaseModel], counts: Counter[type[BaseModel]], *, prefix: st
         meaning = cell(field.description or "")
         linked = [f"[{title(shared(part)).lower()}](#{anchor(shared(part))})" for part in dict.fromkeys(inner) if counts[shared(part)] > 1]
         single = [part for part in dict.fromkeys(inner) if counts[shared(part)] == 1]
+        choices = list(dict.fromkeys(choices_of(field.annotation)))
+        if len(choices) > 1 and not inner:
+            meaning = f"{meaning} Values: {', '.join(f'`{value}`' for value in choices)}.".strip()
         if inner and issubclass(inner[0], OptimizerSettings):
             meaning = f"{meaning} {different_defaults(inner[0])}".strip()
         if linked:

@@ -56,6 +56,17 @@ def test_settings_page_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.TABLES.search(text)[2] == settings.tables(), "run: python docs/settings.py"
 
 
+def test_settings_page_names_the_values_of_a_field_with_fixed_values() -> None:
+    rows = (REPOSITORY / "docs" / "settings.md").read_text(encoding="utf-8").splitlines()
+    endings = {
+        "| `missing_eos` |": "Values: `none`, `replace`, `subtract`. |",
+        "| `trackers` |": "Values: `tensorboard`, `wandb`, `trackio`. |",  # a list
+        "| `overlap` |": "Values: `0`, `1`. |",
+    }
+    for start, end in endings.items():
+        assert any(row.startswith(start) and row.endswith(end) for row in rows), start
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_pictures_lead_to_files(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)

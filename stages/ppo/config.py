@@ -167,8 +167,8 @@ class PPOStepConfig(CheckpointedStepConfig):
     training: PPOOptimizer = PPOOptimizer()
 
     total_episodes: int = Field(8192, ge=1, description="Total number of sampled completions.")
-    rollout_batch_size: int = Field(64, ge=1, description="Episodes per iteration.")
-    minibatch_size: int = Field(32, ge=1, description="Episodes per optimizer step.")
+    rollout_batch_size: int = Field(64, ge=1, description="Episodes per iteration, summed over processes.")
+    minibatch_size: int = Field(32, ge=1, description="Episodes per optimizer step, summed over processes.")
     microbatch_size: Microbatch = Field(
         "auto",
         description="Maximum episodes per forward pass and process; does not change the gradient. auto: 16 on a CPU; on a GPU as many "
@@ -196,7 +196,7 @@ class PPOStepConfig(CheckpointedStepConfig):
         description="Completion without stop token: replace its score by -missing_eos_penalty (Ziegler et al. 2019, Huang et al. 2024), "
         "or subtract missing_eos_penalty from its score (TRL).",
     )
-    missing_eos_penalty: float = Field(1.0, ge=0, description="The penalty of missing_eos; none: without effect.")
+    missing_eos_penalty: float = Field(1.0, ge=0, description="Points of the score for missing_eos; no effect with none.")
     length_penalty: float = Field(
         0.0,
         ge=0,
