@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from stages.dpo.config import DPOStepConfig
 from stages.memory.estimate import Machine, Memory, dtype_bytes
 from stages.memory.lengths import Counter, Lengths, comparison_lengths
-from stages.memory.models import View, is_whole, keeps_masks, language_model, rows_per_pass
+from stages.memory.models import View, is_full_step, keeps_masks, language_model, rows_per_pass
 
 
 def lengths_of(config: DPOStepConfig, counter: Counter) -> Lengths:
@@ -20,6 +20,6 @@ def estimate(config: DPOStepConfig, models: Mapping[str, View], lengths: Lengths
     view = models["model"]
     columns = min(config.max_length or view.shape.positions, lengths.comparison)
     pairs = rows_per_pass(config, processes, columns, machine, lengths.examples, texts=2)
-    whole = is_whole(config, pairs, processes)
-    made = language_model(config, view, 2 * pairs, columns, machine, tiled=True, masked=keeps_masks(view), whole=whole)
+    full_step = is_full_step(config, pairs, processes)
+    made = language_model(config, view, 2 * pairs, columns, machine, tiled=True, masked=keeps_masks(view), full_step=full_step)
     return made if config.lora is not None else made + view.frozen(dtype_bytes(config.precision, machine))

@@ -282,11 +282,11 @@ def language_model(
     *,
     tiled: bool = False,
     masked: bool = False,
-    whole: bool = False,
+    full_step: bool = False,
 ) -> Memory:
     """Next-token training with logits at every position.
 
-    ``tiled``: by the loss of TRL, which makes the logits in tiles. ``masked``: attention gets a mask. ``whole``: see ``is_whole``.
+    ``tiled``: by the loss of TRL, which makes the logits in tiles. ``masked``: attention gets a mask. ``full_step``: see ``is_full_step``.
     """
     logits = unchunked_logits(view.shape, rows * columns)
     if tiled:
@@ -295,10 +295,10 @@ def language_model(
         logits = tiled_logits(view.shape, rows * columns, machine, trains_output=trains_output, compute=compute)
     held = trained_model(config, view, machine)
     training = training_phase(config, view, rows, columns, machine, logits=logits, masked=masked)
-    return held + phases(before_gradients(training, held) if whole else training, saving(view.shape))
+    return held + phases(before_gradients(training, held) if full_step else training, saving(view.shape))
 
 
-def is_whole(config: TrainingStepConfig, rows: float, processes: int) -> bool:
+def is_full_step(config: TrainingStepConfig, rows: float, processes: int) -> bool:
     """Whether one pass over ``rows`` examples computes a complete optimizer step. Then no gradients exist when its activations are largest:
     they are made while activations are freed."""
     return rows >= max(1, config.training.batch_size // processes)

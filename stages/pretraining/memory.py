@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from stages.memory.estimate import Machine, Memory
 from stages.memory.lengths import Counter, Lengths
-from stages.memory.models import View, is_whole, language_model, rows_per_pass
+from stages.memory.models import View, is_full_step, language_model, rows_per_pass
 from stages.pretraining.config import PretrainingConfig
 
 
@@ -18,4 +18,4 @@ def lengths_of(config: PretrainingConfig, counter: Counter) -> Lengths:
 def estimate(config: PretrainingConfig, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory:
     """The peak memory of the step, per process."""
     rows = rows_per_pass(config, processes, config.block_size, machine, [(1, config.block_size)])
-    return language_model(config, models["model"], rows, config.block_size, machine, whole=is_whole(config, rows, processes))
+    return language_model(config, models["model"], rows, config.block_size, machine, full_step=is_full_step(config, rows, processes))

@@ -11,7 +11,7 @@ from stages.memory.models import (
     before_gradients,
     decoding_phases,
     inference_phase,
-    is_whole,
+    is_full_step,
     language_model,
     rows_per_pass,
     saving,
@@ -41,15 +41,15 @@ def estimate(config: RewardModelConfig, models: Mapping[str, View], lengths: Len
 def _training(config: RewardModelConfig, view: View, columns: int, lengths: Lengths, machine: Machine, processes: int) -> Memory:
     compute = dtype_bytes(config.precision, machine)
     prompts = rows_per_pass(config, processes, columns, machine, lengths.examples, texts=lengths.completions)
-    rows, whole = prompts * lengths.completions, is_whole(config, prompts, processes)
+    rows, full_step = prompts * lengths.completions, is_full_step(config, prompts, processes)
     if config.generative is not None:
         if config.generative.train:
-            return language_model(config, view, rows, columns, machine, masked=True, whole=whole)
+            return language_model(config, view, rows, columns, machine, masked=True, full_step=full_step)
         logits = compute * rows * columns * view.shape.vocabulary
         return view.frozen(compute) + phases(inference_phase(view, rows, columns, compute, machine, logits=logits, masked=True))
     training = training_phase(config, view, rows, columns, machine, logits=0.0, masked=False, task="FEATURE_EXTRACTION")
     held = trained_model(config, view, machine, task="FEATURE_EXTRACTION")
-    return held + phases(before_gradients(training, held) if whole else training, saving(view.shape, output=False))
+    return held + phases(before_gradients(training, held) if full_step else training, saving(view.shape, output=False))
 
 
 def _collecting(collection: Collection, models: Mapping[str, View], columns: int, machine: Machine, compute: int) -> list[Memory]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from stages.memory.estimate import Machine, Memory
 from stages.memory.lengths import Counter, Lengths, demonstration_lengths
-from stages.memory.models import View, is_whole, keeps_masks, language_model, rows_per_pass
+from stages.memory.models import View, is_full_step, keeps_masks, language_model, rows_per_pass
 from stages.sft.config import SFTStepConfig
 
 
@@ -22,5 +22,5 @@ def estimate(config: SFTStepConfig, models: Mapping[str, View], lengths: Lengths
     examples = [(1, columns)] if config.packing else [one for one in lengths.examples if one[1] <= columns]  # longer ones are left out
     rows = rows_per_pass(config, processes, columns, machine, examples)
     masked = config.packing or keeps_masks(models["model"])  # the texts of a packed row must not attend to each other
-    whole = is_whole(config, rows, processes)
-    return language_model(config, models["model"], rows, columns, machine, tiled=True, masked=masked, whole=whole)
+    full_step = is_full_step(config, rows, processes)
+    return language_model(config, models["model"], rows, columns, machine, tiled=True, masked=masked, full_step=full_step)

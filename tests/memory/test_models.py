@@ -13,7 +13,7 @@ import torch
 from stages.memory.estimate import Machine, Memory, Phase, phases
 from stages.memory.fake_passes import LiveBytes
 from stages.memory.lengths import Counter, Lengths, comparison_lengths, demonstration_lengths
-from stages.memory.models import before_gradients, is_whole, largest_pass, rows_per_pass, saving
+from stages.memory.models import before_gradients, is_full_step, largest_pass, rows_per_pass, saving
 from stages.memory.shapes import shape_of
 from stages.sft.config import SFTStepConfig
 
@@ -42,7 +42,7 @@ def step_of_eight() -> SFTStepConfig:
 def test_at_the_peak_of_a_pass_over_a_complete_step_no_gradients_exist() -> None:
     """Weights 10, gradients 10, moments 20; a pass with 100 and the check of the saved model with 15."""
     config = step_of_eight()
-    assert is_whole(config, 8, 1) and is_whole(config, 4, 2) and not is_whole(config, 7.5, 1)
+    assert is_full_step(config, 8, 1) and is_full_step(config, 4, 2) and not is_full_step(config, 7.5, 1)
     held, training = Memory(weights=10, gradients=10, optimizer=20), Phase(activations=100)
     assert (held + phases(training, Phase(activations=15))).total == 140
     assert (held + phases(before_gradients(training, held), Phase(activations=15))).total == 130
