@@ -14,9 +14,9 @@ The table has means over seeds: the win rate over SFT and the score by a judge t
 the held-out reward model); the score by the reward model, which PPO trains on; the KL; and the processor time of PPO and its evaluation.
 The last column is the judge's score of the rollouts after the processor time of the fastest estimator.
 
-Time: about 25 minutes of one core for the quickstart (15 PPO runs with an evaluation each, and the steps before PPO once). Result: one row
-for each run in the folder of --home (a copy: results/critic_free.json); docs/results.md and docs/assistant.md. After an interruption, the
-same command continues.
+Time: about 25 minutes of one core for the quickstart (15 PPO runs with an evaluation each, and the steps before PPO once); 17 to 23
+minutes for a run of the assistant, and half an hour for the steps before PPO. Result: one row for each run in the
+folder of --home (a copy: results/critic_free.json); docs/results.md. After an interruption, the same command continues.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ TASKS = {
 def load(task: Task, overrides: list[str], home: Path) -> Recipe:
     """The recipe of the task with these overrides, without the steps that the comparison does not need."""
     candidates = f'verdict.candidates={{"sft": "sft", "{task.ppo}": "{task.ppo}"}}'
-    recipe = load_recipe(
-        REPOSITORY / "recipes" / f"{task.recipe}.yaml", [*task.overrides, candidates, *overrides], Registry(home / "registry")
-    )
+    # Those of the task come last: the overrides for local data add entries to the dictionaries that the task empties.
+    ordered = [*overrides, *task.overrides, candidates]
+    recipe = load_recipe(REPOSITORY / "recipes" / f"{task.recipe}.yaml", ordered, Registry(home / "registry"))
     recipe.steps[:] = [step for step in recipe.steps if step.name not in task.left_out]
     return recipe
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +77,19 @@ def test_the_estimators_differ_in_their_advantages_only(task: str, tmp_path: Pat
     assert differences(steps["grpo"], steps["rloo"]) == ["advantages"]
     assert differences(steps["grpo"], steps["dr-grpo"]) == ["divide_by_deviation"]
     assert described.judge in [source["name"] for source in steps["gae"]["monitors"]]
+
+
+def test_local_data_of_the_assistant_adds_no_task_to_the_comparison(tmp_path: Path) -> None:
+    import critic_free
+
+    task = critic_free.TASKS["assistant"]
+    local = critic_free.local_data(tmp_path / "shared", tmp_path / "rankings")
+    for name in re.findall(rf"{tmp_path}[\w/.-]+", " ".join(local)):  # a recipe may only name files that exist
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    verdict = critic_free.load(task, [*local, *critic_free.overrides_of(task, "rloo", 0, 256)], tmp_path).steps[-1].config
+    assert verdict.tasks == {} and verdict.perplexity is None
+    assert list(verdict.candidates) == ["sft", "aligned"]
 
 
 def differences(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> list[str]:
