@@ -20,6 +20,9 @@ from stages.models.responses import moved_together
 from stages.models.right_padding import without_masks
 from stages.models.sharding import gathers_in_passes
 
+# Only training shards weights, and its held-out rows have the size of its passes.
+SHARDED_ADVICE = "Set training.microbatch_size to fewer sequences, use shorter texts, or quantize the model (quantization: nf4)"
+
 
 @dataclass(frozen=True)
 class Likelihood:
@@ -86,7 +89,7 @@ def measure_likelihood(
                 try:
                     sums = one_pass(batches[min(index, len(batches) - 1)])
                 except Exception as error:
-                    refuse_alone(error, "held-out likelihood")
+                    refuse_alone(error, "held-out likelihood", SHARDED_ADVICE)
                     raise
                 if index < len(batches):
                     add(sums)

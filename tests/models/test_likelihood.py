@@ -75,6 +75,6 @@ def test_process_with_sharded_weights_does_not_repeat_a_pass_alone(tiny_llama_fo
     model = load_language_model(str(tiny_llama_folder), dtype=torch.float32)
     next(model.parameters()).ds_id = 0  # as DeepSpeed's ZeRO-3 marks a parameter
     sizes = run_out_above(model, 1, monkeypatch)
-    with pytest.raises(TrainingError, match="set training.microbatch_size to fewer rows"):
+    with pytest.raises(TrainingError, match="Set training.microbatch_size to fewer sequences"):
         measure_likelihood(model, [([5, 6], [1, 1])] * 2, batch_size=2, **CPU)
     assert sizes == [2]

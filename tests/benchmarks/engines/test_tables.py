@@ -86,7 +86,7 @@ def test_learning_table_pairs_the_seeds_with_the_local_sampler(tmp_path: Path) -
     ("name", "table"), [("learning", learning.table), ("speed", speed.speed_table), ("iterations", speed.iterations_table)]
 )
 def test_the_page_has_the_tables_of_the_kept_numbers(name: str, table: Callable[[Kept], str]) -> None:
-    results, page = REPOSITORY / "tests" / "benchmarks" / "results", REPOSITORY / "docs" / "vllm.md"
+    results, page = REPOSITORY / "tests" / "benchmarks" / "results", REPOSITORY / "docs" / "vllm-measurements.md"
     made = table(Kept(results / f"vllm-{name}.json"))
     assert (results / f"vllm-{name}.md").read_text() == made
     assert made[made.index("|") :] in page.read_text()
