@@ -40,6 +40,10 @@ class Strict(BaseModel):
         """Fields (dotted paths) that have no effect with the current values of the others. The fingerprint of a step leaves them out."""
         return set()
 
+    def setting(self, name: str) -> str:
+        """The field ``name`` with its value for a message, e.g. ``batch_size=8`` or ``batch_size=8 (the default)``."""
+        return f"{name}={getattr(self, name)}{'' if name in self.model_fields_set else ' (the default)'}"
+
 
 class LoraSettings(Strict):
     """Low-rank adapters (peft), trained instead of all weights."""
@@ -259,7 +263,7 @@ class OptimizerSettings(Strict):
     @model_validator(mode="after")
     def _microbatches_fit(self) -> "OptimizerSettings":
         if self.microbatch_size != "auto" and self.batch_size % min(self.microbatch_size, self.batch_size):
-            raise ValueError(f"batch_size={self.batch_size} must be a multiple of microbatch_size={self.microbatch_size}")
+            raise ValueError(f"{self.setting('batch_size')} must be a multiple of {self.setting('microbatch_size')}")
         return self
 
     @property

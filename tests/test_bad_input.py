@@ -217,7 +217,7 @@ RECIPES = {
         "hiden_size", PRETRAINING, {"architecture": {**PRETRAINING["architecture"], "hiden_size": 8}}
     ),
     "batches that do not fit": Case("rollout_batch_size=8 must be a multiple of minibatch_size=3", PPO, {"minibatch_size": 3}),
-    "too few episodes": Case("total_episodes=4 is less than one rollout_batch_size=8", PPO, {"total_episodes": 4}),
+    "too few episodes": Case("total_episodes=4 is less than rollout_batch_size=8", PPO, {"total_episodes": 4}),
     "greedy rollouts": Case("generation.temperature=0 is greedy", PPO, {"generation": {"temperature": 0.0}}),
     "no reward": Case("steps[0].reward: got [], expected at least 1 items", PPO, {"reward": []}),
     "a reward of two kinds": Case("set exactly one of model", PPO, {"reward": [{"function": "a:b", "model": "./model"}]}),

@@ -257,11 +257,13 @@ class PPOStepConfig(CheckpointedStepConfig):
     @model_validator(mode="after")
     def _consistent(self) -> PPOStepConfig:
         if self.rollout_batch_size % self.minibatch_size:
-            raise ValueError(f"rollout_batch_size={self.rollout_batch_size} must be a multiple of minibatch_size={self.minibatch_size}")
+            raise ValueError(f"{self.setting('rollout_batch_size')} must be a multiple of {self.setting('minibatch_size')}")
         if self.total_episodes < self.rollout_batch_size:
-            raise ValueError(f"total_episodes={self.total_episodes} is less than one rollout_batch_size={self.rollout_batch_size}")
+            raise ValueError(f"{self.setting('total_episodes')} is less than {self.setting('rollout_batch_size')}")
         if self.whiten.scope == "minibatch" and self.minibatch_size < 8:
-            raise ValueError(f"whiten.scope=minibatch needs minibatch_size >= 8 for a usable variance, got {self.minibatch_size}")
+            raise ValueError(
+                f"whiten.scope=minibatch needs minibatch_size >= 8 for a usable variance, got {self.setting('minibatch_size')}"
+            )
         check_trainable(self.policy, self.lora, "policy")
         if self.generation.temperature == 0:
             raise ValueError("generation.temperature=0 is greedy: all samples of a prompt would be equal, so PPO could not learn")
@@ -300,8 +302,7 @@ class PPOStepConfig(CheckpointedStepConfig):
     def _consistent_advantages(self) -> PPOStepConfig:
         if self.rollout_batch_size % self.samples_per_prompt:
             raise ValueError(
-                f"rollout_batch_size={self.rollout_batch_size} must be a multiple of samples_per_prompt={self.samples_per_prompt}: "
-                "it counts completions"
+                f"{self.setting('rollout_batch_size')} must be a multiple of {self.setting('samples_per_prompt')}: it counts completions"
             )
         if self.advantages == "reinforce" and self.rollout_batch_size == 1:
             raise ValueError("rollout_batch_size=1 with advantages: reinforce has no other completion to compare with; set it to 2 or more")

@@ -149,7 +149,7 @@ def test_prompts_without_room_for_a_completion_are_left_out(ppo_config, ppo_cont
     ("fields", "message"),
     [
         ({"rollout_batch_size": 10}, "rollout_batch_size=10 must be a multiple of minibatch_size=6"),
-        ({"total_episodes": 6}, "total_episodes=6 is less than one rollout_batch_size=12"),
+        ({"total_episodes": 6}, "total_episodes=6 is less than rollout_batch_size=12"),
         ({"generation": {"temperature": 0.0}}, "temperature=0 is greedy"),
         ({"policy": {"ref": "p", "quantization": "nf4"}}, "needs lora"),
         ({"reward": [{"function": "a:b"}, {"function": "c:b"}]}, "two sources have the name 'b'"),

@@ -192,6 +192,10 @@ WRONG = [
         changed("learning_rate: 1e-4\n      epochs: 2", "batch_size: 9\n      microbatch_size: 4"),
         "recipes/x.yaml:10: steps[1].training: batch_size=9 must be a multiple of microbatch_size=4",
     ),
+    (
+        changed("learning_rate: 1e-4\n      epochs: 2", "microbatch_size: 5"),
+        "recipes/x.yaml:10: steps[1].training: batch_size=32 (the default) must be a multiple of microbatch_size=5",
+    ),
     (changed("model: base", "packing: 1"), "recipes/x.yaml:7: steps[1].packing: got 1, expected true or false"),
     (changed("seed: 7", "seed: seven"), "recipes/x.yaml:2: seed: got 'seven', expected a whole number"),
     (changed("seed: 7", "seed: true"), "recipes/x.yaml:2: seed: got True, expected a whole number"),
