@@ -23,7 +23,7 @@ STEPS_TO_GROW = 200  # steps without an overflow before the factor doubles again
 
 
 class LossScale:
-    """The factor of the loss, and its removal from the gradients. If gradients overflow, the passes are repeated with half the factor."""
+    """Multiplies the loss by a factor, and divides the gradients by it. If they overflow, the passes are repeated with half the factor."""
 
     def __init__(self, autocast: torch.dtype | None) -> None:
         self.factor = FIRST if autocast == torch.float16 else 1.0
@@ -34,7 +34,7 @@ class LossScale:
         (loss if self.factor == 1.0 else loss * self.factor).backward()
 
     @torch.no_grad()
-    def removed(self, networks: Iterable[nn.Module]) -> bool:
+    def unscale(self, networks: Iterable[nn.Module]) -> bool:
         """Divide the gradients of ``networks`` by the factor. If one has overflowed, halve the factor instead, and return False.
 
         Call it on every process, with the gradients of all processes. On a GPU the CPU waits, if there is a factor.

@@ -184,7 +184,7 @@ class Updater:
             if self.num_processes > 1:
                 for network in networks:
                     reduce_gradients(network)
-            if self.loss_scale.removed(networks):
+            if self.loss_scale.unscale(networks):
                 break
             self._clear_gradients()
         if self.num_processes > 1:

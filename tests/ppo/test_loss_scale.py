@@ -19,18 +19,18 @@ def test_only_fp16_is_scaled_and_the_gradients_are_those_without_a_factor() -> N
     scale, network = LossScale(torch.float16), torch.nn.Linear(2, 1, bias=False)
     scale.backward(network(torch.tensor([1.0, 3.0])).sum())
     assert network.weight.grad is not None and network.weight.grad.tolist() == [[FIRST, 3 * FIRST]]
-    assert scale.removed([network]) and network.weight.grad.tolist() == [[1.0, 3.0]]
+    assert scale.unscale([network]) and network.weight.grad.tolist() == [[1.0, 3.0]]
 
 
 def test_an_overflow_halves_the_factor_until_many_steps_had_none() -> None:
     scale, network = LossScale(torch.float16), torch.nn.Linear(1, 1, bias=False)
     network.weight.grad = torch.tensor([[torch.inf]])
-    assert not scale.removed([network]) and scale.factor == FIRST / 2
+    assert not scale.unscale([network]) and scale.factor == FIRST / 2
     network.weight.grad = torch.ones(1, 1)
     for _ in range(STEPS_TO_GROW - 1):
-        assert scale.removed([network])
+        assert scale.unscale([network])
     assert scale.factor == FIRST / 2
-    assert scale.removed([network]) and scale.factor == FIRST
+    assert scale.unscale([network]) and scale.factor == FIRST
 
 
 def value_gradient(roles: Any, updater: Updater, rollout: Any, target: Any) -> torch.Tensor:
