@@ -31,18 +31,22 @@ class Family:
     without: dict[str, str] = field(default_factory=dict)
 
 
-def _llama(**fields: Any) -> dict[str, Any]:
-    """Fields that most decoders share."""
+def _plain(**fields: Any) -> dict[str, Any]:
+    """Fields that most families share."""
     return {
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "num_key_value_heads": 2,
         "max_position_embeddings": POSITIONS,
         "initializer_range": 0.2,
         **fields,
     }
+
+
+def _llama(**fields: Any) -> dict[str, Any]:
+    """Fields that most decoders share: two heads share keys and values."""
+    return _plain(**{"num_key_value_heads": 2, **fields})
 
 
 def _gpt(**fields: Any) -> dict[str, Any]:
@@ -50,7 +54,16 @@ def _gpt(**fields: Any) -> dict[str, Any]:
 
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "head_dim": 8}
+ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+MLA = {**LATENT, "head_dim": 8}
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+}
 EVEN = {"num_key_value_heads": 4}
 WINDOW = {"sliding_window": 6}
 FALCON = {"LoRA on nf4": "bitsandbytes quantizes only plain linear layers"}
@@ -202,61 +215,38 @@ DECODERS: dict[str, Family] = {
 RECENT: dict[str, Family] = {
     "qwen3_next": Family(
         "qwen3_next",
-        _llama(
-            head_dim=8,
-            num_experts=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=16,
-            shared_expert_intermediate_size=16,
-            linear_num_key_heads=2,
-            linear_num_value_heads=4,
-            linear_key_head_dim=8,
-            linear_value_head_dim=8,
-            linear_conv_kernel_dim=4,
-            layer_types=["linear_attention", "full_attention"],
-        ),
+        _llama(**MOE, **LINEAR, head_dim=8, shared_expert_intermediate_size=16, layer_types=["linear_attention", "full_attention"]),
     ),
-    "qwen3_5_text": Family(
-        "qwen3_5_text",
-        _llama(
-            head_dim=8,
-            linear_num_key_heads=2,
-            linear_num_value_heads=4,
-            linear_key_head_dim=8,
-            linear_value_head_dim=8,
-            linear_conv_kernel_dim=4,
-            layer_types=["linear_attention", "full_attention"],
-        ),
-    ),
+    "qwen3_5_text": Family("qwen3_5_text", _llama(**LINEAR, head_dim=8, layer_types=["linear_attention", "full_attention"])),
     "gemma3n_text": Family(
         "gemma3n_text",
         _llama(
+            **WINDOW,
+            **LAYERS,
             head_dim=8,
-            sliding_window=6,
             hidden_size_per_layer_input=8,
             num_kv_shared_layers=0,
             laurel_rank=4,
-            layer_types=["sliding_attention", "full_attention"],
             vocab_size_per_layer_input=320,
         ),
     ),
     "gemma4_text": Family(
         "gemma4_text",
         _llama(
+            **WINDOW,
+            **LAYERS,
             head_dim=8,
             num_experts=4,
             moe_intermediate_size=16,
-            sliding_window=6,
             hidden_size_per_layer_input=8,
             num_kv_shared_layers=0,
-            layer_types=["sliding_attention", "full_attention"],
             vocab_size_per_layer_input=320,
         ),
     ),
     "llama4_text": Family(
         "llama4_text", _llama(head_dim=8, num_local_experts=4, num_experts_per_tok=2, layer_types=["chunked_attention", "full_attention"])
     ),
-    "phimoe": Family("phimoe", _llama(num_local_experts=4, num_experts_per_tok=2, sliding_window=6)),
+    "phimoe": Family("phimoe", _llama(**WINDOW, num_local_experts=4, num_experts_per_tok=2)),
     "granitemoehybrid": Family(
         "granitemoehybrid",
         _llama(
@@ -274,8 +264,8 @@ RECENT: dict[str, Family] = {
     "zamba2": Family(
         "zamba2",
         _llama(
+            **EVEN,
             num_hidden_layers=3,
-            num_key_value_heads=4,
             mamba_d_state=8,
             mamba_expand=2,
             chunk_size=8,
@@ -308,20 +298,17 @@ RECENT: dict[str, Family] = {
     "nemotron_h": Family(
         "nemotron_h",
         {
+            **ROUTED,
+            **WINDOW,
             "hidden_size": 32,
             "intermediate_size": 48,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "max_position_embeddings": 64,
+            "max_position_embeddings": POSITIONS,
             "initializer_range": 0.2,
             "head_dim": 8,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 16,
-            "n_routed_experts": 4,
-            "n_shared_experts": 1,
-            "n_group": 1,
-            "topk_group": 1,
-            "sliding_window": 6,
             "moe_shared_expert_intermediate_size": 16,
             "num_nextn_predict_layers": 0,
             "mamba_num_heads": 8,
@@ -333,79 +320,41 @@ RECENT: dict[str, Family] = {
         },
     ),
     "apertus": Family("apertus", _llama()),
-    "olmo3": Family("olmo3", _llama(sliding_window=6, layer_types=["sliding_attention", "full_attention"])),
+    "olmo3": Family("olmo3", _llama(**WINDOW, **LAYERS)),
     "ernie4_5": Family("ernie4_5", _llama(head_dim=8)),
     "ernie4_5_moe": Family("ernie4_5_moe", _llama(moe_intermediate_size=16, moe_num_experts=4, moe_k=2, moe_num_shared_experts=1)),
     "hunyuan_v1_dense": Family("hunyuan_v1_dense", _llama(head_dim=8)),
     "minimax": Family(
         "minimax",
-        _llama(
-            head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=6, layer_types=["full_attention", "linear_attention"]
-        ),
+        _llama(**WINDOW, head_dim=8, num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention", "linear_attention"]),
     ),
     "minimax_m2": Family("minimax_m2", _llama(head_dim=8, num_local_experts=4, num_experts_per_tok=2)),
     "dots1": Family(
         "dots1",
         _llama(
+            **ROUTED,
+            **WINDOW,
             num_experts_per_tok=2,
             moe_intermediate_size=16,
-            n_routed_experts=4,
-            n_shared_experts=1,
             first_k_dense_replace=1,
-            n_group=1,
-            topk_group=1,
-            sliding_window=6,
             layer_types=["full_attention", "full_attention"],
         ),
     ),
     "glm4_moe": Family(
-        "glm4_moe",
-        _llama(
-            num_experts_per_tok=2,
-            moe_intermediate_size=16,
-            n_routed_experts=4,
-            n_shared_experts=1,
-            first_k_dense_replace=1,
-            n_group=1,
-            topk_group=1,
-            num_nextn_predict_layers=0,
-        ),
+        "glm4_moe", _llama(**ROUTED, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1, num_nextn_predict_layers=0)
     ),
-    "glm4_moe_lite": Family(
-        "glm4_moe_lite",
-        _llama(
-            num_key_value_heads=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=16,
-            n_routed_experts=4,
-            n_shared_experts=1,
-            n_group=1,
-            topk_group=1,
-            kv_lora_rank=16,
-            q_lora_rank=16,
-            qk_rope_head_dim=8,
-            qk_nope_head_dim=8,
-            v_head_dim=8,
-        ),
-    ),
+    "glm4_moe_lite": Family("glm4_moe_lite", _llama(**LATENT, **ROUTED, **EVEN, num_experts_per_tok=2, moe_intermediate_size=16)),
     "arcee": Family("arcee", _llama(head_dim=8)),
     "helium": Family("helium", _llama(head_dim=8)),
     "kimi_linear": Family(
         "kimi_linear",
         _llama(
-            num_key_value_heads=4,
-            head_dim=8,
-            num_experts=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=16,
+            **MOE,
+            **MLA,
+            **EVEN,
             n_shared_experts=1,
             n_group=1,
             topk_group=1,
-            kv_lora_rank=16,
-            q_lora_rank=16,
-            qk_rope_head_dim=8,
-            qk_nope_head_dim=8,
-            v_head_dim=8,
             linear_conv_kernel_dim=4,
             layer_types=["linear_attention", "full_attention"],
         ),
@@ -413,18 +362,13 @@ RECENT: dict[str, Family] = {
     "longcat_flash": Family(
         "longcat_flash",
         {
+            **MLA,
+            **EVEN,
             "hidden_size": 32,
             "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 64,
+            "max_position_embeddings": POSITIONS,
             "initializer_range": 0.2,
-            "head_dim": 8,
             "n_routed_experts": 4,
-            "kv_lora_rank": 16,
-            "q_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 8,
-            "v_head_dim": 8,
             "num_layers": 2,
             "expert_ffn_hidden_size": 16,
             "ffn_hidden_size": 48,
@@ -432,104 +376,50 @@ RECENT: dict[str, Family] = {
             "num_hidden_layers": 4,
         },
     ),
-    "modernbert-decoder": Family(
-        "modernbert-decoder",
-        {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 64,
-            "initializer_range": 0.2,
-            "sliding_window": 6,
-            "layer_types": ["full_attention", "sliding_attention"],
-        },
-    ),
-    "ctrl": Family("ctrl", {"initializer_range": 0.2, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "modernbert-decoder": Family("modernbert-decoder", _plain(**WINDOW, layer_types=["full_attention", "sliding_attention"])),
+    "ctrl": Family("ctrl", _gpt()),
     "xglm": Family(
         "xglm",
-        {"max_position_embeddings": 64, "d_model": 32, "num_layers": 2, "ffn_dim": 48, "attention_heads": 4, "initializer_range": 0.2},
-    ),
-    "biogpt": Family(
-        "biogpt",
         {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 64,
+            "max_position_embeddings": POSITIONS,
+            "d_model": 32,
+            "num_layers": 2,
+            "ffn_dim": 48,
+            "attention_heads": 4,
             "initializer_range": 0.2,
         },
     ),
-    "axk1": Family(
-        "axk1",
-        _llama(
-            num_key_value_heads=4,
-            head_dim=8,
-            num_experts_per_tok=2,
-            moe_intermediate_size=16,
-            n_routed_experts=4,
-            n_shared_experts=1,
-            n_group=1,
-            topk_group=1,
-            kv_lora_rank=16,
-            q_lora_rank=16,
-            qk_rope_head_dim=8,
-            qk_nope_head_dim=8,
-            v_head_dim=8,
-        ),
-    ),
+    "biogpt": Family("biogpt", _plain()),
+    "axk1": Family("axk1", _llama(**MLA, **ROUTED, **EVEN, num_experts_per_tok=2, moe_intermediate_size=16)),
     "diffllama": Family("diffllama", _llama(head_dim=8)),
-    "doge": Family("doge", _llama(num_experts=4, num_experts_per_tok=2, sliding_window=6)),
-    "vaultgemma": Family("vaultgemma", _llama(head_dim=8, sliding_window=6, layer_types=["sliding_attention", "full_attention"])),
-    "persimmon": Family(
-        "persimmon",
-        {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 64,
-            "initializer_range": 0.2,
-        },
-    ),
+    "doge": Family("doge", _llama(**WINDOW, num_experts=4, num_experts_per_tok=2)),
+    "vaultgemma": Family("vaultgemma", _llama(**WINDOW, **LAYERS, head_dim=8)),
+    "persimmon": Family("persimmon", _plain()),
 }
 """Decoders of which tests/families tests only a few; the full matrix (benchmarks/families.py) tests all of them."""
 DECODERS |= RECENT
 
 
-def _bert(**fields: Any) -> dict[str, Any]:
-    return {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": POSITIONS,
-        "initializer_range": 0.2,
-        **fields,
-    }
-
-
 ROBERTA = {"max_position_embeddings": POSITIONS + 2, "type_vocab_size": 1}
 
 CLASSIFIERS: dict[str, Family] = {
-    "bert": Family("bert", _bert(), "wordpiece"),
-    "roberta": Family("roberta", _bert(**ROBERTA), "roberta"),
-    "xlm-roberta": Family("xlm-roberta", _bert(**ROBERTA), "roberta"),
+    "bert": Family("bert", _plain(), "wordpiece"),
+    "roberta": Family("roberta", _plain(**ROBERTA), "roberta"),
+    "xlm-roberta": Family("xlm-roberta", _plain(**ROBERTA), "roberta"),
     "deberta-v2": Family(
-        "deberta-v2", _bert(relative_attention=True, position_buckets=16, pos_att_type=["p2c", "c2p"], pooler_hidden_size=32), "wordpiece"
+        "deberta-v2", _plain(relative_attention=True, position_buckets=16, pos_att_type=["p2c", "c2p"], pooler_hidden_size=32), "wordpiece"
     ),
-    "deberta": Family("deberta", _bert(relative_attention=True, pos_att_type=["p2c", "c2p"], pooler_hidden_size=32), "wordpiece"),
+    "deberta": Family("deberta", _plain(relative_attention=True, pos_att_type=["p2c", "c2p"], pooler_hidden_size=32), "wordpiece"),
     "distilbert": Family(
         "distilbert",
         {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": POSITIONS, "initializer_range": 0.2},
         "wordpiece",
     ),
-    "electra": Family("electra", _bert(embedding_size=16), "wordpiece"),
-    "albert": Family("albert", _bert(embedding_size=16), "wordpiece"),
-    "modernbert": Family("modernbert", _bert(local_attention=8, global_attn_every_n_layers=2), "wordpiece"),
-    "mpnet": Family("mpnet", _bert(max_position_embeddings=POSITIONS + 2), "wordpiece"),
-    "camembert": Family("camembert", _bert(**ROBERTA), "roberta"),
+    "electra": Family("electra", _plain(embedding_size=16), "wordpiece"),
+    "albert": Family("albert", _plain(embedding_size=16), "wordpiece"),
+    "modernbert": Family("modernbert", _plain(local_attention=8, global_attn_every_n_layers=2), "wordpiece"),
+    "mpnet": Family("mpnet", _plain(max_position_embeddings=POSITIONS + 2), "wordpiece"),
+    "camembert": Family("camembert", _plain(**ROBERTA), "roberta"),
 }
 
 
