@@ -50,11 +50,7 @@ def has_dropout(model: nn.Module) -> bool:
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             return True
-        if any(
-            ("dropout" in name or name == "layerdrop") and isinstance(value, float) and value > 0 for name, value in vars(module).items()
-        ):
-            return True
-        if _has_jitter(module) and not isinstance(module, _AlwaysEvaluating):
+        if any(getattr(module, name) > 0 for name in _probabilities(module)) or _has_jitter(module):
             return True
     return False
 
@@ -85,18 +81,23 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, value in vars(module).items():
-            # attention modules pass a float to scaled_dot_product_attention
-            if ("dropout" in name or name == "layerdrop") and isinstance(value, float):
-                setattr(module, name, 0.0)
-        if _has_jitter(module) and not isinstance(module, _AlwaysEvaluating):
+        for name in _probabilities(module):
+            setattr(module, name, 0.0)
+        if _has_jitter(module):
             kind: Any = type(module)
             module.__class__ = _always_evaluating(kind)
             module.eval()
 
 
+def _probabilities(module: nn.Module) -> list[str]:
+    """Names of the module's dropout probabilities. Attention modules pass such a float to scaled_dot_product_attention."""
+    return [name for name, value in vars(module).items() if ("dropout" in name or name == "layerdrop") and isinstance(value, float)]
+
+
 def _has_jitter(module: nn.Module) -> bool:
     """Whether the module is a router, or contains one, whose choice of experts has noise in training mode."""
+    if isinstance(module, _AlwaysEvaluating):
+        return False
     return any("jitter" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items())
 
 
