@@ -1,10 +1,12 @@
-"""Nothing is logged twice: hold back the records of an attempt that may be repeated, and drop repeated records."""
+"""Hold back the log records of an attempt that may be repeated, and show a message about the data once."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+DATA = "stages.corpora"  # the loggers of messages about the data
 
 
 class _Keep(logging.Handler):
@@ -33,7 +35,7 @@ def held_log(name: str = "stages") -> Iterator[None]:
 
 
 class _Once(logging.Handler):
-    """Passes each message on once, to the handlers that the logger had before."""
+    """Passes records on to the handlers that the logger had before: each message of the loggers below ``DATA`` only one time."""
 
     def __init__(self, logger: logging.Logger) -> None:
         super().__init__()
@@ -41,9 +43,10 @@ class _Once(logging.Handler):
         self.handlers, self.propagate, self.parent = list(logger.handlers), logger.propagate, logger.parent
 
     def emit(self, record: logging.LogRecord) -> None:
-        if (message := record.getMessage()) in self.said:
-            return
-        self.said.add(message)
+        if record.name.startswith(DATA):
+            if (message := record.getMessage()) in self.said:
+                return
+            self.said.add(message)
         for handler in self.handlers:
             handler.handle(record)
         if self.propagate and self.parent is not None:
@@ -52,14 +55,18 @@ class _Once(logging.Handler):
 
 @contextmanager
 def without_repeats(name: str = "stages") -> Iterator[None]:
-    """Context manager in which equal messages of the logger ``name`` and those below it are shown once. Inner ones have no effect."""
+    """Context manager in which equal messages about the data are shown once, because a plan and its steps read the same data.
+
+    They are the messages of the loggers below ``DATA``. Other messages below ``name``, such as retries, are shown each time. An inner
+    context has no effect.
+    """
     logger = logging.getLogger(name)
     if any(isinstance(handler, _Once) for handler in logger.handlers):
         yield
         return
-    once = _Once(logger)
-    logger.handlers, logger.propagate = [once], False
+    handler = _Once(logger)
+    logger.handlers, logger.propagate = [handler], False
     try:
         yield
     finally:
-        logger.handlers, logger.propagate = once.handlers, once.propagate
+        logger.handlers, logger.propagate = handler.handlers, handler.propagate

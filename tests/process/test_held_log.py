@@ -26,11 +26,19 @@ def test_records_of_a_successful_attempt_are_shown_at_its_end(caplog: pytest.Log
     assert caplog.messages == ["three rows"]
 
 
-def test_equal_messages_are_shown_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_equal_messages_about_data_are_shown_once(caplog: pytest.LogCaptureFixture) -> None:
+    data = logging.getLogger("stages.corpora.test_held_log")
     with without_repeats():
         with without_repeats(), held_log():
-            logger.warning("%d rows", 3)
-        logger.warning("3 rows")
-        logger.warning("4 rows")
-    logger.warning("3 rows")
+            data.warning("%d rows", 3)
+        data.warning("3 rows")
+        data.warning("4 rows")
+    data.warning("3 rows")
     assert caplog.messages == ["3 rows", "4 rows", "3 rows"]
+
+
+def test_other_equal_messages_are_shown_each_time(caplog: pytest.LogCaptureFixture) -> None:
+    with without_repeats():
+        for _ in range(2):
+            logger.warning("trying again")
+    assert caplog.messages == ["trying again"] * 2
