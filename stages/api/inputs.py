@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import reprlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -167,12 +168,14 @@ def _line(row: Mapping[str, object], row_number: int) -> str:
         raise DataError(f"row {row_number} of the data in memory is {type(row).__name__}; expected a mapping of columns to values")
     try:
         return json.dumps(dict(row), ensure_ascii=False, allow_nan=False, default=_json_value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         for column, value in row.items():
             try:
                 json.dumps({column: value}, allow_nan=False, default=_json_value)
             except (TypeError, ValueError, RecursionError) as error:
-                reason = f"row {row_number} of the data in memory, column {column!r}: {value!r:.60} cannot be written as JSON ({error})"
+                reason = (
+                    f"row {row_number} of the data in memory, column {column!r}: {reprlib.repr(value)} cannot be written as JSON ({error})"
+                )
                 raise DataError(f"{reason}; expected texts, finite numbers, lists and mappings") from error
         raise
 

@@ -171,6 +171,14 @@ def test_objects_that_cannot_be_stored_are_named(field: str, value: object, mess
         as_field(field, value, tmp_path)
 
 
+def test_a_value_that_is_nested_too_deeply_is_named_with_its_column(tmp_path: Path) -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(stages.StagesError, match="row 1 of the data in memory, column 'prompt'"):
+        as_field("data", [{"prompt": deep}], tmp_path)
+
+
 def test_a_model_of_another_home_is_refused(tmp_path: Path) -> None:
     model = stages.Model("python/sft@1", "language_model", tmp_path / "one/registry/models/python/sft/1/model", {})
     assert as_field("policy", model, tmp_path / "one/inputs") == "python/sft@1"
