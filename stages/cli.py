@@ -547,7 +547,7 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Export a full model with a model card: for from_pretrained, lm-eval, vLLM, transformers serve, or the Hub."""
-    from stages.models.exporting import export_merged
+    from stages.models.adapters.exporting import export_merged
     from stages.registry.card import write_card
 
     registry = _registry(home)

@@ -80,7 +80,7 @@ DETAILS = (
     _detail(
         "G10",
         "The pad token differs from the end token; padding does not change logits",
-        "models/loading.py:ensure_pad_token models/responses.py:sequence_batch",
+        "models/loading.py:ensure_pad_token models/passes/responses.py:sequence_batch",
         "conformance/test_details.py::test_logits_do_not_depend_on_padding "
         "conformance/test_details.py::test_the_pad_token_is_not_the_end_token",
     ),
@@ -93,7 +93,7 @@ DETAILS = (
     _detail(
         "G12",
         "Dropout is disabled in reward model training and PPO",
-        "models/dropout.py:disable_dropout",
+        "models/layers/dropout.py:disable_dropout",
         "ppo/test_details.py::test_dropout_is_off_everywhere ppo/test_details.py::test_the_first_minibatch_has_ratio_one_and_no_kl",
     ),
     _detail(
@@ -165,8 +165,8 @@ DETAILS = (
     _detail(
         "S2",
         "Dropout 0.2 on residual branches only (I)",
-        "models/dropout.py:set_residual_dropout",
-        "models/test_dropout.py::test_dropout_applies_only_to_residual_branches",
+        "models/layers/dropout.py:set_residual_dropout",
+        "models/layers/test_dropout.py::test_dropout_applies_only_to_residual_branches",
     ),
     _detail(
         "S3", "Learning rates and batch sizes by model size (I)", "recipe/presets.py:PRESETS", "recipe/test_presets.py::test_instructgpt"
@@ -405,7 +405,7 @@ DETAILS = (
     _detail(
         "P21",
         "Sampler, policy and reference use the same temperature",
-        "models/responses.py:Policy",
+        "models/passes/responses.py:Policy",
         f"{NUMBERS} ppo/test_details.py::test_recomputed_logprobs_are_the_samplers",
     ),
     _detail(

@@ -53,7 +53,7 @@ class StepContext:
     run: str = ""  # name of the run folder; trackers use it as the run's name
     trackers: Sequence[str] = ("tensorboard",)
     sampling: list[JsonObject] = field(default_factory=list)  # engines outside of this process that sampled, for the summary
-    compiled_layers: JsonObject = field(default_factory=dict)  # facts of models/compiled_layers.py, for the summary; empty: no training
+    compiled_layers: JsonObject = field(default_factory=dict)  # facts of models/layers/compiled.py, for the summary; empty: no training
     cut_texts: dict[str, CutTexts] = field(default_factory=dict)  # by the field of the reward source that cut them, for the summary
     recorded: list[tuple[int, dict[str, float]]] | None = None  # log entries to store in checkpoints, for a resumed run
     _trackers: StepTrackers | None = None

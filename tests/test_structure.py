@@ -319,7 +319,7 @@ DEFERRED = {
     "gguf": "optional",
     "peft": "loads bitsandbytes, which takes a second; models without adapters need neither",
     "psutil": "optional",
-    "stages.models.adapters": "loads modules for half a second; a plan of steps without adapters does not need them",
+    "stages.models.adapters.attaching": "loads modules for half a second; a plan of steps without adapters does not need them",
     "torch._dynamo": "takes seconds, and only compiled layers need it",
     "torch._functorch": "loads torch._dynamo",
     "torch.nn.attention.varlen": "its arguments differ between versions of torch",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from stages.chain.resolving import resolve
 from stages.errors import ModelError, RecipeError, StagesError
-from stages.models.stacks import stack_of
+from stages.models.adapters.stacks import stack_of
 from stages.recipe.source import value_at
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ def _check(step: RecipeStep, field_path: str, reference: Reference, config: PreT
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from stages.models.attention import attention_of
     from stages.models.families import refuse_quantization, refuse_unfit, refuse_without_linear_layers
+    from stages.models.layers.attention import attention_of
 
     is_classifier = _is_classifier(step, field_path)
     auto = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM

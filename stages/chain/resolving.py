@@ -9,7 +9,7 @@ from stages.config import ModelInput
 from stages.errors import RegistryError
 from stages.hub.contents import model_content
 from stages.hub.repositories import COMMIT
-from stages.models.stacks import find_base, is_adapter
+from stages.models.adapters.stacks import find_base, is_adapter
 from stages.recipe.schema import Reference
 from stages.registry.contents import digest_folder, digest_of
 from stages.registry.ledger import Registry

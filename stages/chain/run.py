@@ -42,8 +42,8 @@ from stages.engines.checks import check_installed
 from stages.errors import DataError, RecipeError, doing
 from stages.json_types import JsonObject
 from stages.labelling.waiting import WAITING
+from stages.models.adapters.stacks import check_folder
 from stages.models.precision import auto_precision, width_of
-from stages.models.stacks import check_folder
 from stages.process.announcing import announcing
 from stages.process.environment import launched_processes, wants_cpu
 from stages.process.gpus import peak_gpu_memory, visible_gpus

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from stages.dpo.config import DPOStepConfig
 from stages.dpo.pairs import Pair
-from stages.models.budget import each_group
-from stages.models.responses import Policy, sequence_batch
+from stages.models.passes.budget import each_group
+from stages.models.passes.responses import Policy, sequence_batch
 from stages.models.sharding import unsharded
 from stages.stats.intervals import wilson_interval
 from stages.step import StepContext

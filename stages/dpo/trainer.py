@@ -18,10 +18,10 @@ from stages.dpo.config import DPOStepConfig
 from stages.dpo.pairs import Pair
 from stages.errors import ModelError
 from stages.metric_names import reward_name
-from stages.models.adapters import train_in_fp32, without_copies, without_new_adapter
+from stages.models.adapters.attaching import train_in_fp32, without_copies, without_new_adapter
 from stages.models.loading import load_language_model, load_tokenizer
+from stages.models.passes.right_padding import without_masks
 from stages.models.quiet import quiet_transformers
-from stages.models.right_padding import without_masks
 from stages.models.sharding import shard
 from stages.step import StepContext
 from stages.training.arguments import training_arguments

@@ -19,11 +19,11 @@ from stages.engines.vllm_sampler import VllmSampler, Weights, write_full_weights
 from stages.engines.vllm_servers import Servers
 from stages.engines.vllm_start import Served, StartedServer, wants_gpu
 from stages.errors import LaunchError, ModelError
+from stages.models.adapters.served import total_rank, updates_of
+from stages.models.adapters.stacks import stack_of, trained_on
 from stages.models.loading import config_of
-from stages.models.responses import Policy
-from stages.models.served_adapter import total_rank, updates_of
+from stages.models.passes.responses import Policy
 from stages.models.sharding import unsharded_state_dict
-from stages.models.stacks import stack_of, trained_on
 from stages.process.environment import secret
 from stages.process.runtime import Runtime
 from stages.registry.references import ResolvedModel

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stages.config import VllmStart
 from stages.engines.vllm_start import Served, StartedServer, accepted_rank
-from stages.models.stacks import ADAPTER_CONFIG, stack_of
+from stages.models.adapters.stacks import ADAPTER_CONFIG, stack_of
 from stages.registry.references import ResolvedModel
 
 

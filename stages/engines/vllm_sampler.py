@@ -22,9 +22,9 @@ from stages.engines.vllm_client import Completed, Lost, VllmClient, logprobs_mod
 from stages.engines.vllm_servers import Servers
 from stages.errors import ModelError, TrainingError
 from stages.json_types import JsonObject
+from stages.models.adapters.served import updates_of, write_adapter
+from stages.models.passes.responses import Policy, sequence_batch
 from stages.models.quiet import quiet_transformers
-from stages.models.responses import Policy, sequence_batch
-from stages.models.served_adapter import updates_of, write_adapter
 from stages.models.sharding import unsharded_state_dict
 from stages.process.runtime import Runtime
 from stages.registry.references import ResolvedModel

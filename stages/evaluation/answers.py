@@ -20,9 +20,9 @@ from stages.evaluation.config import BestOfN, EvaluationConfig
 from stages.evaluation.few_shot import FewShot, few_shot_prompts, few_shot_text, validation_prompts
 from stages.evaluation.prompts import Exclusion
 from stages.evaluation.tasks import measure_task
-from stages.models.likelihood import measure_likelihood
 from stages.models.loading import config_of, load_language_model, load_tokenizer
 from stages.models.parts import moved_to
+from stages.models.passes.likelihood import measure_likelihood
 from stages.rewards.building import build_source
 from stages.rewards.details import Details, columns_of
 from stages.rewards.source import judge

@@ -16,10 +16,10 @@ from stages.evaluation.answers import Answers, Asked, Sample, loaded
 from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.prompts import Exclusion
 from stages.json_types import JsonObject
-from stages.models.budget import each_group
 from stages.models.heads import ValueModel
 from stages.models.loading import load_tokenizer
-from stages.models.responses import Policy, sequence_batch, sequence_values
+from stages.models.passes.budget import each_group
+from stages.models.passes.responses import Policy, sequence_batch, sequence_values
 from stages.registry.references import ResolvedModel
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torch import Tensor
 from stages.errors import ModelError, is_out_of_memory
 from stages.importing.source import read_json
 from stages.json_types import JsonObject
-from stages.models.saved_adapters import WRAPPERS
+from stages.models.adapters.saved import WRAPPERS
 
 SAFE = ("model.safetensors.index.json", "model.safetensors")
 PICKLED = ("pytorch_model.bin.index.json", "pytorch_model.bin")

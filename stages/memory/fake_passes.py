@@ -36,10 +36,10 @@ from transformers.pytorch_utils import Conv1D
 from stages.config import ModelInput
 from stages.errors import ModelError
 from stages.memory.passes import PassKind, PassMemory, Polynomial
-from stages.models.attention import attention_of, class_of
-from stages.models.dropout import disable_dropout
 from stages.models.families import quantized_modules
-from stages.models.lean import use_lean_layers
+from stages.models.layers.attention import attention_of, class_of
+from stages.models.layers.dropout import disable_dropout
+from stages.models.layers.lean import use_lean_layers
 from stages.sampling.support import plain_model
 from stages.tokens.positions import model_length
 
@@ -255,7 +255,7 @@ def _adapted_model(kind: PassKind, layers: int) -> TransformersModel:
 
     An adapter whose settings name modules is added to the model of the class that a step loads, because names depend on the class.
     """
-    from stages.models.adapters import attach_lora
+    from stages.models.adapters.attaching import attach_lora
 
     assert kind.adapter is not None
     model = _bare_model(kind, layers) if kind.adapter.is_everywhere else full_model(kind, layers)
@@ -301,7 +301,7 @@ def attention(kind: PassKind, config: PretrainedConfig) -> str:
 
 
 def _use_lean_layers(model: nn.Module, kind: PassKind) -> None:
-    """Use the lean layers of ``models/lean.py``. They are chosen on a small real model, because the choice compares outputs."""
+    """Use the lean layers of ``models/layers/lean.py``. They are chosen on a small real model, because the choice compares outputs."""
     config = text_config_of(kind)
     width = 8 * getattr(config, "num_attention_heads", 1)
     sizes = {"hidden_size": width, "intermediate_size": width, "head_dim": 8, "vocab_size": 16}

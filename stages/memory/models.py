@@ -311,5 +311,5 @@ def before_gradients(phase: Phase, trained: Memory) -> Phase:
 
 def keeps_masks(view: View) -> bool:
     """Whether right-padded rows keep their attention mask in SFT and DPO: the loss of routers must not count padding
-    (``models/right_padding.py``)."""
+    (``models/passes/right_padding.py``)."""
     return any(f'"{name}"' in view.shape.config for name in ("num_local_experts", "num_experts"))

@@ -32,7 +32,7 @@ class Adapter:
 
     @property
     def settings(self) -> LoraSettings:
-        """The settings with which ``models/adapters.py`` makes it."""
+        """The settings with which ``models/adapters/attaching.py`` makes it."""
         targets = self.targets if isinstance(self.targets, str) else list(self.targets)
         return LoraSettings(r=self.rank, target_modules=targets, modules_to_save=list(self.copies))
 

@@ -115,8 +115,8 @@ class Shape:
     def saved_per_token(self, *, lean: bool = False) -> int:
         """Values that one layer stores per token for the backward pass, as counted on transformers' modules.
 
-        ``lean``: norms and feed-forward layers are replaced by those of ``models/lean.py``. Attention stores queries, keys, values, its
-        output and a contiguous copy of the output. The rest depends on the family's norms and activation function.
+        ``lean``: norms and feed-forward layers are replaced by those of ``models/layers/lean.py``. Attention stores queries, keys, values,
+        its output and a contiguous copy of the output. The rest depends on the family's norms and activation function.
         """
         kind = "other" if not self.gated else "lean" if lean and not self.family.startswith("gemma") else "gated"
         of_hidden, of_intermediate = SAVED.get(self.family, SAVED[kind])

@@ -12,8 +12,8 @@ from transformers import CONFIG_MAPPING
 
 from stages.config import ModelInput
 from stages.errors import ModelError
-from stages.models.attention import attention_of
-from stages.models.own_layers import use_own_layers
+from stages.models.layers.attention import attention_of
+from stages.models.layers.replacing import use_own_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

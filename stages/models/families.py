@@ -18,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from stages.errors import ModelError
-from stages.models.attention import class_of
+from stages.models.layers.attention import class_of
 from stages.sampling.support import PASS_FAILURES
 
 if TYPE_CHECKING:

@@ -22,14 +22,14 @@ from transformers.utils import cached_file
 
 from stages.config import LoraSettings
 from stages.errors import ModelError
-from stages.models.adapters import FRESH, HEAD_FILE, is_part_of
-from stages.models.attention import class_of
+from stages.models.adapters.attaching import FRESH, HEAD_FILE, is_part_of
+from stages.models.adapters.stacks import is_adapter
+from stages.models.layers.attention import class_of
+from stages.models.layers.longrope import positions_of_rows
 from stages.models.loading import as_resolved, load_backbone, load_tokenizer
-from stages.models.longrope import positions_of_rows
-from stages.models.packing import Packing, one_sequence_per_row, packed_attention
 from stages.models.parts import hidden_width
-from stages.models.published import check_saved_adapter, check_saved_weights, rows_for
-from stages.models.stacks import is_adapter
+from stages.models.passes.packing import Packing, one_sequence_per_row, packed_attention
+from stages.models.verification import check_saved_adapter, check_saved_weights, rows_for
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -51,7 +51,8 @@ class ScalarModel(nn.Module):
         self.score_head = nn.Linear(hidden_width(backbone), 1, bias=True, dtype=torch.float32, device=device)
         nn.init.zeros_(self.score_head.weight)
         nn.init.zeros_(self.score_head.bias)
-        # For a backbone shared with other roles (models/shared.py): functions that activate and save this role's adapters.
+        # For a backbone shared with other roles (models/adapters/shared_backbone.py): functions that activate this role's adapters and
+        # save them.
         self.activate: Callable[[], None] = _nothing
         self.save_adapter: Callable[[Path], None] | None = None
         self.adapted: PeftModel | None = None  # the PeftModel around the shared backbone

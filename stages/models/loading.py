@@ -15,22 +15,22 @@ from transformers.utils import cached_file
 
 from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError
-from stages.models.adapters import FRESH, NEW_MODULES, attach_lora, lora_config, quantization_config
-from stages.models.attention import attention_of
+from stages.models.adapters.applying import dequantized, merged_stack, unmerged_stack
+from stages.models.adapters.attaching import FRESH, NEW_MODULES, attach_lora, lora_config, quantization_config
+from stages.models.adapters.saved import SavedAdapter, head_size, read_adapter
+from stages.models.adapters.stacks import Stack, is_adapter, stack_of, tokenizer_source, trained_on
 from stages.models.causality import require_causal
 from stages.models.classes import order_classes
-from stages.models.dropout import disable_dropout
 from stages.models.embeddings import grow_embedding
 from stages.models.failures import explained
 from stages.models.families import no_linear_layers, refuse_quantization, refuse_unfit, unquantized_modules
-from stages.models.longrope import choose_frequencies_by_sequence
-from stages.models.own_layers import use_own_layers
+from stages.models.layers.attention import attention_of
+from stages.models.layers.dropout import disable_dropout
+from stages.models.layers.longrope import choose_frequencies_by_sequence
+from stages.models.layers.replacing import use_own_layers
 from stages.models.parts import moved_to
-from stages.models.published import check_saved_adapter, check_saved_weights, outputs_of, rows_for
 from stages.models.quiet import quiet_transformers
-from stages.models.saved_adapters import SavedAdapter, head_size, read_adapter
-from stages.models.stacking import dequantized, merged_stack, unmerged_stack
-from stages.models.stacks import Stack, is_adapter, stack_of, tokenizer_source, trained_on
+from stages.models.verification import check_saved_adapter, check_saved_weights, outputs_of, rows_for
 from stages.registry.references import ResolvedModel
 from stages.sampling.support import plain_model
 from stages.tokens.turns import turn_end_ids
@@ -432,7 +432,7 @@ def save_model(
     """Save ``model`` as safetensors (for a PeftModel: only the trained adapter) and its tokenizer in ``folder``.
 
     ``state_dict`` replaces the model's own weights if they are sharded. Without it, the saved files are read again and compared with the
-    model in memory on ``rows`` of token ids (None: ids from the vocabulary; see models/published.py). Raises ModelError if they differ.
+    model in memory on ``rows`` of token ids (None: ids from the vocabulary; see models/verification.py). Raises ModelError if they differ.
     """
     from peft import PeftModel
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.errors import StagesError
-from stages.models.stacks import stack_of
+from stages.models.adapters.stacks import stack_of
 from stages.process.announcing import announcing
 from stages.process.hardware import cpu_name, has_amx
 from stages.process.precision import AutoPrecision
@@ -116,7 +116,7 @@ VOCABULARY = 1024
 def _model(width: int) -> PreTrainedModel:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from stages.models.own_layers import use_own_layers
+    from stages.models.layers.replacing import use_own_layers
 
     heads = max(1, width // HEAD)
     config = LlamaConfig(

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from stages.corpora.messages import Prompt
 from stages.errors import TrainingError
-from stages.models.budget import PassBudget
-from stages.models.compiled_layers import compiled_passes
+from stages.models.layers.compiled import compiled_passes
+from stages.models.passes.budget import PassBudget
 from stages.models.sharding import unsharded
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.credit import token_scores

@@ -24,8 +24,8 @@ from stages.metric_names import (
     SCORE_MEAN,
     TOTAL_MEAN,
 )
-from stages.models.budget import PassBudget, PassTooLarge
-from stages.models.compiled_layers import NOT_WANTED
+from stages.models.layers.compiled import NOT_WANTED
+from stages.models.passes.budget import PassBudget, PassTooLarge
 from stages.models.sharding import grouped, shard
 from stages.ppo.checkpoint import RunKeeper, RunState
 from stages.ppo.collecting import ScoringError, collect, recomputes_logprobs

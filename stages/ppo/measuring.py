@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from stages.kernels.token_budget import tokens_of
-from stages.models.budget import PassBudget, each_group_together
-from stages.models.compiled_layers import compiled_passes
-from stages.models.packing import packed_attention
-from stages.models.responses import sequence_batch
+from stages.models.layers.compiled import compiled_passes
+from stages.models.passes.budget import PassBudget, each_group_together
+from stages.models.passes.packing import packed_attention
+from stages.models.passes.responses import sequence_batch
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.roles import Roles
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.models.responses import SequenceBatch, moved_together, sequence_batch
+from stages.models.passes.responses import SequenceBatch, moved_together, sequence_batch
 from stages.ppo.rollout import Rollout
 from stages.ppo.targets import Targets
 

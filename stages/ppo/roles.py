@@ -1,7 +1,8 @@
 """The networks of PPO: policy, reference and value network, and what they compute for a batch of responses.
 
-Full fine-tuning keeps four models. With LoRA, roles whose adapters have the same base share its weights (models/shared.py). The reference
-is the policy without its new adapter. The value network is the reward model (or the policy) with a second new adapter.
+Full fine-tuning keeps four models. With LoRA, roles whose adapters have the same base share its weights
+(models/adapters/shared_backbone.py). The reference is the policy without its new adapter. The value network is the reward model (or the
+policy) with a second new adapter.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from torch import Tensor, nn
 
 from stages.errors import LaunchError, ModelError
 from stages.kernels.casts import kept_casts
-from stages.models.adapters import FRESH, active_adapters
-from stages.models.compiled_layers import LayerCompiler
-from stages.models.folding import why_not_together
+from stages.models.adapters.attaching import FRESH, active_adapters
+from stages.models.adapters.folding import why_not_together
+from stages.models.adapters.shared_backbone import RoleParameters, SharedBackbone
 from stages.models.heads import RewardModel, ValueModel
+from stages.models.layers.compiled import LayerCompiler
 from stages.models.loading import config_of, load_language_model, load_tokenizer, save_model
-from stages.models.packing import KERNELS, packing_kernel
 from stages.models.parts import hidden_width, moved_to, transformer_of
-from stages.models.responses import Policy, SequenceBatch, sequence_values
+from stages.models.passes.packing import KERNELS, packing_kernel
+from stages.models.passes.responses import Policy, SequenceBatch, sequence_values
 from stages.models.reward_question import is_generative
 from stages.models.sharding import shard, sharded_blocks
-from stages.models.shared import RoleParameters, SharedBackbone
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.encoding import longest_sequence, prompt_room
 from stages.ppo.offload import Offload

@@ -16,7 +16,7 @@ from stages.metric_names import (
     seconds_name,
     tokens_per_second_name,
 )
-from stages.models.responses import SequenceBatch
+from stages.models.passes.responses import SequenceBatch
 
 if TYPE_CHECKING:
     from stages.model_types import TransformersModel

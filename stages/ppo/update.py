@@ -27,11 +27,11 @@ from stages.metric_names import (
     VALUE_LOSS,
     grad_norm_name,
 )
-from stages.models.budget import PassBudget, refuse_alone
-from stages.models.compiled_layers import compiled_passes
-from stages.models.folding import roles_together
-from stages.models.packing import packed_attention
-from stages.models.responses import Policy, PolicyLoss, SequenceBatch, loss_and_values, moved_together, repeated, sequence_values
+from stages.models.adapters.folding import roles_together
+from stages.models.layers.compiled import compiled_passes
+from stages.models.passes.budget import PassBudget, refuse_alone
+from stages.models.passes.packing import packed_attention
+from stages.models.passes.responses import Policy, PolicyLoss, SequenceBatch, loss_and_values, moved_together, repeated, sequence_values
 from stages.models.sharding import gradient_norm, reduce_gradients, scale_gradients
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.data import PretrainingRows

@@ -18,8 +18,8 @@ from stages.errors import ModelError
 from stages.json_types import JsonObject
 from stages.metric_names import HELDOUT_BITS_PER_BYTE, HELDOUT_LOG_BITS_PER_BYTE, HELDOUT_LOG_PERPLEXITY, HELDOUT_PERPLEXITY
 from stages.models.architectures import random_model
-from stages.models.likelihood import Likelihood
 from stages.models.loading import load_language_model, load_tokenizer
+from stages.models.passes.likelihood import Likelihood
 from stages.pretraining.config import PretrainingConfig, TokenizerSettings
 from stages.pretraining.tokenizer import train_tokenizer
 from stages.step import Publication, StepContext, StepResult

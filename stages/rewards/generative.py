@@ -14,10 +14,10 @@ from torch import Tensor
 from stages.corpora.messages import Prompt, transcript
 from stages.corpora.templates import encode_prompt
 from stages.errors import ModelError, TrainingError
-from stages.models.budget import each_group
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.models.parts import moved_to
-from stages.models.responses import sequence_batch
+from stages.models.passes.budget import each_group
+from stages.models.passes.responses import sequence_batch
 from stages.models.reward_question import RewardQuestion, read_question
 from stages.registry.references import ResolvedModel
 from stages.rewards.batching import similar_length_batches

@@ -14,8 +14,8 @@ from torch import Tensor
 from stages.corpora.messages import Prompt
 from stages.corpora.templates import encode_pair, token_starts
 from stages.errors import ModelError
-from stages.models.budget import each_group
 from stages.models.heads import RewardModel
+from stages.models.passes.budget import each_group
 from stages.models.reward_question import is_generative
 from stages.registry.references import ResolvedModel
 from stages.rewards.batching import padded, similar_length_batches

@@ -19,10 +19,10 @@ from stages.corpora.templates import count_tokens, set_template
 from stages.errors import DataError
 from stages.json_types import JsonObject
 from stages.metric_names import HELDOUT_LOG_LOSS, HELDOUT_LOSS_AFTER, HELDOUT_LOSS_BEFORE, NUM_DEMONSTRATIONS, curation_names
-from stages.models.adapters import refuse_output_adapter
-from stages.models.dropout import set_residual_dropout
-from stages.models.likelihood import Likelihood
+from stages.models.adapters.attaching import refuse_output_adapter
+from stages.models.layers.dropout import set_residual_dropout
 from stages.models.loading import load_language_model, load_tokenizer
+from stages.models.passes.likelihood import Likelihood
 from stages.rewards.signature import columns_asked_for
 from stages.sft.config import SFTStepConfig
 from stages.sft.rows import Encoded, EncodedRow, encode, fitted, pretraining_blocks, short_enough

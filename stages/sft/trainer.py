@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from stages.json_types import JsonObject
-from stages.models.adapters import train_in_fp32
+from stages.models.adapters.attaching import train_in_fp32
+from stages.models.passes.right_padding import without_masks
 from stages.models.quiet import quiet_transformers
-from stages.models.right_padding import without_masks
 from stages.sft.config import SFTStepConfig
 from stages.sft.packing import PackedCollator, pack_rows
 from stages.sft.rows import EncodedRow

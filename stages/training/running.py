@@ -14,8 +14,8 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from stages.config import CheckpointedStepConfig
 from stages.errors import RecipeError
 from stages.metric_names import TRAIN_ROOM
-from stages.models.compiled_layers import NOT_WANTED, LayerCompiler
-from stages.models.dropout import has_dropout
+from stages.models.layers.compiled import NOT_WANTED, LayerCompiler
+from stages.models.layers.dropout import has_dropout
 from stages.models.quiet import quiet_transformers
 from stages.models.sharding import shard, unsharded
 from stages.training.checkpoints import Checkpoints

@@ -108,7 +108,7 @@ def peak() -> int:
 
 def worker(stage: str, model: Path, options: argparse.Namespace) -> dict[str, Any]:
     from stages.chain import run as chain
-    from stages.models import compiled_layers
+    from stages.models.layers import compiled as compiled_layers
     from stages.ppo.update import Updater
     from stages.process.runtime import Runtime
     from stages.recipe.schema import load_recipe

@@ -64,7 +64,7 @@ def work(width: int) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from stages.models.own_layers import use_own_layers
+    from stages.models.layers.replacing import use_own_layers
 
     torch.manual_seed(0)
     config = LlamaConfig(

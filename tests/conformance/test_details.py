@@ -90,7 +90,7 @@ def test_a_completion_begins_with_a_space_and_ends_with_the_end_token(tiny_token
 @pytest.mark.detail("G10")
 @pytest.mark.parametrize("pad", [0, 1, 250])
 def test_logits_do_not_depend_on_padding(tiny_llama_folder: Path, pad: int) -> None:
-    from stages.models.responses import Policy, sequence_batch
+    from stages.models.passes.responses import Policy, sequence_batch
 
     policy = Policy(load_language_model(str(tiny_llama_folder), dtype=torch.float32), temperature=1.0, autocast=None)
     prompts, responses = [[20, 21], [22, 23, 24, 25]], [[30, 31, 32], [33]]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stages.errors import LaunchError, Stopped, TrainingError
-from stages.models.served_adapter import updates_of
+from stages.models.adapters.served import updates_of
 from stages.ppo.loop import run
 from stages.ppo.sampling import Sampling, check_overlap
 from stages.ppo.update import Updater

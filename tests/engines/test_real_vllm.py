@@ -19,7 +19,7 @@ from stages.engines.opening import open_sampler
 from stages.engines.vllm_start import StartedServer, find_installed
 from stages.errors import LaunchError, TrainingError
 from stages.models.loading import load_language_model, load_tokenizer
-from stages.models.responses import Policy
+from stages.models.passes.responses import Policy
 from stages.process.runtime import Runtime
 from stages.sampling.sampler import LocalSampler
 from tests.engines.stub_server import RECORDED

@@ -14,8 +14,8 @@ import torch
 
 from stages.config import LoraSettings
 from stages.engines.vllm_sampler import write_full_weights
+from stages.models.adapters.served import updates_of, write_adapter
 from stages.models.loading import load_language_model, load_tokenizer
-from stages.models.served_adapter import updates_of, write_adapter
 from tests.engines.stub_server import RECORDED
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -146,7 +146,7 @@ def test_server_with_other_weights_is_detected(stub, settings, opened, tiny_llam
 
 def test_temperature_needs_the_servers_processed_logprobs(stub, settings, opened, tiny_llama_folder) -> None:
     """A policy at temperature 0.5: a server with raw log-probabilities is refused, one with processed ones is accepted."""
-    from stages.models.responses import Policy
+    from stages.models.passes.responses import Policy
 
     policy = Policy(load_language_model(str(tiny_llama_folder), dtype=torch.float32), temperature=0.5, autocast=None)
     with pytest.raises(TrainingError, match="--logprobs-mode processed_logprobs"):

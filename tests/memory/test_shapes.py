@@ -215,7 +215,7 @@ def test_saved_activations_of_a_layer(family: str, lean: bool) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from stages.models.lean import use_lean_layers
+    from stages.models.layers.lean import use_lean_layers
 
     rows, columns = 4, 48
 

@@ -12,7 +12,7 @@ import torch
 
 from stages.config import LoraSettings
 from stages.errors import ModelError
-from stages.models.exporting import save_merged
+from stages.models.adapters.exporting import save_merged
 from stages.models.heads import RewardModel, ValueModel, last_positions
 from stages.models.loading import as_resolved
 

@@ -13,8 +13,8 @@ import torch
 from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError
 from stages.models import loading
-from stages.models.dropout import disable_dropout
-from stages.models.exporting import export_merged
+from stages.models.adapters.exporting import export_merged
+from stages.models.layers.dropout import disable_dropout
 from stages.models.loading import ensure_pad_token, load_classifier, load_language_model, load_tokenizer, save_model
 
 IDS = torch.tensor([[5, 17, 40, 3, 250]])

@@ -23,13 +23,13 @@ import torch
 from pathlib import Path
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
-from stages.models.compiled_layers import LayerCompiler
+from stages.models.layers.compiled import LayerCompiler
 from stages.models.loading import save_model
 from stages.process.announcing import announcing
 from stages.training.checkpoints import load_optimizer, load_tensors, save_optimizer, save_tensors, trainable
 from stages.config import LoraSettings
-from stages.models.adapters import attach_lora
-from stages.models.budget import each_group
+from stages.models.adapters.attaching import attach_lora
+from stages.models.passes.budget import each_group
 from stages.models.sharding import clip_gradients, grouped, is_sharded, reduce_gradients, shard, sharded_blocks
 from stages.models.sharding import unsharded, unsharded_state_dict
 from stages.ppo.optimizers import WeightAverage

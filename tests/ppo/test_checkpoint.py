@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from stages.errors import Stopped
-from stages.models import compiled_layers
+from stages.models.layers import compiled as compiled_layers
 from stages.ppo import loop
 from stages.ppo.checkpoint import HistoryLog, RunKeeper, RunState
 from stages.ppo.history import RunHistory

@@ -224,8 +224,8 @@ def test_a_coefficient_of_zero_is_plain_ppo_to_the_bit(ppo_config, step_context,
 @pytest.mark.detail("P20")
 def test_pretraining_mix_halves_the_loss_increase(ppo_config, step_context, resolve_folder, tiny_llama_folder, tmp_path) -> None:
     """A small alignment tax: a reward makes a model forget a text that it knows. With PPO-ptx, it forgets less than half as much."""
-    from stages.models.likelihood import measure_likelihood
     from stages.models.loading import load_language_model, load_tokenizer, save_model
+    from stages.models.passes.likelihood import measure_likelihood
 
     sentence = "the acting was warm and the film was a joy\n"
     corpus = tmp_path / "corpus.txt"
@@ -284,7 +284,7 @@ def test_recomputed_logprobs_are_the_samplers(ppo_config, ppo_context, make_roll
 
 
 def _batch(roles: Any, rollout: Any, row: int) -> Any:
-    from stages.models.responses import sequence_batch
+    from stages.models.passes.responses import sequence_batch
 
     return sequence_batch([rollout.prompt_ids[row]], [rollout.response(row)], roles.tokenizer.pad_token_id, "cpu")
 

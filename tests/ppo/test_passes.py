@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.errors import MemoryExhausted, TrainingError
-from stages.models import compiled_layers
+from stages.models.layers import compiled as compiled_layers
 from stages.ppo.data import load_pretraining_rows
 from stages.ppo.measuring import measure, measuring_budget
 from stages.ppo.minibatch import Minibatch

@@ -10,11 +10,11 @@ import torch
 
 from stages.config import LoraSettings, ModelInput
 from stages.corpora.templates import encode_prompt
-from stages.models.adapters import activate
+from stages.models.adapters.attaching import activate
+from stages.models.adapters.shared_backbone import SharedBackbone, backbone_key
 from stages.models.heads import RewardModel
 from stages.models.loading import load_language_model, save_model
-from stages.models.responses import Policy, sequence_batch, sequence_values
-from stages.models.shared import SharedBackbone, backbone_key
+from stages.models.passes.responses import Policy, sequence_batch, sequence_values
 from stages.ppo.collecting import collect
 from stages.ppo.loop import run
 from stages.ppo.publishing import publish_value
@@ -178,7 +178,7 @@ def test_an_adapter_in_a_folder_shares_the_backbone_of_its_base_s_folder(
 
 
 def test_models_of_the_hub_share_by_name_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stages.models import stacks
+    from stages.models.adapters import stacks
 
     monkeypatch.setattr(stacks, "is_adapter", lambda model: False)
 

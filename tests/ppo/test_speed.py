@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
-from stages.models.responses import sequence_batch
+from stages.models.passes.responses import sequence_batch
 from stages.ppo.speed import MatmulCounter, speed_metrics
 
 # per layer: q and o of 8 x 8, k and v of 8 x 4, three products of 8 x 16; one layer

@@ -21,9 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from stages.chain.run import run_function
 from stages.config import GenerationSettings
 from stages.kernels.casts import kept_casts
-from stages.models.likelihood import measure_likelihood
-from stages.models.packing import packing_kernel
-from stages.models.responses import Policy, sequence_batch
+from stages.models.passes.likelihood import measure_likelihood
+from stages.models.passes.packing import packing_kernel
+from stages.models.passes.responses import Policy, sequence_batch
 from stages.process.gpus import own_peak
 from stages.recipe.schema import load_recipe
 from stages.registry.ledger import Registry

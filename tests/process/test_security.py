@@ -246,7 +246,7 @@ def test_export_does_not_follow_a_link_at_its_destination(tmp_path: Path) -> Non
 
 
 def test_base_of_an_adapter_is_only_searched_in_its_registry() -> None:
-    from stages.models.stacks import find_base
+    from stages.models.adapters.stacks import find_base
 
     registry = Registry("home/registry")
     base = published("safe/base")

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from stages.config import LoraSettings, ModelInput
-from stages.models.exporting import export_merged
+from stages.models.adapters.exporting import export_merged
 from stages.registry.card import model_card, write_card
 from stages.registry.ledger import Registry
 from stages.registry.record import ModelRecord

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from stages.config import ModelInput
 from stages.errors import ModelError
-from stages.models.exporting import export_merged
+from stages.models.adapters.exporting import export_merged
 from stages.registry.references import ResolvedModel
 from stages.reward_model.config import RewardModelConfig
 from stages.reward_model.run import run

@@ -15,9 +15,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from stages.config import GenerationSettings
 from stages.errors import ModelError
 from stages.models.causality import require_causal
-from stages.models.dropout import disable_dropout
-from stages.models.own_layers import use_own_layers
-from stages.models.responses import Policy, sequence_batch
+from stages.models.layers.dropout import disable_dropout
+from stages.models.layers.replacing import use_own_layers
+from stages.models.passes.responses import Policy, sequence_batch
 from stages.sampling import decoding, probe
 from stages.sampling.generation import Generated, generate
 from stages.sampling.probe import usable_support

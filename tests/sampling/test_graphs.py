@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from stages.config import GenerationSettings
+from stages.models.layers.replacing import use_own_layers
 from stages.models.loading import load_language_model
-from stages.models.own_layers import use_own_layers
 from stages.sampling import decoding, generation, graphs, workspace
 from stages.sampling.generation import Generated, generate
 from stages.sampling.graphs import GraphPool, Recording, Size

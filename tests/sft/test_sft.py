@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from stages.corpora.demonstrations import demonstration
 from stages.corpora.rows import Row
 from stages.errors import DataError
-from stages.models import compiled_layers
+from stages.models.layers import compiled as compiled_layers
 from stages.models.loading import load_language_model
 from stages.sft.config import SFTStepConfig
 from stages.sft.packing import PackedCollator, pack_rows

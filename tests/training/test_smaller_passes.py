@@ -11,7 +11,7 @@ import torch
 
 from stages.config import OptimizerSettings
 from stages.errors import MemoryExhausted, TrainingError
-from stages.models.budget import PassBudget, PassTooLarge
+from stages.models.passes.budget import PassBudget, PassTooLarge
 from stages.ppo.loop import PPORun
 from stages.training.arguments import EXAMPLES, split_batch
 from stages.training.microbatches import PassesByTokens

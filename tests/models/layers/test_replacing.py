@@ -11,7 +11,7 @@ from torch import nn
 
 from stages.errors import LaunchError
 from stages.kernels.matmul import prefers_onednn
-from stages.models.own_layers import use_own_layers
+from stages.models.layers.replacing import use_own_layers
 from stages.process.announcing import announcing
 
 
@@ -23,7 +23,7 @@ def test_switched_layers_are_counted_and_logged(caplog: pytest.LogCaptureFixture
     model = transformers.LlamaForCausalLM(config).eval()
     ids = torch.arange(3, 9)[None]
     names, before = list(model.state_dict()), model(input_ids=ids).logits.detach()
-    with caplog.at_level(logging.INFO, logger="stages.models.own_layers"):
+    with caplog.at_level(logging.INFO, logger="stages.models.layers.replacing"):
         switched = use_own_layers(model)
     expected = {"LlamaRMSNorm": 5, "LlamaMLP": 2} | ({"Linear": 15} if prefers_onednn() else {})  # 7 products a layer, and the output
     assert switched == expected

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from stages.errors import MemoryExhausted
-from stages.models import budget as module
-from stages.models.budget import PassBudget, PassTooLarge, each_group, refuse_alone
+from stages.models.passes import budget as module
+from stages.models.passes.budget import PassBudget, PassTooLarge, each_group, refuse_alone
 from stages.process.gpus import Peak
 from stages.sampling import workspace
 

@@ -1,6 +1,6 @@
 """Compiled layers compute the same with few graphs, and a layer that cannot be compiled computes as usual.
 
-tests/models/test_packing.py compares compiled layers of several families with transformers.
+tests/models/passes/test_packing.py compares compiled layers of several families with transformers.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from stages.kernels.casts import kept_casts
-from stages.models import compiled_layers
-from stages.models.compiled_layers import LayerCompiler, compiled_passes
+from stages.models.layers import compiled as compiled_layers
+from stages.models.layers.compiled import LayerCompiler, compiled_passes
 from stages.models.loading import load_language_model
 from stages.process.announcing import announcing
 

@@ -2,7 +2,7 @@
 
 B sequences, T = prompt and response, S tokens of all sequences, N response tokens of a batch, V vocabulary, d hidden size. Rows are right
 padded: a forward pass over full sequences does not need prompts that end at the same column, and grouping rows of similar length minimizes
-padding. Packed sequences are one row without padding (models/packing.py).
+padding. Packed sequences are one row without padding (models/passes/packing.py).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from stages.kernels.matmul import Linear
 from stages.kernels.output_layer import Term, chosen_logprobs, summed_loss
 from stages.models.heads import ValueModel, hidden_states
-from stages.models.longrope import positions_of_rows
-from stages.models.output_path import multiplies_directly
-from stages.models.packing import Packing, one_sequence_per_row, packed_attention, packing_indices, packing_kernel
+from stages.models.layers.longrope import positions_of_rows
 from stages.models.parts import transformer_of
+from stages.models.passes.output_path import multiplies_directly
+from stages.models.passes.packing import Packing, one_sequence_per_row, packed_attention, packing_indices, packing_kernel
 from stages.rl.logprobs import entropy, token_logprobs
 from stages.sampling.padding import right_pad
 from stages.sampling.support import plain_model

@@ -15,8 +15,8 @@ from transformers.models.deberta.modeling_deberta import DisentangledSelfAttenti
 from transformers.pytorch_utils import Conv1D
 
 from stages.kernels.matmul import linear, use_fast_matmuls
-from stages.models.folding import fold_adapters
-from stages.models.lean import use_lean_layers
+from stages.models.adapters.folding import fold_adapters
+from stages.models.layers.lean import use_lean_layers
 from stages.process.announcing import announce
 from stages.process.environment import wants_own_layers
 from stages.sampling.support import weight_of

@@ -16,12 +16,21 @@ from safetensors.torch import save_file
 from torch import nn
 
 from stages.config import LoraSettings
-from stages.models.adapters import activate, active_adapters, adapted, add_adapter, attach_lora, is_part_of, lora_config, module_name
+from stages.models.adapters.attaching import (
+    activate,
+    active_adapters,
+    adapted,
+    add_adapter,
+    attach_lora,
+    is_part_of,
+    lora_config,
+    module_name,
+)
+from stages.models.adapters.saved import BEFORE
+from stages.models.adapters.stacks import stack_of, trained_on, weights_of
 from stages.models.heads import RewardModel, ScalarModel, ValueModel, read_head
 from stages.models.loading import load_base, load_tokenizer
 from stages.models.parts import moved_to, transformer_of
-from stages.models.saved_adapters import BEFORE
-from stages.models.stacks import stack_of, trained_on, weights_of
 from stages.sampling.support import plain_model
 
 if TYPE_CHECKING:

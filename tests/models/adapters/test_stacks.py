@@ -11,9 +11,9 @@ import torch
 
 from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError
-from stages.models import stacks
+from stages.models.adapters import stacks
+from stages.models.adapters.stacks import find_base, stack_of, trained_on
 from stages.models.loading import load_language_model, save_model
-from stages.models.stacks import find_base, stack_of, trained_on
 from stages.registry.references import ResolvedModel
 
 

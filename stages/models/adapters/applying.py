@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from stages.errors import ModelError
-from stages.models.adapters import adapted, add_adapter, merge, module_name
+from stages.models.adapters.attaching import adapted, add_adapter, merge, module_name
 from stages.models.classifier_inputs import ended
 from stages.models.embeddings import grow_embedding
 from stages.models.quiet import quiet_transformers
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from stages.model_types import TransformersModel
-    from stages.models.saved_adapters import SavedAdapter
+    from stages.models.adapters.saved import SavedAdapter
 
 PROBE_TOKENS = 8
 MERGE_TOLERANCE = 1e-3

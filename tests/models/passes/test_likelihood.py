@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from stages.errors import TrainingError
-from stages.models.likelihood import Likelihood, measure_likelihood
 from stages.models.loading import load_language_model
+from stages.models.passes.likelihood import Likelihood, measure_likelihood
 
 CPU: dict[str, Any] = {"pad_token_id": 1, "device": torch.device("cpu"), "dtype": torch.float32}
 

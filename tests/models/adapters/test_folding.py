@@ -14,8 +14,8 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.kernels.casts import kept_casts
-from stages.models.folding import roles_together, why_not_together
-from stages.models.own_layers import use_folded_adapters
+from stages.models.adapters.folding import roles_together, why_not_together
+from stages.models.layers.replacing import use_folded_adapters
 
 IDS = torch.tensor([[5, 9, 3, 250, 17, 4, 88], [1, 2, 3, 4, 5, 6, 7]])
 TINY = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -177,7 +177,7 @@ def test_folding_keeps_outputs_of_adapters_on_quantized_weights(
     from stages.models.loading import load_language_model
 
     with monkeypatch.context() as patch:
-        patch.setattr("stages.models.adapters.use_folded_adapters", lambda model: None)
+        patch.setattr("stages.models.adapters.attaching.use_folded_adapters", lambda model: None)
         plain = load_language_model(
             resolve_folder(tiny_llama_folder, quantization=quantization), dtype=torch.float32, lora=LoraSettings(r=2)
         )
@@ -208,7 +208,7 @@ def test_a_pass_has_far_fewer_operations(caplog: pytest.LogCaptureFixture) -> No
     """A Llama of two layers, with 14 adapted modules in 8 groups with the same input."""
     plain = adapted()
     ours = copy.deepcopy(plain)
-    with caplog.at_level(logging.INFO, "stages.models.own_layers"):
+    with caplog.at_level(logging.INFO, "stages.models.layers.replacing"):
         assert use_folded_adapters(ours) == {"Linear": 14}
         assert use_folded_adapters(ours) == {}
     assert [record.message for record in caplog.records] == ["PeftModelForCausalLM: adapters folded: 14 Linear"]

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stages.errors import ModelError
-from stages.models.adapters import active_adapters, adapter_layers_of, wrappers_of
-from stages.models.saved_adapters import BEFORE, TOKENS, SavedAdapter, fitted, module_of, read_adapter
+from stages.models.adapters.attaching import active_adapters, adapter_layers_of, wrappers_of
+from stages.models.adapters.saved import BEFORE, TOKENS, SavedAdapter, fitted, module_of, read_adapter
 from stages.sampling.support import plain_model, weight_of
 
 if TYPE_CHECKING:

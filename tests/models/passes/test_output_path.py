@@ -11,8 +11,8 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from stages.models.output_path import multiplies_directly
-from stages.models.responses import Policy, sequence_batch
+from stages.models.passes.output_path import multiplies_directly
+from stages.models.passes.responses import Policy, sequence_batch
 
 SIZES = {
     "vocab_size": 40,

@@ -15,9 +15,9 @@ from accelerate.utils import reduce
 from torch import Tensor
 from torch.nn import functional
 
-from stages.models.budget import each_group, refuse_alone
-from stages.models.responses import moved_together
-from stages.models.right_padding import without_masks
+from stages.models.passes.budget import each_group, refuse_alone
+from stages.models.passes.responses import moved_together
+from stages.models.passes.right_padding import without_masks
 from stages.models.sharding import gathers_in_passes
 
 # Only training shards weights, and its held-out rows have the size of its passes.

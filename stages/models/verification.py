@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 
 from stages.config import CHECKED_WEIGHTS, ModelInput
 from stages.errors import ModelError
-from stages.models.adapters import activate, active_adapters, add_adapter, remove_adapter, source_of
+from stages.models.adapters.attaching import activate, active_adapters, add_adapter, remove_adapter, source_of
+from stages.models.adapters.saved import base_of
 from stages.models.classifier_inputs import ended
-from stages.models.saved_adapters import base_of
 from stages.registry.references import ResolvedModel
 from stages.sampling.support import no_cache, plain_model, weight_of
 from stages.tokens.positions import readable_length

@@ -1,7 +1,7 @@
 """Low-rank adapters: attach a new one, load a saved one, choose the active ones, merge.
 
-Merging a stack (models/stacks.py) from the bottom up gives full weights. On a quantized base the adapters stay unmerged: rounding would
-destroy their updates, so the next step would load a different model than the one that was trained.
+Merging a stack (stacks.py) from the bottom up gives full weights. On a quantized base the adapters stay unmerged: rounding would destroy
+their updates, so the next step would load a different model than the one that was trained.
 
 Besides low-rank updates, an adapter can contain full copies of modules (``modules_to_save``) and rows of the embedding (``new_rows``). They
 replace those of the base while the adapter is active.
@@ -23,9 +23,9 @@ from transformers.pytorch_utils import Conv1D
 
 from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError, is_out_of_memory
+from stages.models.adapters.saved import SavedAdapter, base_of, fitted, read_adapter
 from stages.models.families import unfit_products
-from stages.models.own_layers import use_folded_adapters
-from stages.models.saved_adapters import SavedAdapter, base_of, fitted, read_adapter
+from stages.models.layers.replacing import use_folded_adapters
 from stages.sampling.support import plain_model, weight_of
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stages.errors import ModelError
-from stages.models.dropout import disable_dropout, has_dropout, set_residual_dropout
+from stages.models.layers.dropout import disable_dropout, has_dropout, set_residual_dropout
 
 
 def make(family: str) -> Any:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from stages.models.right_padding import without_masks
+from stages.models.passes.right_padding import without_masks
 
 IDS = torch.tensor([[5, 9, 3, 40, 17, 4, 8], [1, 2, 3, 0, 0, 0, 0], [6, 6, 0, 0, 0, 0, 0]])
 MASK = torch.tensor([[1] * 7, [1] * 3 + [0] * 4, [1] * 2 + [0] * 5])

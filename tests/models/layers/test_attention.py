@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from stages.config import ModelInput
 from stages.errors import ModelError
 from stages.models.architectures import random_model
-from stages.models.attention import attention_of
+from stages.models.layers.attention import attention_of
 from stages.models.loading import load_language_model
 from stages.process import packages
 

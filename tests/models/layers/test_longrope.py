@@ -15,9 +15,9 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from stages.config import GenerationSettings
 from stages.errors import ModelError
 from stages.models.heads import hidden_states
-from stages.models.likelihood import measure_likelihood
-from stages.models.longrope import choose_frequencies_by_sequence
-from stages.models.responses import Policy, sequence_batch
+from stages.models.layers.longrope import choose_frequencies_by_sequence
+from stages.models.passes.likelihood import measure_likelihood
+from stages.models.passes.responses import Policy, sequence_batch
 from stages.sampling.generation import generate
 
 ORIGINAL = 8  # tokens

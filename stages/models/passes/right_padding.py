@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stages.models.longrope import positions_of_rows
-from stages.models.packing import one_sequence_per_row
+from stages.models.layers.longrope import positions_of_rows
+from stages.models.passes.packing import one_sequence_per_row
 
 
 @contextmanager

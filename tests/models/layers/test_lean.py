@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stages.models.lean import _LeanMLP, _LeanNorm, use_lean_layers
+from stages.models.layers.lean import _LeanMLP, _LeanNorm, use_lean_layers
 
 SIZES = {
     "vocab_size": 50,

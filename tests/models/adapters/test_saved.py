@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError
-from stages.models.exporting import save_merged
+from stages.models.adapters.exporting import save_merged
+from stages.models.adapters.shared_backbone import SharedBackbone
 from stages.models.heads import RewardModel
 from stages.models.loading import as_resolved, load_classifier, load_language_model, load_tokenizer, save_model
-from stages.models.shared import SharedBackbone
 from stages.registry.references import ResolvedModel
 
 IDS = torch.tensor([[5, 17, 40, 3, 250]])

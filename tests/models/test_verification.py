@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from stages.config import LoraSettings
 from stages.errors import ModelError, RegistryError
-from stages.models import adapters, published, stacking
+from stages.models import verification as published
+from stages.models.adapters import applying as stacking
+from stages.models.adapters import attaching as adapters
 from stages.models.heads import RewardModel
 from stages.models.loading import load_classifier, load_language_model, save_model
 

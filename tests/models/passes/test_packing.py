@@ -14,12 +14,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from stages.models import compiled_layers, packing
-from stages.models.compiled_layers import LayerCompiler, compiled_passes
 from stages.models.heads import ValueModel
-from stages.models.own_layers import use_own_layers
-from stages.models.packing import packing_kernel, usable_kernels, why_not
-from stages.models.responses import Policy, sequence_batch
+from stages.models.layers import compiled as compiled_layers
+from stages.models.layers.compiled import LayerCompiler, compiled_passes
+from stages.models.layers.replacing import use_own_layers
+from stages.models.passes import packing
+from stages.models.passes.packing import packing_kernel, usable_kernels, why_not
+from stages.models.passes.responses import Policy, sequence_batch
 
 SIZES: dict[str, Any] = {
     "vocab_size": 60,
