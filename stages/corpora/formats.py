@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 from stages.corpora.columnar import plain_rows
 from stages.corpora.layout import PACKED, SUFFIXES, Layout, Part, suffix_of
 from stages.corpora.rows import Row
+from stages.corpora.signatures import other_content, refuse_pointer
 from stages.errors import DataError
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def read_file(path: Path, shown: str) -> Iterator[Row]:
     suffix = suffix_of(shown)
     if suffix not in readers:
         raise DataError(f"{shown}: cannot read {suffix or 'a file without a suffix'}; expected {EXPECTED}")
+    refuse_pointer(path, shown)
     return readers[suffix](path, shown)
 
 
@@ -68,7 +70,7 @@ def _bytes(path: Path, shown: str) -> bytes:
         unpack = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}.get(packing, bytes)
         return unpack(data)
     except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
-        raise DataError(f"{shown}: cannot be read ({error})") from error
+        raise other_content(path, shown) or DataError(f"{shown}: cannot be read ({error})") from error
 
 
 def file_text(path: Path, shown: str) -> str:
@@ -77,9 +79,12 @@ def file_text(path: Path, shown: str) -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise DataError(f"{shown}:{line}: not valid UTF-8 (byte 0x{data[error.start]:02x}); convert the file to UTF-8") from error
+        raise other_content(path, shown) or DataError(
+            f"{shown}:{line}: not valid UTF-8 (byte 0x{data[error.start]:02x}); convert the file to UTF-8"
+        ) from error
     if "\0" in text:
-        raise DataError(f"{shown}:{text[: text.index(chr(0))].count(chr(10)) + 1}: contains a NUL byte; expected text")
+        line = text[: text.index("\0")].count("\n") + 1
+        raise other_content(path, shown) or DataError(f"{shown}:{line}: contains a NUL byte; expected text")
     return text
 
 
@@ -100,6 +105,8 @@ def _json_lines(text: str, shown: str) -> Iterator[Row]:
             raise DataError(f"{location}: bad JSON at column {error.colno} ({error.msg}); expected an object per line{hint}") from error
         except (ValueError, RecursionError) as error:
             raise DataError(f"{location}: bad JSON ({error}); expected an object per line") from error
+        if line_number == 1 and isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            raise DataError(f"{location}: expected an object per line, got a list; rename the file to {Path(shown).stem}.json")
         yield row_at(value, location, has_escapes="\\u" in line)
 
 
@@ -116,7 +123,8 @@ def _read_json(path: Path, shown: str) -> Iterator[Row]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{shown}: bad JSON ({error})") from error
     if not isinstance(value, list):
-        raise DataError(f"{shown}: expected a list of objects, got {type(value).__name__}; JSON Lines are also accepted")
+        one_row = "; if it is one row, put it in brackets, or name the file .jsonl" if isinstance(value, dict) else ""
+        raise DataError(f"{shown}: expected a list of objects, got {type(value).__name__}{one_row}")
     for index, item in enumerate(value, 1):
         yield row_at(item, f"{shown}, row {index}", has_escapes=True)
 
@@ -216,7 +224,7 @@ def _read_parquet(path: Path, shown: str) -> Iterator[Row]:
             batches = (row for batch in file.iter_batches(ROWS_AT_ONCE) for row in plain_rows(batch))
             yield from _columnar(with_locations(batches, shown))
     except (ArrowException, OSError) as error:
-        raise DataError(f"{shown}: not a parquet file ({error})") from error
+        raise other_content(path, shown) or DataError(f"{shown}: not a parquet file ({error})") from error
 
 
 def _read_arrow(path: Path, shown: str) -> Iterator[Row]:
@@ -234,4 +242,4 @@ def _read_arrow(path: Path, shown: str) -> Iterator[Row]:
                 batches = (file.get_batch(index) for index in range(file.num_record_batches))
             yield from _columnar(with_locations((row for batch in batches for row in plain_rows(batch)), shown))
     except (ArrowException, OSError) as error:
-        raise DataError(f"{shown}: not an Arrow file ({error})") from error
+        raise other_content(path, shown) or DataError(f"{shown}: not an Arrow file ({error})") from error

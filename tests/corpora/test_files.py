@@ -7,6 +7,7 @@ import gzip
 import json
 import logging
 import lzma
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,9 @@ def test_json_file_with_json_lines_is_read_as_lines(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"b.json:2: bad JSON"):
         texts(tmp_path / "b.json")
     (tmp_path / "c.json").write_text('{\n "text": "one"\n}\n')
-    with pytest.raises(DataError, match="expected a list of objects, got dict; JSON Lines are also accepted"):
+    with pytest.raises(
+        DataError, match="expected a list of objects, got dict; if it is one row, put it in brackets, or name the file .jsonl"
+    ):
         texts(tmp_path / "c.json")
     (tmp_path / "d.jsonl").write_text('[\n{"text": "one"}\n]\n')
     with pytest.raises(DataError, match=r"d.jsonl:1: bad JSON .* a list of objects is .json"):
@@ -234,3 +237,44 @@ def test_a_key_that_occurs_twice_in_an_object_is_refused(name: str, text: str, t
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=r"a.json.*the key 'text' occurs twice in one object"):
         read_rows([DataSource(path=str(tmp_path / name))])
+
+
+# Files whose content is of another format than their name says
+
+
+PLAIN = b'{"text": "one"}\n'
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 99\n"
+
+
+CONTRADICTIONS = {
+    "packed": ("a.jsonl", gzip.compress(PLAIN), "the content is gzip; rename the file to a.jsonl.gz"),
+    "packed text": ("a.txt", lzma.compress(PLAIN), "the content is xz; rename the file to a.txt.xz"),
+    "packed otherwise": ("a.jsonl.gz", bz2.compress(PLAIN), "the content is bzip2; rename the file to a.jsonl.bz2"),
+    "not packed": ("a.jsonl.gz", PLAIN, "the content is not packed as .gz says; if it is plain text, rename the file to a.jsonl"),
+    "not zstd": ("a.jsonl.zst", PLAIN, "the content is not packed as .zst says; if it is plain text, rename the file to a.jsonl"),
+    "spreadsheet": ("a.csv", b"PK\x03\x04\x14\0\x06\0\x08\0\xf5", "the content is a ZIP archive or a spreadsheet; unpack it, or save"),
+    "UTF-16": ("a.csv", "text\none\n".encode("utf-16"), "the content is text in UTF-16; save it as UTF-8"),
+    **{f"pointer{end}": (f"a{end}", LFS_POINTER, "a pointer of Git LFS") for end in (".jsonl", ".csv", ".txt", ".parquet", ".jsonl.gz")},
+    "list of objects": ("a.jsonl", b'[{"text": "one"}]', "expected an object per line, got a list; rename the file to a.json"),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_a_file_that_contradicts_its_name_is_refused_with_the_next_move(case: str, tmp_path: Path) -> None:
+    name, content, message = CONTRADICTIONS[case]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(message)):
+        read_rows([DataSource(path=str(tmp_path / name))])
+
+
+@pytest.mark.parametrize("names", ["a.parquet b.jsonl", "a.arrow b.csv", "a.parquet b.arrow", "a.arrow b.parquet"])
+def test_a_table_with_the_name_of_another_format_is_refused(names: str, tmp_path: Path) -> None:
+    written, renamed = names.split()
+    write(tmp_path / written, "one").rename(tmp_path / renamed)
+    with pytest.raises(DataError, match=f"rename the file to b{Path(written).suffix}"):
+        read_rows([DataSource(path=str(tmp_path / renamed))])
+
+
+def test_a_text_may_begin_like_another_format(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("PAR1 is a gene. BZh is a unit.")
+    assert texts(tmp_path / "a.txt") == ["PAR1 is a gene. BZh is a unit."]
