@@ -39,10 +39,10 @@ def other_content(path: Path, shown: str) -> DataError | None:
     for signature, content in CONVERTED.items():
         if begin.startswith(signature):
             return DataError(f"{shown}: the content is {content}")
-    path = PurePosixPath(shown)
-    if begin and path.suffix.lower() in PACKED:
-        reason = f"the content is not packed as {path.suffix} says"
-        return DataError(f"{shown}: cannot be read, because {reason}; if it is plain text, rename the file to {path.stem}")
+    name = PurePosixPath(shown)
+    if begin and name.suffix.lower() in PACKED:
+        reason = f"the content is not packed as {name.suffix} says"
+        return DataError(f"{shown}: cannot be read, because {reason}; if it is plain text, rename the file to {name.stem}")
     return None
 
 
