@@ -74,16 +74,15 @@ def reports_errors(command: Callable[Parameters, Result]) -> Callable[Parameters
 
     @wraps(command)
     def wrapped(*arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
-        from stages.process import ending, noise
-        from stages.process.unexpected import was_in_step
+        from stages.process import ending, logs
 
-        noise.silence()
+        logs.silence()
         try:
             return command(*arguments, **options)
         except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
             raise
         except KeyboardInterrupt as error:
-            if not was_in_step(error):  # in a step Ctrl-C raises Stopped, so a recipe function raised this
+            if not ending.was_in_step(error):  # in a step Ctrl-C raises Stopped, so a recipe function raised this
                 _end(130, error)
             _report(error, name, options)
         except (Exception, SystemExit) as error:
@@ -100,7 +99,7 @@ def reports_errors(command: Callable[Parameters, Result]) -> Callable[Parameters
 
 def _report(error: BaseException, command: str, options: Mapping[str, object]) -> NoReturn:
     """Print the error and end the command. With --debug raise ``error`` instead."""
-    from stages.process.unexpected import explain
+    from stages.process.ending import explain
 
     if isinstance(error, Waiting):
         _say(f"waiting: {error}", is_echo=False)

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from stages.config import ModelInput
-from stages.process.cores import usable_cores
+from stages.process.hardware import usable_cores
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from stages.config import DataSource, ModelInput, Strict
 from stages.corpora.files import fingerprint
 from stages.json_types import JsonObject, json_object
-from stages.process.modules import source_of
+from stages.process.packages import source_of
 from stages.recipe.functions import addresses
 from stages.recipe.schema import STAGES, RecipeStep, data_inputs, former_names
 from stages.registry.contents import file_sha256

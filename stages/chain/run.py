@@ -44,14 +44,13 @@ from stages.json_types import JsonObject
 from stages.labelling.waiting import WAITING
 from stages.models.adapters.stacks import check_folder
 from stages.models.precision import auto_precision, width_of
-from stages.process.announcing import announcing
+from stages.process.console import announcing
 from stages.process.environment import launched_processes, wants_cpu
 from stages.process.gpus import peak_gpu_memory, visible_gpus
 from stages.process.hardware import cpu_name
-from stages.process.held_log import held_log, without_repeats
+from stages.process.logs import held_log, without_repeats
 from stages.process.packages import missing_attention_package, missing_quantization_package
-from stages.process.precision import AutoPrecision
-from stages.process.runtime import Runtime
+from stages.process.runtime import AutoPrecision, Runtime
 from stages.process.storage import check_home, make_home, write_json
 from stages.recipe.schema import STAGES, Recipe, RecipeStep, data_inputs, imported, model_inputs
 from stages.registry.contents import remembered_hashes

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 
 from stages.errors import StagesError
 from stages.models.adapters.stacks import stack_of
-from stages.process.announcing import announcing
+from stages.process.console import announcing
 from stages.process.hardware import cpu_name, has_amx
-from stages.process.precision import AutoPrecision
+from stages.process.runtime import AutoPrecision
 from stages.process.storage import write_json
 from stages.registry.references import ResolvedModel
 

@@ -1,8 +1,9 @@
-"""Check which optional packages are installed, without importing them, so that a plan can be checked before any step runs."""
+"""Packages and modules of Python without importing them: which optional packages are installed, and the source files of modules."""
 
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 FLASH_ATTENTION = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface", "flash_attention_4": "flash_attn.cute"}
 """The package of each flash attention. If it is missing, transformers uses the Hub's kernels (package ``kernels``)."""
@@ -32,3 +33,13 @@ def is_installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
         return False
+
+
+def source_of(module: str) -> Path | None:
+    """The source file of a module; None if it has none."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    is_file = spec is not None and spec.origin is not None and spec.origin.endswith(".py") and Path(spec.origin).is_file()
+    return Path(str(spec.origin)) if is_file and spec is not None else None

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Generic, NotRequired, TypedDict, TypeVar
 from rich.console import Console
 
 from stages.errors import LaunchError, StagesError
-from stages.process import noise
+from stages.process import logs
+from stages.process.console import ProgressBar, progress_bar
 from stages.process.environment import (
     launched_processes,
     launched_rank,
@@ -30,8 +31,6 @@ from stages.process.environment import (
 )
 from stages.process.gpus import describe_model, gpu_name, set_up_gpu, visible_gpus
 from stages.process.hardware import cpu_name
-from stages.process.precision import AutoPrecision
-from stages.process.progress import ProgressBar, progress_bar
 from stages.process.stopping import StopRequest
 from stages.process.threads import describe_threads, set_up_threads
 
@@ -53,6 +52,14 @@ class Compute(TypedDict, total=False):
     threads: NotRequired[str]  # of a CPU: how many, on which cores, and how they wait
 
 
+@dataclass(frozen=True)
+class AutoPrecision:
+    """The dtype of ``precision: auto``, fp32 or bf16, and the reason for the log and the summary."""
+
+    precision: str
+    reason: str
+
+
 NAMED_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -69,7 +76,7 @@ class Runtime:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.is_main = launched_rank() == 0
-        noise.silence()
+        logs.silence()
         limit_onednn_caches()
         set_up_threads()
         # Wide enough for tables if the output is a file; rich would otherwise wrap at 80 columns.

@@ -15,8 +15,8 @@ from functools import cache
 from math import inf
 from pathlib import Path
 
-from stages.process.cores import usable_cores
 from stages.process.environment import launched_processes
+from stages.process.hardware import usable_cores
 
 SPIN_COUNT = 3_000
 """Turns of the loop in which a thread waits for the others before it sleeps. A turn takes 25 ns (EPYC, Zen 5) to 50 ns (Xeon), so a thread

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pydantic import BaseModel
 
 from stages.errors import RecipeError
-from stages.process.modules import source_of
+from stages.process.packages import source_of
 
 
 def addresses(value: object) -> Iterator[str]:

@@ -19,7 +19,7 @@ from inspect import Parameter
 from stages.corpora.rows import Row
 from stages.errors import DataError, RecipeError
 from stages.json_types import JsonObject
-from stages.process.modules import source_of
+from stages.process.packages import source_of
 from stages.rewards.config import RewardInput, leaves
 
 GIVEN = ("prompts", "completions", "messages", "completion_ids")

@@ -23,9 +23,8 @@ from stages.chain import run as chain
 from stages.chain.pins import Commits, pinned, resolve_commits
 from stages.errors import RecipeError, StagesError
 from stages.json_types import JsonObject
-from stages.process.ending import lost_the_others
+from stages.process.ending import explain, lost_the_others
 from stages.process.runtime import Runtime
-from stages.process.unexpected import explain
 from stages.recipe.schema import Recipe, RecipeStep, load_recipe
 from stages.recipe.source import nearest
 from stages.run_summary import RunSummary

@@ -24,7 +24,7 @@ from stages.training.state import restore_state
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from stages.process.progress import ProgressBar
+    from stages.process.console import ProgressBar
     from stages.step import StepContext
     from stages.training.step_trainer import StepTrainer
 

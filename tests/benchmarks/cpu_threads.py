@@ -196,8 +196,7 @@ def main() -> None:
         work(options.width)
         return
     sys.path.insert(0, str(REPOSITORY))
-    from stages.process.cores import usable_cores
-    from stages.process.hardware import cpu_name
+    from stages.process.hardware import cpu_name, usable_cores
 
     cores = usable_cores()
     all_ways = ways(options.threads or max(2, cores.usable))

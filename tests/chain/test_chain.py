@@ -15,8 +15,7 @@ import pytest
 from stages.chain import run as chain
 from stages.chain.fingerprints import code_version, why
 from stages.errors import DataError, RegistryError
-from stages.process.precision import AutoPrecision
-from stages.process.runtime import Runtime
+from stages.process.runtime import AutoPrecision, Runtime
 from stages.recipe.schema import STAGES, load_recipe
 from stages.registry.ledger import Registry
 from stages.report.page import Written, write_report

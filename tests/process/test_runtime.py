@@ -8,7 +8,7 @@ import torch
 from stages import step
 from stages.process import runtime
 from stages.process.hardware import cpu_name
-from stages.process.precision import AutoPrecision
+from stages.process.runtime import AutoPrecision
 from stages.process.threads import describe_threads
 from stages.registry import references
 

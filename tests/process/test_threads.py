@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stages.process import threads
-from stages.process.cores import Cores
+from stages.process.hardware import Cores
 from stages.process.threads import SPIN_COUNT, describe_threads, idle_cpus, set_up_threads
 
 

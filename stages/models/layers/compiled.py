@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from stages.errors import is_out_of_memory
 from stages.kernels.casts import cast_with_gradient, keeps_casts
 from stages.models.sharding import blocks_of, gathers_in_passes
-from stages.process.announcing import announce
+from stages.process.console import announce
 
 logger = logging.getLogger(__name__)
 

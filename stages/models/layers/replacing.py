@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from stages.kernels.matmul import linear, use_fast_matmuls
 from stages.models.adapters.folding import fold_adapters
 from stages.models.layers.lean import use_lean_layers
-from stages.process.announcing import announce
+from stages.process.console import announce
 from stages.process.environment import wants_own_layers
 from stages.sampling.support import weight_of
 

@@ -19,7 +19,7 @@ from stages.kernels.casts import kept_casts
 from stages.models.layers import compiled as compiled_layers
 from stages.models.layers.compiled import LayerCompiler, compiled_passes
 from stages.models.loading import load_language_model
-from stages.process.announcing import announcing
+from stages.process.console import announcing
 
 TRACED = "aot_eager"  # a backend that traces forward and backward pass, but generates no code: fast
 

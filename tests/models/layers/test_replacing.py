@@ -12,7 +12,7 @@ from torch import nn
 from stages.errors import LaunchError
 from stages.kernels.matmul import prefers_onednn
 from stages.models.layers.replacing import use_own_layers
-from stages.process.announcing import announcing
+from stages.process.console import announcing
 
 
 def test_switched_layers_are_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:

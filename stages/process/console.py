@@ -1,8 +1,8 @@
-"""Progress bars in a terminal."""
+"""What a step shows in the terminal besides its results: progress bars, and announcements from code deep inside it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -30,3 +30,26 @@ def progress_bar(console: Console, description: str, total: float) -> Iterator[P
     disable = console.quiet or not console.is_terminal
     with doing(description), Progress(*columns, console=console, disable=disable, transient=False) as bar:
         yield ProgressBar(bar, bar.add_task(description, total=total, fields=""))
+
+
+_say: Callable[[str], None] | None = None
+_announced: set[Hashable] = set()
+
+
+@contextmanager
+def announcing(say: Callable[[str], None]) -> Iterator[None]:
+    """Context manager of a step: inside, ``announce`` prints by ``say``. Outside of one, announcements are dropped."""
+    global _say, _announced
+    outer = _say, _announced
+    _say, _announced = say, set()
+    try:
+        yield
+    finally:
+        _say, _announced = outer
+
+
+def announce(kind: Hashable, line: str) -> None:
+    """Print a line, unless one of the same ``kind`` was printed in this step."""
+    if _say is not None and kind not in _announced:
+        _announced.add(kind)
+        _say(line)

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from stages.process.held_log import held_log, without_repeats
+from stages.process.logs import held_log, without_repeats
 
 logger = logging.getLogger("stages.test_held_log")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.process.cores import Cores, cpu_quota, usable_cores
+from stages.process.hardware import Cores, cpu_quota, usable_cores
 
 
 def machine(folder: Path, cores: int, *, threads_per_core: int = 1) -> Path:
