@@ -49,7 +49,7 @@ DETAILS = (
     _detail(
         "G5",
         "TensorFlow's Adam: epsilon outside the bias correction",
-        "ppo/optimizers.py:TensorFlowAdam",
+        "ppo/update/optimizers.py:TensorFlowAdam",
         f"{NUMBERS} ppo/test_optimizers.py::test_tensorflow_adam_by_hand",
     ),
     _detail(
@@ -105,7 +105,7 @@ DETAILS = (
     _detail(
         "G14",
         "Learning rates: cosine to a tenth (I), linear to 0 (Z, S, H), constant after a warmup from a tenth (I)",
-        "training/arguments.py:schedule_arguments ppo/optimizers.py:learning_rate_factor",
+        "training/arguments.py:schedule_arguments ppo/update/optimizers.py:learning_rate_factor",
         "conformance/test_details.py::test_sixteen_epochs_of_cosine_to_a_tenth "
         "training/test_training.py::test_cosine_ends_at_the_final_fraction ppo/test_optimizers.py::test_schedules",
     ),
@@ -338,7 +338,7 @@ DETAILS = (
     _detail(
         "P7",
         "Returns are computed before whitening",
-        "ppo/targets.py:targets",
+        "ppo/update/targets.py:targets",
         "ppo/test_details.py::test_returns_come_before_the_whitening",
     ),
     _detail(
@@ -351,7 +351,7 @@ DETAILS = (
     _detail(
         "P10",
         "Whitening and GAE within the minibatch (Z), per process (H), or over the rollout",
-        "ppo/targets.py:all_targets",
+        "ppo/update/targets.py:all_targets",
         "ppo/test_details.py::test_whitening_by_minibatch_needs_eight_episodes "
         "ppo/test_rollout.py::test_whitening_by_process_whitens_each_share_separately",
     ),
@@ -378,13 +378,13 @@ DETAILS = (
     _detail(
         "P17",
         "Constant learning rate after ten iterations of warmup from a tenth (I)",
-        "ppo/optimizers.py:learning_rate_factor",
+        "ppo/update/optimizers.py:learning_rate_factor",
         "recipe/test_presets.py::test_instructgpt ppo/test_optimizers.py::test_warmup_from_a_tenth",
     ),
     _detail(
         "P18",
         "Average of weights in fp32: saved, resumed and published",
-        "ppo/optimizers.py:WeightAverage",
+        "ppo/update/optimizers.py:WeightAverage",
         f"{NUMBERS} ppo/test_optimizers.py::test_average_of_half_precision_weights_keeps_small_steps "
         "ppo/test_loop.py::test_weight_average_is_published "
         "ppo/test_checkpoint.py::test_run_interrupted_anywhere_ends_like_an_uninterrupted_one",
@@ -392,14 +392,14 @@ DETAILS = (
     _detail(
         "P19",
         "PPO-ptx: pretraining gradients are added to the policy's gradients",
-        "ppo/update.py:Updater",
+        "ppo/update/updater.py:Updater",
         "ppo/test_update.py::test_pretraining_gradient_is_added_with_its_coefficient "
         "ppo/test_details.py::test_a_coefficient_of_zero_is_plain_ppo_to_the_bit",
     ),
     _detail(
         "P20",
         "PPO-ptx reduces forgetting",
-        "ppo/update.py:Updater",
+        "ppo/update/updater.py:Updater",
         "ppo/test_details.py::test_pretraining_mix_halves_the_loss_increase",
     ),
     _detail(
@@ -442,14 +442,14 @@ DETAILS = (
     _detail(
         "P27",
         "The score is added one state after the end if there is room (H)",
-        "ppo/targets.py:targets",
+        "ppo/update/targets.py:targets",
         "ppo/test_rollout.py::test_score_is_credited_to_an_extra_state_after_the_last_token "
         "ppo/test_update.py::test_gradients_equal_the_slow_reference_for_any_microbatch",
     ),
     _detail(
         "P28",
         "Values of a truncated response are computed on the truncated text",
-        "ppo/collecting.py:collect",
+        "ppo/rollout/collecting.py:collect",
         "ppo/test_details.py::test_tokens_after_the_end_are_not_counted",
     ),
     _detail(
@@ -464,7 +464,7 @@ DETAILS = (
     _detail(
         "P34",
         "Metrics exclude padding",
-        "ppo/metrics.py:iteration_metrics",
+        "ppo/records/metrics.py:iteration_metrics",
         f"{NUMBERS} ppo/test_details.py::test_the_metrics_of_the_papers_are_there_without_padding",
     ),
     _detail("P35", "The sign of the reward", "ppo/loop.py:run", "ppo/test_loop.py::test_reward_or_penalty_of_a_token_changes_its_share"),

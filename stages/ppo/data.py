@@ -1,26 +1,65 @@
-"""PPO's data: prompts with token ids, and pretraining rows to mix in."""
+"""PPO's data: prompts with token ids, their maximum lengths, and pretraining rows to mix in."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from stages.corpora import prompts as corpus
 from stages.corpora.curation import Curator
 from stages.corpora.files import read_rows
+from stages.corpora.fitting import fit_prompt
+from stages.corpora.messages import Prompt
 from stages.corpora.packing import encode_documents, pack_blocks
 from stages.corpora.rows import text_of
-from stages.corpora.templates import check_rendering, count_tokens
+from stages.corpora.templates import check_rendering, count_tokens, encode_prompt
 from stages.errors import DataError
+from stages.json_types import JsonObject
 from stages.models.loading import load_tokenizer
-from stages.ppo.encoding import EncodedPrompt, encoded_prompts, prompt_room
+from stages.rewards.signature import columns_asked_for
 from stages.sampling.generation import episode_seed, require_room
+from stages.tokens.positions import readable_length
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from stages.model_types import TransformersModel
     from stages.ppo.config import PPOStepConfig
-    from stages.ppo.roles import Roles
     from stages.step import StepContext
+
+UNLIMITED = 1_000_000  # prompt tokens if neither model nor tokenizer has a limit
+
+
+class EncodedPrompt(NamedTuple):
+    """A prompt, its token ids, and the columns that reward functions request."""
+
+    prompt: Prompt
+    ids: list[int]
+    columns: JsonObject
+
+
+def encoded_prompts(config: PPOStepConfig, tokenizer: PreTrainedTokenizerBase, curator: Curator | None = None) -> list[EncodedPrompt]:
+    """All prompts of the step, shortened if requested, with token ids and the columns that its rewards request."""
+    columns = columns_asked_for([*config.reward, *config.monitors])
+    rows = corpus.load_prompt_rows(config.data, prompt_words=config.prompt_words, curator=curator, columns=columns)
+    if config.prompt_fit is not None:
+        rows = [corpus.PromptRow(fit_prompt(row.prompt, config.prompt_fit, tokenizer), row.columns) for row in rows]
+    return [EncodedPrompt(row.prompt, encode_prompt(tokenizer, row.prompt), row.columns) for row in rows]
+
+
+def prompt_room(config: PPOStepConfig, policy: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The maximum prompt length in tokens that leaves room for ``max_new_tokens``. ``policy`` is the policy's config."""
+    readable = readable_length(policy, tokenizer)
+    room = UNLIMITED if readable is None else readable - config.generation.max_new_tokens
+    return room if config.max_prompt_tokens is None else min(room, config.max_prompt_tokens)
+
+
+def longest_sequence(config: PPOStepConfig, policy: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The maximum number of tokens, prompt and completion, that the networks of this step read."""
+    room = prompt_room(config, policy, tokenizer)
+    lengths = [len(one.ids) for one in encoded_prompts(config, tokenizer) if len(one.ids) <= room]
+    return max(lengths, default=0) + config.generation.max_new_tokens
 
 
 def check_prompts(config: PPOStepConfig, context: StepContext) -> None:
@@ -30,11 +69,13 @@ def check_prompts(config: PPOStepConfig, context: StepContext) -> None:
     corpus.check_readers(context.models.values(), prompts)
 
 
-def load_prompts(config: PPOStepConfig, context: StepContext, roles: Roles) -> list[EncodedPrompt]:
+def load_prompts(
+    config: PPOStepConfig, context: StepContext, policy: TransformersModel, tokenizer: PreTrainedTokenizerBase
+) -> list[EncodedPrompt]:
     """Load prompts with token ids. Prompts that are too long are left out, because truncation would change the question."""
-    longest = prompt_room(config, roles.policy.model.config, roles.tokenizer)
-    curator = Curator(config.curation, count_tokens(roles.tokenizer))
-    encoded = encoded_prompts(config, roles.tokenizer, curator)
+    longest = prompt_room(config, policy.config, tokenizer)
+    curator = Curator(config.curation, count_tokens(tokenizer))
+    encoded = encoded_prompts(config, tokenizer, curator)
     if curator.left_out:
         reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(curator.left_out.items()))
         context.runtime.console.print(f"{context.name}: curation left out {sum(curator.left_out.values())} prompts ({reasons})")
@@ -47,7 +88,7 @@ def load_prompts(config: PPOStepConfig, context: StepContext, roles: Roles) -> l
     if len(kept) < len(encoded):
         left_out = len(encoded) - len(kept)
         context.runtime.console.print(f"{context.name}: left out {left_out} of {len(encoded)} prompts ({longest} tokens at most)")
-    require_room(roles.policy.model, [one.ids for one in kept], config.generation)  # fail now instead of in a later iteration
+    require_room(policy, [one.ids for one in kept], config.generation)  # fail now instead of in a later iteration
     return kept
 
 
@@ -67,11 +108,11 @@ class PretrainingRows:
         return self.blocks[torch.randint(len(self.blocks), (count,), generator=generator)]
 
 
-def load_pretraining_rows(config: PPOStepConfig, context: StepContext, roles: Roles) -> PretrainingRows | None:
+def load_pretraining_rows(config: PPOStepConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PretrainingRows | None:
     """The packed texts of the pretraining mix; None if the step has none."""
     mix = config.pretraining_mix
     if mix is None:
         return None
 
-    tokens = encode_documents(roles.tokenizer, [text_of(row, "text") for row in read_rows(mix.data)])
-    return PretrainingRows(pack_blocks(tokens, mix.block_size), context.seed)
+    tokens = encode_documents(tokenizer, [text_of(row, "text") for row in read_rows(mix.data)])
+    return PretrainingRows(pack_blocks(tokens, mix.block_size), seed)

@@ -14,6 +14,7 @@ from torch import nn
 from stages.corpora.prompts import shuffled_forever
 from stages.engines.opening import check_reachable, step_sampler
 from stages.errors import ModelError, Stopped, TrainingError
+from stages.kernels.matmul import measure_peak
 from stages.metric_names import (
     COMPLETION_CUT_SHARE,
     CUT_SHARE,
@@ -27,24 +28,22 @@ from stages.metric_names import (
 from stages.models.layers.compiled import NOT_WANTED
 from stages.models.passes.budget import PassBudget, PassTooLarge
 from stages.models.sharding import grouped, shard
-from stages.ppo.checkpoint import RunKeeper, RunState
-from stages.ppo.collecting import ScoringError, collect, recomputes_logprobs
 from stages.ppo.config import PPOStepConfig
-from stages.ppo.data import check_prompts, load_pretraining_rows, load_prompts
-from stages.ppo.encoding import EncodedPrompt
+from stages.ppo.data import EncodedPrompt, check_prompts, load_pretraining_rows, load_prompts
 from stages.ppo.health import Health, alarm_metrics
-from stages.ppo.history import Entry
-from stages.ppo.logs import episodes_of, keep_episodes, log, samples_of
-from stages.ppo.measuring import measuring_budget
-from stages.ppo.metrics import iteration_metrics, run_line, run_metrics
 from stages.ppo.offload import Offload
-from stages.ppo.optimizers import WeightAverage, learning_rate_factor, make_optimizer
-from stages.ppo.publishing import publish_best, publish_policy, publish_value
+from stages.ppo.records.checkpoint import RunKeeper, RunState
+from stages.ppo.records.history import Entry
+from stages.ppo.records.logs import episodes_of, keep_episodes, log, samples_of
+from stages.ppo.records.metrics import iteration_metrics, run_line, run_metrics
+from stages.ppo.records.publishing import publish_best, publish_policy, publish_value
 from stages.ppo.roles import load_roles
-from stages.ppo.rollout import Rollout
-from stages.ppo.sampling import ServedRollouts, check_overlap
-from stages.ppo.speed import peak_of
-from stages.ppo.update import UpdateProgress, Updater, UpdateResult
+from stages.ppo.rollout.collecting import ScoringError, collect, recomputes_logprobs
+from stages.ppo.rollout.measuring import measuring_budget
+from stages.ppo.rollout.rollout import Rollout
+from stages.ppo.rollout.sampling import ServedRollouts, check_overlap
+from stages.ppo.update.optimizers import WeightAverage, learning_rate_factor, make_optimizer
+from stages.ppo.update.updater import UpdateProgress, Updater, UpdateResult
 from stages.process.gpus import measured_gpu_memory
 from stages.rewards.building import build_reward
 from stages.rewards.details import columns_of
@@ -91,8 +90,8 @@ class PPORun:
         if roles.compiler is not None:
             roles.compiler.add(*judges)
         roles.offload = Offload([*roles.waiting(), *judges], runtime.device, enabled=config.offload)
-        self.prompts = load_prompts(config, context, roles)
-        self.pretraining_rows = load_pretraining_rows(config, context, roles)
+        self.prompts = load_prompts(config, context, roles.policy.model, roles.tokenizer)
+        self.pretraining_rows = load_pretraining_rows(config, roles.tokenizer, context.seed)
         parameters = {name: list(trainable(network).values()) for name, network in roles.networks().items()}
         self.optimizers = {name: make_optimizer(grouped(group), config.training) for name, group in parameters.items()}
         self.average = WeightAverage(roles.networks()["policy"], config.ema.decay) if config.ema.decay is not None else None
@@ -123,7 +122,7 @@ class PPORun:
         )
         is_recomputed = recomputes_logprobs(roles, config) or config.generation.vllm is not None
         self.health = Health(config.health, is_half=dtype != torch.float32, is_recomputed=is_recomputed)
-        self.matmul_peak = peak_of(runtime.device, dtype)
+        self.matmul_peak = measure_peak(dtype, runtime.device)
         self.state = RunState(kl_coef=config.kl.coef)
         self._said_cuts: set[str] = set()
         self.served: ServedRollouts | None = None  # None: the local sampler

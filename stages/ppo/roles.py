@@ -32,7 +32,7 @@ from stages.models.passes.responses import Policy, SequenceBatch, sequence_value
 from stages.models.reward_question import is_generative
 from stages.models.sharding import shard, sharded_blocks
 from stages.ppo.config import PPOStepConfig
-from stages.ppo.encoding import longest_sequence, prompt_room
+from stages.ppo.data import longest_sequence, prompt_room
 from stages.ppo.offload import Offload
 from stages.registry.references import ResolvedModel
 from stages.sampling.sampler import LocalSampler, Sampler

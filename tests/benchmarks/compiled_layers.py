@@ -109,7 +109,7 @@ def peak() -> int:
 def worker(stage: str, model: Path, options: argparse.Namespace) -> dict[str, Any]:
     from stages.chain import run as chain
     from stages.models.layers import compiled as compiled_layers
-    from stages.ppo.update import Updater
+    from stages.ppo.update.updater import Updater
     from stages.process.runtime import Runtime
     from stages.recipe.schema import load_recipe
     from stages.registry.ledger import Registry

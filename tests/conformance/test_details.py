@@ -16,7 +16,7 @@ from stages.corpora.templates import encode_completion, encode_pair, set_templat
 from stages.models.heads import RewardModel, ValueModel
 from stages.models.loading import load_language_model
 from stages.ppo.config import PPOOptimizer
-from stages.ppo.optimizers import make_optimizer
+from stages.ppo.update.optimizers import make_optimizer
 from stages.recipe.presets import PRESETS
 from stages.reward_model.config import RewardModelConfig
 from stages.reward_model.rows import collate, encode

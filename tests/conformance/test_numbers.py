@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from stages.ppo.config import PPOOptimizer
-from stages.ppo.optimizers import WeightAverage, make_optimizer
+from stages.ppo.update.optimizers import WeightAverage, make_optimizer
 from stages.rl.gae import gae
 from stages.rl.kl import AdaptiveKLController
 from stages.rl.logprobs import entropy, token_logprobs

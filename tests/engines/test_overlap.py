@@ -15,8 +15,8 @@ import torch
 from stages.errors import LaunchError, Stopped, TrainingError
 from stages.models.adapters.served import updates_of
 from stages.ppo.loop import run
-from stages.ppo.sampling import Sampling, check_overlap
-from stages.ppo.update import Updater
+from stages.ppo.rollout.sampling import Sampling, check_overlap
+from stages.ppo.update.updater import Updater
 from stages.sampling.generation import episode_seed
 from tests.engines.test_ppo_elsewhere import LORA, metrics_of
 

@@ -12,7 +12,7 @@ import torch
 
 from stages.errors import TrainingError
 from stages.ppo.loop import PPORun, run
-from stages.ppo.rollout import Rollout
+from stages.ppo.rollout.rollout import Rollout
 from tests.ppo.conftest import PROMPTS
 
 LORA = {"lora": {"r": 2}, "value": "policy"}
@@ -87,9 +87,9 @@ def test_run_whose_server_dies_continues_from_its_checkpoint(stub, config, ppo_c
 def test_importance_weights_of_tokens_from_another_policy(config, ppo_context) -> None:
     """The loss of a token is multiplied by min(p / q, cap): with q = p / 4 and a cap of 2 the gradient doubles, with q = 2 p it halves."""
     from stages.ppo.roles import load_roles
-    from stages.ppo.rollout import TENSORS
-    from stages.ppo.targets import targets
-    from stages.ppo.update import Updater
+    from stages.ppo.rollout.rollout import TENSORS
+    from stages.ppo.update.targets import targets
+    from stages.ppo.update.updater import Updater
 
     settings = config(**LORA, entropy_coef=0.0)
     roles = load_roles(settings, ppo_context)
@@ -161,7 +161,7 @@ def test_fingerprint_of_local_sampling_is_unchanged(ppo_config) -> None:
 
 def test_interrupted_rollout_is_stored_with_the_samplers_logprobs(stub, config, ppo_context) -> None:
     """After an interruption in an update, the rollout is not sampled again, and its importance weights are the same as before."""
-    from stages.ppo.checkpoint import load_rollout, save_rollout
+    from stages.ppo.records.checkpoint import load_rollout, save_rollout
 
     ppo = PPORun(config(stub(), **LORA), ppo_context)
     with ppo.sampling():

@@ -32,7 +32,7 @@ from stages.models.adapters.attaching import attach_lora
 from stages.models.passes.budget import each_group
 from stages.models.sharding import clip_gradients, grouped, is_sharded, reduce_gradients, shard, sharded_blocks
 from stages.models.sharding import unsharded, unsharded_state_dict
-from stages.ppo.optimizers import WeightAverage
+from stages.ppo.update.optimizers import WeightAverage
 from stages.process.runtime import Runtime
 
 runtime = Runtime()

@@ -65,7 +65,7 @@ def ppo_context(tiny_llama_folder: Path, step_context: Any, resolve_folder: Any)
 def make_rollout() -> Any:
     """make_rollout(roles, config) -> one collected rollout of twelve episodes."""
     from stages.corpora.templates import encode_prompt
-    from stages.ppo.collecting import collect
+    from stages.ppo.rollout.collecting import collect
     from stages.rewards.function import FunctionSource
     from stages.rewards.source import CombinedReward
 

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from stages.errors import Stopped
 from stages.models.layers import compiled as compiled_layers
 from stages.ppo import loop
-from stages.ppo.checkpoint import HistoryLog, RunKeeper, RunState
-from stages.ppo.history import RunHistory
 from stages.ppo.loop import run
-from stages.ppo.update import Updater
+from stages.ppo.records.checkpoint import HistoryLog, RunKeeper, RunState
+from stages.ppo.records.history import RunHistory
+from stages.ppo.update.updater import Updater
 from stages.rewards.source import CombinedReward
 from stages.training.checkpoints import Checkpoints
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from stages.errors import TrainingError
-from stages.ppo.credit import token_scores
 from stages.ppo.roles import load_roles
+from stages.ppo.rollout.credit import token_scores
 from stages.rewards.building import build_reward, build_source
 from stages.rewards.config import RewardInput
 from stages.rewards.function import SpanFunctionSource
@@ -39,8 +39,8 @@ def test_characters_are_those_of_the_text_after_the_prompt(tokenizer_of) -> None
 
 def test_token_level_function_in_a_complete_rollout(ppo_config, ppo_context) -> None:
     from stages.corpora.templates import encode_prompt
-    from stages.ppo.collecting import collect
-    from stages.ppo.targets import targets
+    from stages.ppo.rollout.collecting import collect
+    from stages.ppo.update.targets import targets
 
     reward_input = {"function": "letters_reward:each_e", "level": "token", "weight": 2.0}
     config = ppo_config(reward=[reward_input], whiten_advantages=False, generation={"max_new_tokens": 30})

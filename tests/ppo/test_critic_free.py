@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from stages.models.heads import ValueModel
 from stages.ppo.loop import run
 from stages.ppo.roles import load_roles
-from stages.ppo.rollout import Rollout
-from stages.ppo.targets import all_targets, targets
+from stages.ppo.rollout.rollout import Rollout
+from stages.ppo.update.targets import all_targets, targets
 
 ROOT = math.sqrt(0.5)
 

@@ -13,11 +13,11 @@ from pydantic import ValidationError
 from stages.models.heads import RewardModel
 from stages.ppo.data import load_prompts
 from stages.ppo.loop import run
-from stages.ppo.metrics import iteration_metrics
-from stages.ppo.optimizers import make_optimizer
+from stages.ppo.records.metrics import iteration_metrics
 from stages.ppo.roles import load_roles
-from stages.ppo.targets import targets
-from stages.ppo.update import Updater
+from stages.ppo.update.optimizers import make_optimizer
+from stages.ppo.update.targets import targets
+from stages.ppo.update.updater import Updater
 from stages.training.checkpoints import trainable
 
 
@@ -82,7 +82,7 @@ def test_a_prompt_of_1001_tokens_is_left_out_and_not_cut(ppo_config, ppo_context
     config = ppo_config(data=str(path), max_prompt_tokens=1000)
     roles = load_roles(config, ppo_context)
     roles.policy.model.config.max_position_embeddings = 2000  # the limit of the step applies here
-    kept = load_prompts(config, ppo_context, roles)
+    kept = load_prompts(config, ppo_context, roles.policy.model, roles.tokenizer)
     assert [(len(ids), prompt) for prompt, ids, _ in kept] == [(999, texts[999]), (1000, texts[1000])]
 
 

@@ -39,9 +39,9 @@ def remote(server: Server, **fields: Any) -> dict[str, Any]:
 def collected(config: Any, context: Any, *, overlap: bool, monkeypatch: pytest.MonkeyPatch, seconds_per_step: float = 0.0) -> Any:
     """A rollout of twelve episodes with a slow policy; the argument is its time for each token."""
     from stages.corpora.templates import encode_prompt
-    from stages.ppo.collecting import collect
-    from stages.ppo.early_scoring import EarlyScoring
     from stages.ppo.roles import load_roles
+    from stages.ppo.rollout.collecting import collect
+    from stages.ppo.rollout.early_scoring import EarlyScoring
     from stages.rewards.building import build_reward
 
     if not overlap:

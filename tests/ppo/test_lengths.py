@@ -12,8 +12,7 @@ import transformers
 
 from stages.errors import ModelError
 from stages.models.heads import RewardModel
-from stages.ppo.data import load_prompts
-from stages.ppo.encoding import longest_sequence
+from stages.ppo.data import load_prompts, longest_sequence
 from stages.ppo.roles import load_roles
 
 WORDS = "joy and warm and bright and honest and fine"
@@ -99,6 +98,6 @@ def test_prompts_are_limited_to_what_policy_and_tokenizer_can_read(step: Any, mo
     roles.tokenizer.model_max_length = 9  # below the policy's 128 positions: 9 - 4 new tokens leave 5
     prompts_file(Path(config.data[0].path).parent, "joy", WORDS)
     lines = said(context, monkeypatch)
-    kept = load_prompts(config, context, roles)
+    kept = load_prompts(config, context, roles.policy.model, roles.tokenizer)
     assert [one.prompt for one in kept] == ["joy"]
     assert any("left out 1 of 2 prompts (5 tokens at most)" in line for line in lines)

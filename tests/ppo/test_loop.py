@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from stages.errors import DataError, TrainingError
 from stages.ppo.loop import run
-from stages.ppo.targets import targets
+from stages.ppo.update.targets import targets
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from stages.ppo.loss_scale import FIRST, STEPS_TO_GROW, LossScale
 from stages.ppo.roles import load_roles
-from stages.ppo.targets import targets
-from stages.ppo.update import Updater
+from stages.ppo.update.loss_scale import FIRST, STEPS_TO_GROW, LossScale
+from stages.ppo.update.targets import targets
+from stages.ppo.update.updater import Updater
 from stages.training.checkpoints import trainable
 
 

@@ -15,8 +15,8 @@ from stages.errors import LaunchError
 from stages.ppo.config import PPOOptimizer
 from stages.ppo.loop import run
 from stages.ppo.offload import Offload
-from stages.ppo.optimizers import make_optimizer
 from stages.ppo.roles import load_roles
+from stages.ppo.update.optimizers import make_optimizer
 
 
 class Traveller(torch.nn.Module):
@@ -74,8 +74,8 @@ def test_offloading_changes_only_the_device(ppo_config, step_context, resolve_fo
 
 @pytest.mark.parametrize("checkpointing", [True])
 def test_gradient_checkpointing_gives_the_same_gradients(ppo_config, ppo_context, make_rollout, checkpointing) -> None:
-    from stages.ppo.targets import targets
-    from stages.ppo.update import Updater
+    from stages.ppo.update.targets import targets
+    from stages.ppo.update.updater import Updater
 
     gradients = []
     for on in (False, checkpointing):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stages.ppo import optimizers
 from stages.ppo.config import PPOOptimizer
-from stages.ppo.optimizers import TensorFlowAdam, WeightAverage, learning_rate_factor, make_optimizer, together
+from stages.ppo.update import optimizers
+from stages.ppo.update.optimizers import TensorFlowAdam, WeightAverage, learning_rate_factor, make_optimizer, together
 from stages.training import fused
 
 

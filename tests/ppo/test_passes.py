@@ -11,12 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stages.errors import MemoryExhausted, TrainingError
 from stages.models.layers import compiled as compiled_layers
 from stages.ppo.data import load_pretraining_rows
-from stages.ppo.measuring import measure, measuring_budget
-from stages.ppo.minibatch import Minibatch
-from stages.ppo.optimizers import make_optimizer
 from stages.ppo.roles import load_roles
-from stages.ppo.targets import targets
-from stages.ppo.update import Updater
+from stages.ppo.rollout.measuring import measure, measuring_budget
+from stages.ppo.update.minibatch import Minibatch
+from stages.ppo.update.optimizers import make_optimizer
+from stages.ppo.update.targets import targets
+from stages.ppo.update.updater import Updater
 from stages.training.checkpoints import trainable
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -280,7 +280,7 @@ def test_minibatch_that_runs_out_of_memory_is_repeated_in_smaller_passes(
     target = targets(rollout, config, kl_coef=0.1)
 
     def updater() -> Updater:
-        return make_updater(roles, config, pretraining_rows=load_pretraining_rows(config, ppo_context, roles))
+        return make_updater(roles, config, pretraining_rows=load_pretraining_rows(config, roles.tokenizer, ppo_context.seed))
 
     limited = updater()
     with monkeypatch.context() as patch:

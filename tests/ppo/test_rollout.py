@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from stages.errors import TrainingError
-from stages.ppo.checkpoint import load_rollout, save_rollout
-from stages.ppo.rollout import TENSOR_GROUPS, TENSORS, Rollout, joined
-from stages.ppo.targets import all_targets, targets
+from stages.ppo.records.checkpoint import load_rollout, save_rollout
+from stages.ppo.rollout.rollout import TENSOR_GROUPS, TENSORS, Rollout, joined
+from stages.ppo.update.targets import all_targets, targets
 
 
 def hand_made(**fields: Any) -> Rollout:
@@ -154,9 +154,9 @@ def test_bootstrap_value_is_read_at_the_last_token(ppo_config, ppo_context, make
 
 
 def test_each_phase_of_an_iteration_has_its_peak_of_gpu_memory(ppo_config, ppo_context, make_rollout, monkeypatch) -> None:
-    from stages.ppo.metrics import iteration_metrics
+    from stages.ppo.records.metrics import iteration_metrics
     from stages.ppo.roles import load_roles
-    from stages.ppo.update import UpdateResult
+    from stages.ppo.update.updater import UpdateResult
 
     config = ppo_config()
     roles = load_roles(config, ppo_context)
@@ -172,9 +172,9 @@ def test_each_phase_of_an_iteration_has_its_peak_of_gpu_memory(ppo_config, ppo_c
 
 
 def test_scores_by_ending_are_means_after_the_penalties(ppo_config, ppo_context, make_rollout) -> None:
-    from stages.ppo.metrics import iteration_metrics
+    from stages.ppo.records.metrics import iteration_metrics
     from stages.ppo.roles import load_roles
-    from stages.ppo.update import UpdateResult
+    from stages.ppo.update.updater import UpdateResult
 
     rollout = make_rollout(load_roles(ppo_config(), ppo_context), ppo_config())
     rollout.seconds["update"] = 1.0

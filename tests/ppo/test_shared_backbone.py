@@ -15,12 +15,12 @@ from stages.models.adapters.shared_backbone import SharedBackbone, backbone_key
 from stages.models.heads import RewardModel
 from stages.models.loading import load_language_model, save_model
 from stages.models.passes.responses import Policy, sequence_batch, sequence_values
-from stages.ppo.collecting import collect
 from stages.ppo.loop import run
-from stages.ppo.publishing import publish_value
+from stages.ppo.records.publishing import publish_value
 from stages.ppo.roles import load_roles
-from stages.ppo.targets import targets
-from stages.ppo.update import Updater
+from stages.ppo.rollout.collecting import collect
+from stages.ppo.update.targets import targets
+from stages.ppo.update.updater import Updater
 from stages.registry.references import ResolvedModel
 from stages.rewards.building import build_reward
 from stages.rewards.source import CombinedReward

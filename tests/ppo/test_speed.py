@@ -6,7 +6,7 @@ import torch
 from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
 from stages.models.passes.responses import sequence_batch
-from stages.ppo.speed import MatmulCounter, speed_metrics
+from stages.ppo.records.speed import MatmulCounter, speed_metrics
 
 # per layer: q and o of 8 x 8, k and v of 8 x 4, three products of 8 x 16; one layer
 LLAMA = 2 * 64 + 2 * 32 + 3 * 128

@@ -9,10 +9,10 @@ import torch
 
 from stages.errors import TrainingError
 from stages.ppo.data import load_pretraining_rows
-from stages.ppo.optimizers import make_optimizer
 from stages.ppo.roles import load_roles
-from stages.ppo.targets import targets
-from stages.ppo.update import Updater
+from stages.ppo.update.optimizers import make_optimizer
+from stages.ppo.update.targets import targets
+from stages.ppo.update.updater import Updater
 from stages.training.checkpoints import trainable
 
 
@@ -145,7 +145,7 @@ def test_pretraining_gradient_is_added_with_its_coefficient(ppo_config, ppo_cont
     for name, config in {"plain": plain, "mixed": mixed, "by_row": by_row, "off": off}.items():
         roles = load_roles(config, ppo_context)
         rollout = make_rollout(roles, config)
-        updater = make_updater(roles, config, pretraining_rows=load_pretraining_rows(config, ppo_context, roles))
+        updater = make_updater(roles, config, pretraining_rows=load_pretraining_rows(config, roles.tokenizer, ppo_context.seed))
         target = targets(rollout, config, kl_coef=0.1)
         totals = updater.accumulate(rollout, target)
         totals.read()
@@ -154,7 +154,7 @@ def test_pretraining_gradient_is_added_with_its_coefficient(ppo_config, ppo_cont
     assert all(torch.equal(by_case["plain"][name], by_case["off"][name]) for name in by_case["plain"])  # gamma = 0: to the bit
     for name, gradient in by_case["mixed"].items():
         torch.testing.assert_close(by_case["by_row"][name], gradient, rtol=1e-4, atol=1e-6)
-    drawn = load_pretraining_rows(mixed, ppo_context, roles)
+    drawn = load_pretraining_rows(mixed, roles.tokenizer, ppo_context.seed)
     assert drawn is not None
     rows = drawn.draw(12)
     model = load_roles(mixed, ppo_context).policy.model
@@ -203,7 +203,7 @@ def test_sums_of_a_minibatch_are_read_once_for_any_number_of_microbatches(
 
 
 def test_totals_are_sums_in_double_precision_and_the_largest_number() -> None:
-    from stages.ppo.update import Totals
+    from stages.ppo.update.updater import Totals
 
     draw = torch.Generator().manual_seed(0)
     values = torch.randn(50, generator=draw) * 1e4

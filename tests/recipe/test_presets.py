@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from stages.cli import app
 from stages.errors import RecipeError
-from stages.ppo.optimizers import learning_rate_factor
+from stages.ppo.update.optimizers import learning_rate_factor
 from stages.recipe.presets import PRESETS, STAGES
 from stages.recipe.schema import config_class, load_recipe
 from stages.recipe.settings import preset_settings, settings_of_step

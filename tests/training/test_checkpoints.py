@@ -13,7 +13,7 @@ import torch
 
 from stages.errors import ModelError
 from stages.ppo.config import PPOOptimizer
-from stages.ppo.optimizers import make_optimizer
+from stages.ppo.update.optimizers import make_optimizer
 from stages.process.runtime import Runtime
 from stages.training import checkpoints as module
 from stages.training.checkpoints import (

@@ -147,7 +147,7 @@ def _profiled(clock: Clock, iteration: int, on_gpu: bool) -> Iterator[dict[str, 
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from stages.ppo.update import Updater
+    from stages.ppo.update.updater import Updater
 
     usual, idle = Updater.update, dict[str, Any]()
 

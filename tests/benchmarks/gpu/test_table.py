@@ -230,7 +230,7 @@ def test_a_process_finds_the_packages_of_pythonpath(tmp_path: Path, monkeypatch)
 
 def test_an_update_that_cannot_be_profiled_runs_and_the_reason_is_kept(monkeypatch) -> None:
     """A PyTorch without CUPTI cannot profile a GPU."""
-    from stages.ppo.update import Updater
+    from stages.ppo.update.updater import Updater
 
     def fails(_: Any) -> None:
         raise AssertionError("no CUPTI")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from stages.models.passes.responses import SequenceBatch, moved_together, sequence_batch
-from stages.ppo.rollout import Rollout
-from stages.ppo.targets import Targets
+from stages.ppo.rollout.rollout import Rollout
+from stages.ppo.update.targets import Targets
 
 
 @dataclass(frozen=True)

@@ -35,14 +35,14 @@ from stages.models.passes.responses import Policy, PolicyLoss, SequenceBatch, lo
 from stages.models.sharding import gradient_norm, reduce_gradients, scale_gradients
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.data import PretrainingRows
-from stages.ppo.loss_scale import LossScale
-from stages.ppo.minibatch import Minibatch, Pass
-from stages.ppo.optimizers import WeightAverage
+from stages.ppo.records.speed import MatmulCounter
 from stages.ppo.roles import Roles
-from stages.ppo.rollout import Rollout
-from stages.ppo.speed import MatmulCounter
-from stages.ppo.targets import Targets, all_targets, targets
-from stages.ppo.totals import Totals, policy_metrics, value_metrics
+from stages.ppo.rollout.rollout import Rollout
+from stages.ppo.update.loss_scale import LossScale
+from stages.ppo.update.minibatch import Minibatch, Pass
+from stages.ppo.update.optimizers import WeightAverage
+from stages.ppo.update.targets import Targets, all_targets, targets
+from stages.ppo.update.totals import Totals, policy_metrics, value_metrics
 from stages.rl.losses import policy_clipped, policy_terms, value_terms
 from stages.training.checkpoints import trainable
 

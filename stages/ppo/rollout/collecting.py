@@ -17,12 +17,12 @@ from stages.models.layers.compiled import compiled_passes
 from stages.models.passes.budget import PassBudget
 from stages.models.sharding import unsharded
 from stages.ppo.config import PPOStepConfig
-from stages.ppo.credit import token_scores
-from stages.ppo.early_scoring import EarlyScoring
-from stages.ppo.measuring import measure, measuring_budget
 from stages.ppo.roles import Roles
-from stages.ppo.rollout import Rollout, joined
-from stages.ppo.sampling import Sampling
+from stages.ppo.rollout.credit import token_scores
+from stages.ppo.rollout.early_scoring import EarlyScoring
+from stages.ppo.rollout.measuring import measure, measuring_budget
+from stages.ppo.rollout.rollout import Rollout, joined
+from stages.ppo.rollout.sampling import Sampling
 from stages.process.gpus import measured_gpu_memory
 from stages.rewards.details import Details
 from stages.rewards.source import CombinedReward, Scores

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from stages.kernels.matmul import measure_peak
 from stages.metric_names import (
     EPISODES_PER_SECOND,
     UPDATE_MATMUL_SHARE,
@@ -125,8 +123,3 @@ def speed_metrics(
     if recomputed:
         metrics[UPDATE_RECOMPUTED_SHARE] = recomputed
     return metrics
-
-
-def peak_of(device: torch.device, dtype: torch.dtype) -> float:
-    """Peak flops per second of this machine's matrix products in ``dtype``; measured once, quickly."""
-    return measure_peak(dtype, device)

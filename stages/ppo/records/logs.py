@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from stages.json_types import JsonObject
 
 if TYPE_CHECKING:
-    from stages.ppo.history import Entry
-    from stages.ppo.rollout import Rollout
+    from stages.ppo.records.history import Entry
+    from stages.ppo.rollout.rollout import Rollout
     from stages.step import StepContext
 
 

@@ -12,8 +12,8 @@ from stages.models.sharding import unsharded_state_dict
 from stages.training.checkpoints import trainable
 
 if TYPE_CHECKING:
-    from stages.ppo.checkpoint import RunKeeper
     from stages.ppo.config import PPOStepConfig
+    from stages.ppo.records.checkpoint import RunKeeper
     from stages.ppo.roles import Roles
     from stages.registry.record import ModelRecord
     from stages.step import StepContext

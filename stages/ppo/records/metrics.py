@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from stages import metric_names
 from stages.json_types import JsonObject
-from stages.ppo.speed import speed_metrics
+from stages.ppo.records.speed import speed_metrics
 from stages.rewards.details import applies
 from stages.stats.comparing import repeated_ngrams
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stages.ppo.health import RaisedAlarm
-    from stages.ppo.history import RunHistory
-    from stages.ppo.rollout import Rollout
-    from stages.ppo.update import UpdateResult
+    from stages.ppo.records.history import RunHistory
+    from stages.ppo.rollout.rollout import Rollout
+    from stages.ppo.update.updater import UpdateResult
 
 
 def group_metrics(scores: Tensor, samples_per_prompt: int) -> dict[str, float]:

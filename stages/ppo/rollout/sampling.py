@@ -13,9 +13,9 @@ from typing import cast
 from stages.config import GenerationSettings
 from stages.errors import LaunchError
 from stages.ppo.config import PPOStepConfig
-from stages.ppo.early_scoring import EarlyScoring
-from stages.ppo.encoding import EncodedPrompt
+from stages.ppo.data import EncodedPrompt
 from stages.ppo.roles import Roles
+from stages.ppo.rollout.early_scoring import EarlyScoring
 from stages.process.runtime import Runtime
 from stages.rewards.details import Details, columns_of
 from stages.rewards.source import CombinedReward

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stages.errors import TrainingError
 from stages.ppo.config import PPOStepConfig
-from stages.ppo.rollout import Rollout
+from stages.ppo.rollout.rollout import Rollout
 from stages.rl.baselines import batch_baseline, group_relative, leave_one_out, spread
 from stages.rl.gae import gae
 from stages.rl.kl import estimate_kl

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import Optimizer
 
-from stages.ppo.history import Entry, RunHistory
-from stages.ppo.optimizers import WeightAverage
-from stages.ppo.rollout import TENSOR_GROUPS, TENSORS, Rollout
-from stages.ppo.sampling import SAMPLER, SampledSoFar
-from stages.ppo.update import UpdateProgress
+from stages.ppo.records.history import Entry, RunHistory
+from stages.ppo.rollout.rollout import TENSOR_GROUPS, TENSORS, Rollout
+from stages.ppo.rollout.sampling import SAMPLER, SampledSoFar
+from stages.ppo.update.optimizers import WeightAverage
+from stages.ppo.update.updater import UpdateProgress
 from stages.process.runtime import Runtime
 from stages.training.checkpoints import (
     Checkpoint,

@@ -1,0 +1,1 @@
+"""What a PPO run records and publishes: metrics, logs, checkpoints and models."""

@@ -1,0 +1,1 @@
+"""A rollout: sample completions, measure them by forward passes, and score them."""

@@ -1,0 +1,1 @@
+"""The update: targets, minibatches, losses and optimizer steps on one rollout."""
