@@ -61,15 +61,15 @@ DETAILS = (
     _detail(
         "G7",
         "A long query is shortened by its last lines; its format is kept (S, H)",
-        "corpora/fitting.py:fit_prompt",
-        "corpora/test_fitting.py::test_lines_are_cut_from_the_end_of_the_post "
-        "corpora/test_fitting.py::test_a_single_line_is_cut_by_characters",
+        "corpora/encoding/fitting.py:fit_prompt",
+        "corpora/encoding/test_fitting.py::test_lines_are_cut_from_the_end_of_the_post "
+        "corpora/encoding/test_fitting.py::test_a_single_line_is_cut_by_characters",
     ),
     _detail(
         "G8",
         "The format of a query (H)",
         "corpora/summaries.py:post_prompt",
-        "corpora/test_fitting.py::test_the_form_of_a_post_is_the_papers",
+        "corpora/encoding/test_fitting.py::test_the_form_of_a_post_is_the_papers",
     ),
     _detail(
         "G9",

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-    from stages.corpora.messages import Prompt
+    from stages.corpora.conversations.messages import Prompt
     from stages.registry.references import ResolvedModel
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from stages.corpora.messages import Message, Prompt
+    from stages.corpora.conversations.messages import Message, Prompt
     from stages.model_types import TransformersModel
     from stages.process.runtime import Runtime
     from stages.registry.ledger import Registry

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stages.config import DataSource, ModelInput
-from stages.corpora.hub_tables import check_source
+from stages.corpora.tables.hub import check_source
 from stages.errors import DataError, HubError, HubMissing, HubUnreachable
 from stages.hub.models import adapter_base, check_model, download
 from stages.hub.repositories import COMMIT, Kind, Repository, look_up

@@ -18,8 +18,16 @@ from math import isfinite
 from typing import TYPE_CHECKING
 
 from stages.config import DataInput
+from stages.corpora.conversations.messages import (
+    Completion,
+    Prompt,
+    holds_turns,
+    open_conversation,
+    prompt_of,
+    split_answers,
+    split_dialogue,
+)
 from stages.corpora.files import read_splits
-from stages.corpora.messages import Completion, Prompt, holds_turns, open_conversation, prompt_of, split_answers, split_dialogue
 from stages.corpora.rows import Row, text_of
 from stages.corpora.splits import say_shared
 from stages.corpora.summaries import compared_prompt, compared_summaries, is_comparison

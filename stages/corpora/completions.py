@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stages.config import DataSource
+from stages.corpora.conversations.messages import Prompt, completion_text, conversation_column, holds_turns, split_answers, split_messages
 from stages.corpora.files import read_rows
-from stages.corpora.messages import Prompt, completion_text, conversation_column, holds_turns, split_answers, split_messages
 from stages.corpora.prompts import prompt_in
 from stages.corpora.rows import Row, text_of
 from stages.errors import DataError

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stages.config import DataInput
-from stages.corpora.files import read_splits
-from stages.corpora.messages import (
+from stages.corpora.conversations.messages import (
     Completion,
     Prompt,
     conversation_column,
@@ -31,6 +30,7 @@ from stages.corpora.messages import (
     split_messages,
     text_prompt,
 )
+from stages.corpora.files import read_splits
 from stages.corpora.rows import Row, text_of
 from stages.corpora.splits import say_shared
 from stages.corpora.summaries import is_post, post_prompt

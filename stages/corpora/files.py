@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.config import HUB, DataInput, DataSource
-from stages.corpora.formats import EXPECTED, file_text, read_file, row_at, rows_of_parts, with_locations
-from stages.corpora.hub_tables import DECIDE, content_of, read_hub
 from stages.corpora.labels import ANSWERS, TASKS, labelled_rows, labelling_folder_of
-from stages.corpora.layout import PACKED, SUFFIXES, UNSPLIT, Layout, is_data, layout_of, parts_of
 from stages.corpora.rows import Row, column_of
 from stages.corpora.splits import hold_out
+from stages.corpora.tables.formats import EXPECTED, file_text, read_file, row_at, rows_of_parts, with_locations
+from stages.corpora.tables.hub import DECIDE, content_of, read_hub
+from stages.corpora.tables.layout import PACKED, SUFFIXES, UNSPLIT, Layout, is_data, layout_of, parts_of
 from stages.corpora.world.lexicon import world_files
 from stages.corpora.world.parts import PREFIX, world_rows
 from stages.errors import DataError

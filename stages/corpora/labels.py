@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Required, TypedDict
 
-from stages.corpora.messages import Conversation, as_turns, completion_text
+from stages.corpora.conversations.messages import Conversation, as_turns, completion_text
 from stages.errors import DataError
 from stages.json_types import JsonObject
 

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from stages.config import DataSource
 from stages.corpora.comparisons import comparison
-from stages.corpora.demonstrations import demonstration
-from stages.corpora.files import read_rows
-from stages.corpora.messages import (
+from stages.corpora.conversations.messages import (
     Prompt,
     conversation_column,
     holds_turns,
@@ -22,6 +20,8 @@ from stages.corpora.messages import (
     split_messages,
     transcript,
 )
+from stages.corpora.demonstrations import demonstration
+from stages.corpora.files import read_rows
 from stages.corpora.rows import Row, text_of
 from stages.corpora.summaries import compared_prompt, is_comparison, is_post, post_prompt
 from stages.corpora.templates import check_rendering

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from stages.corpora.messages import (
+from stages.corpora.conversations.messages import (
     REASONING,
     Completion,
     Message,
@@ -23,7 +23,7 @@ from stages.corpora.messages import (
     location_of,
     tools_of,
 )
-from stages.corpora.tool_calls import in_argument_form
+from stages.corpora.conversations.tool_calls import in_argument_form
 from stages.errors import DataError, ModelError
 from stages.json_types import JsonObject
 from stages.tokens.continuation import CONTEXT, beginning_ids, continued, plain_ids, segment_ids

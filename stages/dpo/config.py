@@ -22,7 +22,7 @@ from stages.corpora.comparisons import load_comparisons
 from stages.corpora.curation import Curation, Curator
 
 if TYPE_CHECKING:
-    from stages.corpora.messages import Completion, Prompt
+    from stages.corpora.conversations.messages import Completion, Prompt
 
 
 class DPOOptimizer(OptimizerSettings):

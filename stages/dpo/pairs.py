@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from stages.corpora.comparisons import Comparison
-from stages.corpora.messages import Completion, errors_at
+from stages.corpora.conversations.messages import Completion, errors_at
 from stages.corpora.templates import encode_pair
 from stages.dpo.config import DPOStepConfig
 from stages.errors import DataError

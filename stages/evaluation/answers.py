@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypedDict, TypeVar
 from accelerate.utils import gather_object
 
 from stages.corpora.completions import load_completions, prompt_key
-from stages.corpora.packing import encode_documents, overlapping_windows
+from stages.corpora.encoding.blocks import encode_documents, overlapping_windows
 from stages.corpora.templates import encode_prompt
 from stages.engines.opening import step_sampler
 from stages.errors import DataError, ModelError
@@ -33,7 +33,7 @@ from stages.tokens.positions import readable_length
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from stages.corpora.messages import Prompt
+    from stages.corpora.conversations.messages import Prompt
     from stages.engines.shared_server import SharedServer
     from stages.model_types import TransformersModel
     from stages.process.runtime import Runtime

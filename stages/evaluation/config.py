@@ -9,10 +9,10 @@ from pydantic import BeforeValidator, Field, model_validator
 from stages.config import DataField, DataSource, GenerationSettings, ModelField, ModelInput, StepConfig, Strict
 from stages.corpora.choices import Question, load_questions
 from stages.corpora.completions import load_completions, prompt_key
+from stages.corpora.conversations.messages import Prompt, location_of
 from stages.corpora.files import read_rows
 from stages.corpora.judgements import load_judgements
 from stages.corpora.labels import MOST_COMPLETIONS
-from stages.corpora.messages import Prompt, location_of
 from stages.corpora.prompts import PromptRow
 from stages.corpora.rows import text_of
 from stages.errors import DataError
@@ -25,7 +25,7 @@ from stages.rewards.config import RewardInput, check_rubrics, rubric_inputs
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from stages.corpora.messages import Completion
+    from stages.corpora.conversations.messages import Completion
 
 
 class BestOfN(Strict):

@@ -7,9 +7,9 @@ import random
 from pydantic import Field, model_validator
 
 from stages.config import DataField, Strict
+from stages.corpora.conversations.messages import Prompt, completion_text, transcript
 from stages.corpora.demonstrations import demonstration
 from stages.corpora.files import read_rows
-from stages.corpora.messages import Prompt, completion_text, transcript
 from stages.corpora.prompts import PromptRow, load_prompt_rows
 from stages.errors import DataError
 from stages.rewards.config import RewardInput

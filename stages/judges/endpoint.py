@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from stages.corpora.messages import Prompt, transcript
+from stages.corpora.conversations.messages import Prompt, transcript
 from stages.errors import ModelError
 from stages.json_types import JsonObject
 from stages.judges.config import EndpointJudge

@@ -34,8 +34,8 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from stages.corpora.conversations.messages import completion_text
 from stages.corpora.labels import LabelAnswer, LabelTask
-from stages.corpora.messages import completion_text
 from stages.errors import DataError, LaunchError, StorageError
 from stages.json_types import JsonObject
 from stages.labelling.access import Access, check_annotator, link

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx2
 
-from stages.corpora.messages import Prompt
+from stages.corpora.conversations.messages import Prompt
 from stages.errors import TrainingError
 from stages.labelling.config import People, SimulatedPeople
 from stages.labelling.server import Served

@@ -11,9 +11,9 @@ from pathlib import Path
 from stages.config import DataSource
 from stages.corpora.comparisons import comparison
 from stages.corpora.completions import completion_in
+from stages.corpora.conversations.messages import Prompt, tools_of
 from stages.corpora.files import read_rows
 from stages.corpora.labels import MOST_COMPLETIONS, Completion, Gold, LabelTask
-from stages.corpora.messages import Prompt, tools_of
 from stages.errors import DataError
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from stages.config import DataSource
 from stages.corpora.comparisons import comparison
+from stages.corpora.conversations.messages import completion_text
 from stages.corpora.demonstrations import demonstration
 from stages.corpora.files import WORLD_ROWS, first_rows_of_world, read_rows
-from stages.corpora.messages import completion_text
 from stages.corpora.prompts import load_prompts, plain_text
 from stages.corpora.rows import Row
 

@@ -26,9 +26,9 @@ from stages.config import (
     check_trainable,
     is_changed,
 )
+from stages.corpora.conversations.messages import location_of
 from stages.corpora.curation import Curation, Curator
-from stages.corpora.fitting import PromptFit
-from stages.corpora.messages import location_of
+from stages.corpora.encoding.fitting import PromptFit
 from stages.corpora.prompts import load_prompt_rows, load_prompts
 from stages.corpora.text import check_texts
 from stages.ppo.health import HealthSettings
@@ -36,7 +36,7 @@ from stages.rewards.config import RewardInput, check_names, check_rubrics, leave
 from stages.rewards.signature import columns_asked_for
 
 if TYPE_CHECKING:
-    from stages.corpora.messages import Completion, Prompt
+    from stages.corpora.conversations.messages import Completion, Prompt
 
 
 class PPOOptimizer(Strict):

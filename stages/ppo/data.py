@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from stages.corpora import prompts as corpus
+from stages.corpora.conversations.messages import Prompt
 from stages.corpora.curation import Curator
+from stages.corpora.encoding.blocks import encode_documents, pack_blocks
+from stages.corpora.encoding.fitting import fit_prompt
 from stages.corpora.files import read_rows
-from stages.corpora.fitting import fit_prompt
-from stages.corpora.messages import Prompt
-from stages.corpora.packing import encode_documents, pack_blocks
 from stages.corpora.rows import text_of
 from stages.corpora.templates import check_rendering, count_tokens, encode_prompt
 from stages.errors import DataError

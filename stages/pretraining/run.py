@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer
 
 from stages.config import ModelInput
-from stages.corpora.packing import encode_documents, overlapping_windows, pack_blocks
+from stages.corpora.encoding.blocks import encode_documents, overlapping_windows, pack_blocks
 from stages.corpora.text import load_text
 from stages.errors import ModelError
 from stages.json_types import JsonObject

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from stages.corpora.messages import transcript
+from stages.corpora.conversations.messages import transcript
 from stages.report import curves
 from stages.report.run_folder import Row, StepFolder, thinned
 

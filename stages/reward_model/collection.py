@@ -17,9 +17,9 @@ from typing import NotRequired, TypedDict
 import torch
 
 from stages.corpora.comparisons import Comparison
+from stages.corpora.conversations.messages import Completion, Prompt
 from stages.corpora.files import fingerprint
 from stages.corpora.labels import TASKS, labelled_rows, read_tasks
-from stages.corpora.messages import Completion, Prompt
 from stages.corpora.prompts import load_prompt_rows
 from stages.corpora.templates import encode_prompt
 from stages.engines.opening import step_sampler

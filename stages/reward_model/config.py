@@ -25,13 +25,13 @@ from stages.config import (
 from stages.corpora.comparisons import load_comparisons
 from stages.corpora.curation import Curation, Curator
 from stages.corpora.demonstrations import demonstration
+from stages.corpora.encoding.fitting import PromptFit
 from stages.corpora.files import read_rows
-from stages.corpora.fitting import PromptFit
 from stages.reward_model.collection_config import Collection
 from stages.rewards.config import QUESTION, RewardInput, check_names, check_question, check_rubrics, reward_model_inputs, rubric_inputs
 
 if TYPE_CHECKING:
-    from stages.corpora.messages import Completion, Prompt
+    from stages.corpora.conversations.messages import Completion, Prompt
 
 
 class RewardModelOptimizer(OptimizerSettings):

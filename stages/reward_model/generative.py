@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from stages.corpora.comparisons import Comparison, Comparisons
-from stages.corpora.messages import completion_text
+from stages.corpora.conversations.messages import completion_text
 from stages.errors import DataError, ModelError
 from stages.json_types import JsonObject
 from stages.metric_names import (

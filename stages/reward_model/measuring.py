@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from stages.corpora.comparisons import Comparison
-from stages.corpora.messages import completion_text
+from stages.corpora.conversations.messages import completion_text
 from stages.errors import DataError
 from stages.metric_names import HELDOUT_LOG_ACCURACY, HELDOUT_LOG_LOSS
 from stages.models.heads import RewardModel

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from stages.corpora.comparisons import Comparison
-from stages.corpora.messages import Completion, Prompt, errors_at
+from stages.corpora.conversations.messages import Completion, Prompt, errors_at
 from stages.corpora.templates import encode_pair
 from stages.errors import DataError
 from stages.reward_model.preferences import EncodedComparison

@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from stages.corpora.comparisons import Comparison, Comparisons, load_comparisons
+from stages.corpora.conversations.messages import Completion, Prompt
 from stages.corpora.curation import Curator
-from stages.corpora.fitting import fit_prompt
-from stages.corpora.messages import Completion, Prompt
+from stages.corpora.encoding.fitting import fit_prompt
 from stages.corpora.templates import check_rendering, count_tokens, encode_prompt
 from stages.engines.opening import step_sampler
 from stages.errors import ModelError, TrainingError

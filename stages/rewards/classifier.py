@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stages.corpora.messages import Prompt
+from stages.corpora.conversations.messages import Prompt
 from stages.errors import ModelError
 from stages.models.classifier_inputs import Row, arguments_of, padded_rows, padding_of, readable_groups, row_of, same_length_groups
 from stages.models.loading import load_classifier, load_tokenizer

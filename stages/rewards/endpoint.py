@@ -23,7 +23,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from stages.corpora.messages import Prompt, transcript
+from stages.corpora.conversations.messages import Prompt, transcript
 from stages.errors import TrainingError
 from stages.json_types import JsonObject
 from stages.process.remote import AnswerCache, GaveUp, JsonClient, Refused

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.corpora.messages import Prompt, transcript
+from stages.corpora.conversations.messages import Prompt, transcript
 from stages.errors import TrainingError
 from stages.json_types import JsonObject
 from stages.rewards.checking import checked

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stages.corpora.messages import Prompt, transcript
+from stages.corpora.conversations.messages import Prompt, transcript
 from stages.corpora.templates import encode_prompt
 from stages.errors import ModelError, TrainingError
 from stages.models.loading import load_language_model, load_tokenizer

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stages.corpora.messages import Prompt
+from stages.corpora.conversations.messages import Prompt
 from stages.corpora.templates import encode_pair, token_starts
 from stages.errors import ModelError
 from stages.models.heads import RewardModel

@@ -15,7 +15,7 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-from stages.corpora.messages import Prompt, transcript
+from stages.corpora.conversations.messages import Prompt, transcript
 from stages.errors import TrainingError
 from stages.json_types import JsonObject
 from stages.process.remote import AnswerCache, GaveUp, JsonClient, Refused, chat_reply

@@ -16,7 +16,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from stages.corpora.messages import Prompt
+from stages.corpora.conversations.messages import Prompt
 from stages.errors import TrainingError
 from stages.rewards.checking import checked
 from stages.rewards.details import NOTHING, Details, Judgement, Spans, applies

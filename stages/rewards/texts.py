@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stages.corpora.messages import Message, Prompt, as_question, content_text, transcript
+from stages.corpora.conversations.messages import Message, Prompt, as_question, content_text, transcript
 
 
 def conversation(prompt: Prompt) -> list[Message]:

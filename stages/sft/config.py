@@ -19,17 +19,17 @@ from stages.config import (
 )
 from stages.corpora.curation import Curation, Curator
 from stages.corpora.demonstrations import load_demonstrations
-from stages.corpora.fitting import PromptFit
+from stages.corpora.encoding.fitting import PromptFit
+from stages.corpora.encoding.training_rows import TrainOn
 from stages.corpora.prompts import load_prompt_rows
 from stages.corpora.text import check_texts
-from stages.corpora.training_rows import TrainOn
 from stages.rewards.signature import columns_asked_for
 from stages.training.config import Selection
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from stages.corpora.messages import Completion, Prompt
+    from stages.corpora.conversations.messages import Completion, Prompt
 
 
 class SFTOptimizer(OptimizerSettings):

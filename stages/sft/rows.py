@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from stages.corpora.demonstrations import Demonstration, Demonstrations
+from stages.corpora.encoding.blocks import encode_documents, pack_blocks
+from stages.corpora.encoding.fitting import fit_prompt
+from stages.corpora.encoding.training_rows import TrainOn, has_untrained_reply, training_rows
 from stages.corpora.files import read_rows
-from stages.corpora.fitting import fit_prompt
-from stages.corpora.packing import encode_documents, pack_blocks
 from stages.corpora.rows import text_of
-from stages.corpora.training_rows import TrainOn, has_untrained_reply, training_rows
 from stages.errors import DataError
 from stages.sft.config import SFTStepConfig
 from stages.step import StepContext

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stages.corpora.curation import Curator
 from stages.corpora.demonstrations import Demonstrations, load_demonstrations
-from stages.corpora.fitting import fit_prompt
+from stages.corpora.encoding.fitting import fit_prompt
 from stages.corpora.prompts import PromptRow, load_prompt_rows
 from stages.corpora.rows import Row
 from stages.corpora.templates import count_tokens, set_template

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from stages.corpora.conversations.messages import Conversation
 from stages.corpora.demonstrations import demonstration
-from stages.corpora.messages import Conversation
+from stages.corpora.encoding.training_rows import training_rows
 from stages.corpora.rows import Row
 from stages.corpora.templates import encode_pair, encode_prompt, render_pair
-from stages.corpora.training_rows import training_rows
 from stages.errors import DataError
 from stages.tokens.turns import turn_end_ids, turn_form
 

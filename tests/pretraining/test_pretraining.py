@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from stages.config import ModelInput
-from stages.corpora.packing import encode_documents, overlapping_windows, pack_blocks
+from stages.corpora.encoding.blocks import encode_documents, overlapping_windows, pack_blocks
 from stages.errors import DataError, ModelError
 from stages.pretraining.config import PretrainingConfig, TokenizerSettings
 from stages.pretraining.run import run

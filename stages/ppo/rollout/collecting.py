@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from stages.corpora.messages import Prompt
+from stages.corpora.conversations.messages import Prompt
 from stages.errors import TrainingError
 from stages.models.layers.compiled import compiled_passes
 from stages.models.passes.budget import PassBudget

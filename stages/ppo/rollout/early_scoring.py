@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from stages.corpora.messages import Prompt
+from stages.corpora.conversations.messages import Prompt
 from stages.rewards.background import RemoteSource
 from stages.rewards.details import Details
 from stages.rewards.source import CombinedReward

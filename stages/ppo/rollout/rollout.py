@@ -13,7 +13,7 @@ from typing import Annotated, Any, Generic, TypeVar, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from stages.corpora.messages import Prompt
+from stages.corpora.conversations.messages import Prompt
 from stages.rl.losses import importance_weights
 from stages.sampling.padding import right_pad
 

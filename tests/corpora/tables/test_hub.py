@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stages.config import DataSource
-from stages.corpora.hub_tables import chosen_files, hub_layout
+from stages.corpora.tables.hub import chosen_files, hub_layout
 from stages.errors import DataError, HubUnreachable
 from stages.hub.repositories import Repository
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from stages.config import Strict
-from stages.corpora.messages import Prompt, errors_at, location_of
+from stages.corpora.conversations.messages import Prompt, errors_at, location_of
 from stages.corpora.templates import encode_prompt
 from stages.errors import DataError
 

@@ -9,8 +9,8 @@ import pytest
 
 from stages.corpora.comparisons import comparison
 from stages.corpora.completions import prompt_key
+from stages.corpora.conversations.messages import Conversation, completion_text, messages_of, tools_of, transcript
 from stages.corpora.demonstrations import demonstration
-from stages.corpora.messages import Conversation, completion_text, messages_of, tools_of, transcript
 from stages.corpora.prompts import plain_text, prompt_in
 from stages.corpora.rows import Row
 from stages.errors import DataError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stages.corpora.fitting import PromptFit, fit_prompt
+from stages.corpora.encoding.fitting import PromptFit, fit_prompt
 from stages.corpora.templates import encode_prompt
 from stages.errors import DataError
 

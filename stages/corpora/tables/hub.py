@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 from stages.config import DataSource
-from stages.corpora.formats import read_file, rows_of_parts, with_locations
-from stages.corpora.layout import Layout, Part, find_split, front_matter, is_data, layout_of, parts_of, suffix_of
 from stages.corpora.rows import Row, column_of
+from stages.corpora.tables.formats import read_file, rows_of_parts, with_locations
+from stages.corpora.tables.layout import Layout, Part, find_split, front_matter, is_data, layout_of, parts_of, suffix_of
 from stages.errors import DataError, HubUnreachable
 from stages.hub.contents import content_digest
 from stages.hub.repositories import COMMIT, Repository, fetch, look_up

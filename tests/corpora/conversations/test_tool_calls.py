@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from stages.config import DataSource
+from stages.corpora.conversations.messages import messages_of, tools_of, transcript
 from stages.corpora.demonstrations import demonstration
 from stages.corpora.files import read_rows
-from stages.corpora.messages import messages_of, tools_of, transcript
 from stages.corpora.rows import Row
 from stages.corpora.templates import render_pair
 from stages.errors import DataError

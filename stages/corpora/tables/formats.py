@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from stages.corpora.columnar import plain_rows
-from stages.corpora.layout import PACKED, SUFFIXES, Layout, Part, suffix_of
 from stages.corpora.rows import Row
-from stages.corpora.signatures import other_content, refuse_pointer
+from stages.corpora.tables.columnar import plain_rows
+from stages.corpora.tables.layout import PACKED, SUFFIXES, Layout, Part, suffix_of
+from stages.corpora.tables.signatures import other_content, refuse_pointer
 from stages.errors import DataError
 
 if TYPE_CHECKING:

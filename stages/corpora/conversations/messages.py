@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from stages.corpora.columnar import without_missing
+from stages.corpora.conversations.sharegpt import as_message, is_sharegpt
+from stages.corpora.conversations.tool_calls import with_objects
 from stages.corpora.rows import Row, text_of
-from stages.corpora.sharegpt import as_message, is_sharegpt
-from stages.corpora.tool_calls import with_objects
+from stages.corpora.tables.columnar import without_missing
 from stages.errors import DataError
 from stages.json_types import JsonObject
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stages.corpora.layout import Layout, find_split, is_data, layout_of, parts_of
+from stages.corpora.tables.layout import Layout, find_split, is_data, layout_of, parts_of
 from stages.errors import DataError
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from stages.corpora.comparisons import comparison
 from stages.corpora.completions import completion_in
+from stages.corpora.conversations.messages import messages_of
 from stages.corpora.demonstrations import demonstration
-from stages.corpora.messages import messages_of
 from stages.corpora.prompts import prompt_in
 from stages.corpora.rows import Row
 from stages.errors import DataError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
-from stages.corpora.layout import PACKED
+from stages.corpora.tables.layout import PACKED
 from stages.errors import DataError
 
 SUFFIX = {

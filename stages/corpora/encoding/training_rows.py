@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from stages.corpora.conversations.messages import Conversation, Message, as_question, as_turns, errors_at, simplified, tools_of
 from stages.corpora.demonstrations import Demonstration
-from stages.corpora.messages import Conversation, Message, as_question, as_turns, errors_at, simplified, tools_of
 from stages.corpora.templates import encode_pair, encode_segments, in_template_form, render_pair, rendered
 from stages.errors import DataError
 from stages.json_types import JsonObject

@@ -1,0 +1,1 @@
+"""Rows as tokens: training rows of demonstrations, blocks of texts, and prompts shortened to fit."""
