@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stages.models.passes.responses import moved_together
+from stages.kernels.transfers import moved_together
 from stages.sampling.padding import right_pad
 
 

@@ -16,11 +16,11 @@ from torch.nn import functional
 
 from stages.corpora.conversations.messages import Prompt
 from stages.errors import ModelError
+from stages.kernels.transfers import moved_together
 from stages.models.classifier_inputs import Row, arguments_of, padded_rows, padding_of, readable_groups, row_of, same_length_groups
 from stages.models.loading import load_classifier, load_tokenizer
 from stages.models.parts import moved_to
 from stages.models.passes.budget import each_group
-from stages.models.passes.responses import moved_together
 from stages.registry.references import ResolvedModel
 from stages.rewards.batching import similar_length_batches
 from stages.rewards.config import RewardInput

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from stages.kernels.transfers import moved_together
+
 
 def ranking_pairs(ranks: Tensor, prompt_index: Tensor, text_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Indices (better, worse) of all pairs of completions of the same prompt, without ties. ranks [N] (0 best), prompt_index [N].
@@ -31,16 +33,9 @@ def ranking_losses(scores: Tensor, ranks: Tensor, prompt_index: Tensor, text_ind
     if len(better) == 0:
         return scores[:0] + 0.0 * scores.sum()
     prompts, row_of_pair, counts = torch.unique(prompt_index[better], return_inverse=True, return_counts=True)
-    better, worse, row_of_pair, counts = _moved([better, worse, row_of_pair, counts], scores.device)
+    better, worse, row_of_pair, counts = moved_together([better, worse, row_of_pair, counts], scores.device)
     losses = -functional.logsigmoid(scores[better] - scores[worse])
     return torch.zeros_like(losses[: len(prompts)]).index_add(0, row_of_pair, losses) / counts.to(losses.dtype)
-
-
-def _moved(indices: list[Tensor], device: torch.device) -> list[Tensor]:
-    """``indices`` on ``device``. Copies from pinned memory do not make the CPU wait for a GPU."""
-    if device.type != "cuda" or indices[0].device == device:
-        return [index.to(device) for index in indices]
-    return [index.pin_memory().to(device, non_blocking=True) for index in indices]
 
 
 def ranking_loss(scores: Tensor, ranks: Tensor, prompt_index: Tensor, text_index: Tensor | None = None) -> Tensor:
@@ -65,7 +60,7 @@ def best_of_ranked_losses(scores: Tensor, ranks: Tensor, prompt_index: Tensor, t
         own = (prompt_index == prompt).nonzero()[:, 0]
         if len(ranks[own].unique()) > 1:
             best = (ranks[own] == ranks[own].min()).nonzero()[:, 0]
-            members, best = _moved([own, best], scores.device)
+            members, best = moved_together([own, best], scores.device)
             losses.append(-scores[members].log_softmax(dim=0)[best].mean())
     return torch.stack(losses) if losses else scores[:0] + 0.0 * scores.sum()
 

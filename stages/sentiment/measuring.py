@@ -11,9 +11,9 @@ from rich.table import Table
 
 from stages.config import SCORING_ROWS
 from stages.corpora.reviews import Review
+from stages.kernels.transfers import moved_together
 from stages.models.classifier_inputs import Padding, same_length_groups
 from stages.models.passes.budget import each_group
-from stages.models.passes.responses import moved_together
 from stages.models.sharding import unsharded
 from stages.sentiment.config import SentimentConfig
 from stages.sentiment.rows import Collator, EncodedReview

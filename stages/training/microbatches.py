@@ -12,9 +12,9 @@ import torch
 
 from stages.errors import MemoryExhausted, TrainingError, is_out_of_memory
 from stages.kernels.token_budget import tokens_of
+from stages.kernels.transfers import on_device
 from stages.models.layers.compiled import compiled_passes
 from stages.models.passes.budget import PassBudget
-from stages.models.passes.responses import on_device
 from stages.training.arguments import EXAMPLES
 from stages.training.smaller_passes import write_limit
 from stages.training.step_trainer import Batch, StepTrainer

@@ -15,8 +15,8 @@ from accelerate.utils import reduce
 from torch import Tensor
 from torch.nn import functional
 
+from stages.kernels.transfers import moved_together
 from stages.models.passes.budget import each_group, refuse_alone
-from stages.models.passes.responses import moved_together
 from stages.models.passes.right_padding import without_masks
 from stages.models.sharding import gathers_in_passes
 

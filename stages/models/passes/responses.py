@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stages.kernels.matmul import Linear
 from stages.kernels.output_layer import Term, chosen_logprobs, summed_loss
+from stages.kernels.transfers import moved_together
 from stages.models.heads import ValueModel, hidden_states
 from stages.models.layers.longrope import positions_of_rows
 from stages.models.parts import transformer_of
@@ -94,22 +95,6 @@ def repeated(batch: SequenceBatch) -> SequenceBatch:
         return SequenceBatch(batch.input_ids.repeat(2, 1), lengths, rows, columns, tokens)
     columns[number:] += batch.input_ids.shape[1]
     return SequenceBatch(batch.input_ids.repeat(1, 2), lengths, rows, columns, tokens, batch.packing.twice())
-
-
-def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``. A copy to a GPU comes from pinned memory, so the CPU does not wait for it."""
-    if device.type != "cuda" or tensor.is_cuda:
-        return tensor.to(device, non_blocking=True)
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def moved_together(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
-    """Move tensors of the same dtype to ``device`` in one transfer, without making the CPU wait for a GPU."""
-    if torch.device(device).type == "cpu":
-        return list(tensors)
-    flat = on_device(torch.cat([tensor.reshape(-1) for tensor in tensors]), torch.device(device))
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.models.passes.responses import SequenceBatch, moved_together, sequence_batch
+from stages.kernels.transfers import moved_together
+from stages.models.passes.responses import SequenceBatch, sequence_batch
 from stages.ppo.rollout.rollout import Rollout
 from stages.ppo.update.targets import Targets
 

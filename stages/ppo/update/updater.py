@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stages.errors import MemoryExhausted, TrainingError, is_out_of_memory
 from stages.kernels.token_budget import tokens_of
+from stages.kernels.transfers import moved_together
 from stages.metric_names import (
     APPROX_KL,
     LOG_RATIO_FIRST_RMS,
@@ -31,7 +32,7 @@ from stages.models.adapters.folding import roles_together
 from stages.models.layers.compiled import compiled_passes
 from stages.models.passes.budget import PassBudget, refuse_alone
 from stages.models.passes.packing import packed_attention
-from stages.models.passes.responses import Policy, PolicyLoss, SequenceBatch, loss_and_values, moved_together, repeated, sequence_values
+from stages.models.passes.responses import Policy, PolicyLoss, SequenceBatch, loss_and_values, repeated, sequence_values
 from stages.models.sharding import gradient_norm, reduce_gradients, scale_gradients
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.data import PretrainingRows
