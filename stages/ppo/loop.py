@@ -335,7 +335,7 @@ class PPORun:
         if sequences <= 1:
             return PassTooLarge(f"{where}: {error}")
         move = write_limit(self.context, budget.what, tokens // 2)
-        return PassTooLarge(f"{where}: {budget.what}: memory ran out in a pass of {tokens} tokens that takes all processes. {move}")
+        return PassTooLarge.of(f"{where}: {budget.what}", move, size=f"of {tokens} tokens")
 
     def _log_iteration(self, rollout: Rollout, result: UpdateResult) -> dict[str, float]:
         """Log the iteration, raise alarms and update the KL coefficient. This completes the iteration."""

@@ -10,11 +10,11 @@ from typing import ClassVar
 
 import torch
 
-from stages.errors import MemoryExhausted, TrainingError, is_out_of_memory
+from stages.errors import MemoryExhausted, is_out_of_memory
 from stages.kernels.token_budget import tokens_of
 from stages.kernels.transfers import on_device
 from stages.models.layers.compiled import compiled_passes
-from stages.models.passes.budget import PassBudget
+from stages.models.passes.budget import PassBudget, PassTooLarge
 from stages.training.arguments import EXAMPLES
 from stages.training.smaller_passes import write_limit
 from stages.training.step_trainer import Batch, StepTrainer
@@ -49,7 +49,7 @@ class PassesByTokens(StepTrainer):
             return self._step_by_tokens(model, inputs, num_items_in_batch)
 
     def _refuse_alone(self, error: Exception) -> None:
-        """Raise TrainingError if memory ran out in a pass that takes all processes. The next start of the step makes smaller passes.
+        """Raise PassTooLarge if memory ran out in a pass that takes all processes. The next start of the step makes smaller passes.
 
         Raises MemoryExhausted if the pass had a single example.
         """
@@ -59,7 +59,7 @@ class PassesByTokens(StepTrainer):
         if examples == 1:
             raise MemoryExhausted(f"{what}: memory ran out in a pass over one example, which cannot be divided. {ADVICE}") from error
         move = write_limit(self.context, EXAMPLES, examples // 2)
-        raise TrainingError(f"{what}: memory ran out in a pass over {examples} examples that takes all processes. {move}") from error
+        raise PassTooLarge.of(what, move, size=f"over {examples} examples") from error
 
     def _step_by_tokens(self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
         """``training_step`` in passes by tokens."""

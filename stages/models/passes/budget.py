@@ -28,6 +28,12 @@ logger = logging.getLogger(__name__)
 class PassTooLarge(TrainingError):
     """Memory ran out in a pass that takes all processes, so one process cannot repeat it."""
 
+    @classmethod
+    def of(cls, what: str, move: str, *, size: str = "") -> PassTooLarge:
+        """The error of the work ``what``. ``size``: of the pass, such as ``of 512 tokens``. ``move``: a sentence with the next move."""
+        passed = f"a pass {size}" if size else "a pass"
+        return cls(f"{what}: memory ran out in {passed} that takes all processes, so one cannot repeat it alone. {move}")
+
 
 FIRST_TOKENS = 2_048  # budget of a training pass on a GPU before memory is measured
 STEP_TOKENS = 1_024  # budgets are multiples of this, so that equal machines get equal budgets
@@ -240,4 +246,4 @@ def refuse_alone(error: BaseException, what: str, advice: str = ADVICE) -> None:
     ``what``: the name of the work. ``advice``: a sentence with the next move.
     """
     if is_out_of_memory(error):
-        raise PassTooLarge(f"{what}: memory ran out in a pass that takes all processes, so one cannot repeat it alone. {advice}") from error
+        raise PassTooLarge.of(what, advice) from error
