@@ -293,9 +293,13 @@ def language_model(
         compute = dtype_bytes(config.precision, machine)
         trains_output = config.lora is None or changes_output(view, config.lora)
         logits = tiled_logits(view.shape, rows * columns, machine, trains_output=trains_output, compute=compute)
-    held = trained_model(config, view, machine)
     training = training_phase(config, view, rows, columns, machine, logits=logits, masked=masked)
-    return held + phases(before_gradients(training, held) if full_step else training, saving(view.shape))
+    return trained_in_passes(trained_model(config, view, machine), training, saving(view.shape), full_step=full_step)
+
+
+def trained_in_passes(model: Memory, training: Phase, saved: Phase, *, full_step: bool) -> Memory:
+    """The memory of a trained ``model``, its passes and its saving. ``full_step``: see ``is_full_step``."""
+    return model + phases(before_gradients(training, model) if full_step else training, saved)
 
 
 def is_full_step(config: TrainingStepConfig, rows: float, processes: int) -> bool:

@@ -8,13 +8,13 @@ from stages.memory.estimate import Machine, Memory, dtype_bytes, phases
 from stages.memory.lengths import Counter, Lengths, comparison_lengths
 from stages.memory.models import (
     View,
-    before_gradients,
     decoding_phases,
     inference_phase,
     is_full_step,
     language_model,
     rows_per_pass,
     saving,
+    trained_in_passes,
     trained_model,
     training_phase,
 )
@@ -48,8 +48,8 @@ def _training(config: RewardModelConfig, view: View, columns: int, lengths: Leng
         logits = compute * rows * columns * view.shape.vocabulary
         return view.frozen(compute) + phases(inference_phase(view, rows, columns, compute, machine, logits=logits, masked=True))
     training = training_phase(config, view, rows, columns, machine, logits=0.0, masked=False, task="FEATURE_EXTRACTION")
-    held = trained_model(config, view, machine, task="FEATURE_EXTRACTION")
-    return held + phases(before_gradients(training, held) if full_step else training, saving(view.shape, output=False))
+    model = trained_model(config, view, machine, task="FEATURE_EXTRACTION")
+    return trained_in_passes(model, training, saving(view.shape, output=False), full_step=full_step)
 
 
 def _collecting(collection: Collection, models: Mapping[str, View], columns: int, machine: Machine, compute: int) -> list[Memory]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from stages.memory.estimate import Machine, Memory, phases, unchunked_logits
 from stages.memory.lengths import Counter, Lengths, sample
-from stages.memory.models import View, before_gradients, is_full_step, rows_per_pass, saving, trained_model, training_phase
+from stages.memory.models import View, is_full_step, rows_per_pass, saving, trained_in_passes, trained_model, training_phase
 from stages.sentiment.config import SentimentConfig
 
 
@@ -22,9 +22,8 @@ def estimate(config: SentimentConfig, models: Mapping[str, View], lengths: Lengt
     columns = min(config.max_length, lengths.text)
     rows = rows_per_pass(config, processes, columns, machine, lengths.examples)
     training = training_phase(config, view, rows, columns, machine, logits=0.0, masked=True, task="SEQ_CLS")
-    held = trained_model(config, view, machine, task="SEQ_CLS")
-    training = before_gradients(training, held) if is_full_step(config, rows, processes) else training
-    step = held + phases(training, saving(view.shape, output=False))
+    model, saved = trained_model(config, view, machine, task="SEQ_CLS"), saving(view.shape, output=False)
+    step = trained_in_passes(model, training, saved, full_step=is_full_step(config, rows, processes))
     if config.masked is None:
         return step
     masked = config.model_copy(update={"training": config.masked.training, "lora": None})
