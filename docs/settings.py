@@ -16,9 +16,10 @@ from typing import Annotated, Literal, Union, get_args, get_origin
 
 from generated import write_or_check
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from stages.config import OptimizerSettings, StepConfig  # noqa: E402
+from stages.config import OptimizerSettings, StepConfig, TrainingStepConfig  # noqa: E402
 from stages.recipe.schema import STAGES, RecipeHeader, config_class  # noqa: E402
 
 PAGE = Path(__file__).resolve().parent / "settings.md"
@@ -37,8 +38,11 @@ TITLES = {
     "Curation": "Curation of rows",
     "People": "People who rank",
     "EndpointJudge": "A language model as a judge",
+    "JudgementsFile": "Judgements from a file",
+    "PeopleJudge": "People as a judge",
 }
-"""Headings of the groups that several stages have, by class."""
+"""Headings of the groups that have their own section, by class: those of several fields, and the kinds of judges."""
+SYMBOLS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
 def blocks_of(annotation: object) -> Iterator[type[BaseModel]]:
@@ -80,7 +84,16 @@ def users(stages: list[type[BaseModel]]) -> Counter[type[BaseModel]]:
 
 
 def cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+    linked = re.sub(r"\bdocs/([\w-]+\.md)", r"[\1](\1)", text)
+    return " ".join(linked.replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def range_of(field: FieldInfo) -> str:
+    """The allowed numbers of a field, e.g. ``0 to 1`` or ``> 0``; empty if any number or another type is allowed."""
+    limits = {name: getattr(part, name) for part in field.metadata for name in SYMBOLS if getattr(part, name, None) is not None}
+    if limits.keys() == {"ge", "le"}:
+        return f"{limits['ge']:,} to {limits['le']:,}"
+    return ", ".join(f"{SYMBOLS[name]} {value:,}" for name, value in limits.items())
 
 
 def default_of(block: type[BaseModel], name: str) -> str:
@@ -109,14 +122,14 @@ def written(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def different_defaults(block: type[BaseModel]) -> str:
-    """The defaults in which the optimizer settings of a stage differ from the shared ones, as a sentence."""
+def different_defaults(settings: OptimizerSettings) -> str:
+    """The defaults in which ``settings`` differ from the shared optimizer settings, as a sentence."""
     changed = [
-        f"`{name}: {written(field.default)}`"
-        for name, field in block.model_fields.items()
-        if field.default != OptimizerSettings.model_fields[name].default
+        f"`{name}: {written(getattr(settings, name))}`"
+        for name, field in OptimizerSettings.model_fields.items()
+        if getattr(settings, name) != field.default
     ]
-    return f"Defaults of this stage: {', '.join(changed)}." if changed else ""
+    return f"Different defaults: {', '.join(changed)}." if changed else ""
 
 
 def sentence(block: type[BaseModel]) -> str:
@@ -124,21 +137,27 @@ def sentence(block: type[BaseModel]) -> str:
     return cell((block.__doc__ or "").strip().split("\n\n")[0].replace("``", "`"))
 
 
-def rows(block: type[BaseModel], counts: Counter[type[BaseModel]], *, prefix: str = "", without: frozenset[str] = frozenset()) -> list[str]:
-    """Table rows of the fields of ``block``. Groups that only one field has are included, by dotted paths."""
+def rows(block: type[BaseModel], *, prefix: str = "", without: frozenset[str] = frozenset()) -> list[str]:
+    """Table rows of the fields of ``block``. Groups without their own section are included, by dotted paths.
+
+    The fields that all stages have come after those of a stage.
+    """
     made = []
-    for name, field in block.model_fields.items():
+    common = TrainingStepConfig.model_fields if issubclass(block, StepConfig) else {}
+    for name, field in sorted(block.model_fields.items(), key=lambda item: item[0] in common):
         if name in without or name == "stage":
             continue
         inner = list(blocks_of(field.annotation))
         meaning = cell(field.description or "")
-        linked = [f"[{title(shared(part)).lower()}](#{anchor(shared(part))})" for part in dict.fromkeys(inner) if counts[shared(part)] > 1]
-        single = [part for part in dict.fromkeys(inner) if counts[shared(part)] == 1]
+        linked = [f"[{title(shared(part)).lower()}](#{anchor(shared(part))})" for part in dict.fromkeys(inner) if has_section(part)]
+        single = [part for part in dict.fromkeys(inner) if not has_section(part)]
         choices = list(dict.fromkeys(choices_of(field.annotation)))
         if len(choices) > 1 and not inner:
             meaning = f"{meaning} Values: {', '.join(f'`{value}`' for value in choices)}.".strip()
-        if inner and issubclass(inner[0], OptimizerSettings):
-            meaning = f"{meaning} {different_defaults(inner[0])}".strip()
+        if limits := range_of(field):
+            meaning = f"{meaning} Range: {limits}."
+        if isinstance(default := field.get_default(call_default_factory=True), OptimizerSettings):
+            meaning = f"{meaning} {different_defaults(default)}".strip()
         if linked:
             meaning = f"{meaning} Fields: {', '.join(linked)}.".strip()
         elif not meaning and single:
@@ -147,8 +166,12 @@ def rows(block: type[BaseModel], counts: Counter[type[BaseModel]], *, prefix: st
         made.append(f"| `{path}` | {default_of(block, name)} | {meaning} |")
         many = "[]" if "list[" in str(field.annotation) else ".NAME" if "dict[" in str(field.annotation) else ""
         for part in single:
-            made += rows(part, counts, prefix=f"{path}{many}.")
+            made += rows(part, prefix=f"{path}{many}.")
     return made
+
+
+def has_section(block: type[BaseModel]) -> bool:
+    return shared(block).__name__ in TITLES
 
 
 def title(block: type[BaseModel]) -> str:
@@ -167,13 +190,15 @@ def tables() -> str:
     """All tables as Markdown."""
     stages = {name: config_class(name) for name in STAGES}
     counts = users(list(stages.values()))
-    lines = ["## The recipe", "", *table(rows(RecipeHeader, counts)), "## Every step", ""]
+    lines = ["## The recipe", "", *table(rows(RecipeHeader)), "## Every step", ""]
     kinds = ", ".join(f"`{name}`" for name in stages)
-    lines += table([f"| `stage` | required | The kind of work: {kinds}. |", *rows(StepConfig, counts)])
+    lines += table([f"| `stage` | required | The kind of work: {kinds}. |", *rows(StepConfig)])
     for name, config in stages.items():
-        lines += [f"## {name}", "", *table(rows(config, counts, without=frozenset(StepConfig.model_fields)))]
-    for block in sorted((block for block, count in counts.items() if count > 1), key=lambda block: list(TITLES).index(block.__name__)):
-        lines += [f"## {title(block)}", "", sentence(block), "", *table(rows(block, counts))]
+        lines += [f"## {name}", "", *table(rows(config, without=frozenset(StepConfig.model_fields)))]
+    untitled = [block.__name__ for block, count in counts.items() if count > 1 and not has_section(block)]
+    assert not untitled, f"several fields have these groups, so each needs a section in TITLES: {untitled}"
+    for block in sorted(filter(has_section, counts), key=lambda block: list(TITLES).index(block.__name__)):
+        lines += [f"## {title(block)}", "", sentence(block), "", *table(rows(block))]
     return "\n".join(lines)
 
 

@@ -48,12 +48,15 @@ class Strict(BaseModel):
 class LoraSettings(Strict):
     """Low-rank adapters (peft), trained instead of all weights."""
 
-    r: int = Field(8, ge=1, description="Rank of the update.")
-    alpha: float = Field(16.0, gt=0, description="Scale: the update is multiplied by alpha / r.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input; reward_model, dpo and ppo steps disable it.")
+    r: int = Field(8, ge=1, description="Rank of the update. Higher: more weights to train.")
+    alpha: float = Field(16.0, gt=0, description="Scale of the update: it is multiplied by alpha / r.")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout probability on the adapter's input; reward_model, dpo and ppo steps disable it."
+    )
     target_modules: str | list[str] = Field(
         "all-linear",
-        description="Modules that get an adapter: 'all-linear' (all except the output layer), a list of names, or a regular expression.",
+        description="Modules that get an adapter: all-linear (all linear layers except the output layer), a list of names, or a regular "
+        "expression.",
     )
     modules_to_save: list[str] = Field(
         [],
@@ -66,7 +69,11 @@ class ModelInput(Strict):
     """A model to load: a step of this recipe, a registry reference (``name``, ``name@3``, a digest), a local folder, or a Hub id."""
 
     ref: str = Field(description="Step name, registry reference, folder or Hub id (hub:owner/name if something else has that name).")
-    quantization: Quantization = Field("none", description="Load the backbone in int8 or nf4 (bitsandbytes); heads stay in full precision.")
+    quantization: Quantization = Field(
+        "none",
+        description="Load the linear layers in 8 bits (int8) or 4 bits (nf4) to save memory, with bitsandbytes. Heads stay in full "
+        "precision. A model that is trained then needs lora.",
+    )
     double_quantization: bool = Field(True, description="nf4 only: also quantize the quantization constants.")
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
     trust_remote_code: bool = Field(False, description="Run the Python code in a Hub model's repository. Recorded in the lineage.")
@@ -170,11 +177,14 @@ DataField = Annotated[list[DataSource], BeforeValidator(_sources), Field(min_len
 class DataInput(Strict):
     """A step's training data and held-out data."""
 
-    train: DataField
-    validation: DataField | None = Field(None, description="Held-out data. If absent, validation_fraction of the training rows.")
-    validation_fraction: float = Field(0.05, gt=0, lt=1, description="Share of training rows to hold out if there is no validation source.")
+    train: DataField = Field(description="Training data.")
+    validation: DataField | None = Field(None, description="Held-out data. null: the last validation_fraction of the training rows.")
+    validation_fraction: float = Field(
+        0.05, gt=0, lt=1, description="Without validation: the share of training rows to hold out, from the end."
+    )
     split_by: str | None = Field(
-        None, description="Hold out complete groups of training rows: rows with the same value in this column (user, annotator)."
+        None,
+        description="Without validation: hold out complete groups of rows, which have the same value in this column (user, annotator).",
     )
     folds: int | None = Field(None, ge=2, description="With split_by: assign the groups to this many folds, and hold out one of them.")
     fold: int = Field(0, ge=0, description="With folds: the fold to hold out, from 0.")
@@ -238,8 +248,10 @@ class OptimizerSettings(Strict):
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="Learning rate schedule after warmup.")
     final_learning_rate_fraction: float = Field(0.0, ge=0, le=1, description="Final learning rate as a share of the peak.")
-    warmup_fraction: float = Field(0.0, ge=0, lt=1, description="Share of the optimizer steps used for linear warmup.")
-    epochs: float = Field(1.0, gt=0, description="Passes over the training data.")
+    warmup_fraction: float = Field(
+        0.0, ge=0, lt=1, description="Share of the optimizer steps in which the learning rate rises linearly to its peak."
+    )
+    epochs: float = Field(1.0, gt=0, description="How often all training rows are used; may be a fraction.")
     max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps (overrides epochs).")
     batch_size: int = Field(32, ge=1, description="Sequences per optimizer step, summed over processes.")
     microbatch_size: Microbatch = Field(
@@ -249,12 +261,12 @@ class OptimizerSettings(Strict):
         "fit into its free memory.",
     )
     optimizer: Optimizer = Field("adamw", description=OPTIMIZER_HELP)
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW; 0: none.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Adam: decay of the mean of the gradients.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="Adam: decay of the mean of the squared gradients.")
     adam_epsilon: float = Field(1e-8, gt=0, description="Adam: added to the denominator.")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the global gradient norm; null: no clipping.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory, slower.")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="Larger gradients are scaled down to this norm; null: no clipping.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory, but slower.")
     torch_compile: bool = Field(False, description=COMPILE_HELP)
 
     def without_effect(self) -> set[str]:
@@ -280,8 +292,8 @@ class StepConfig(Strict):
     seed: int | None = Field(None, ge=0, le=LARGEST_SEED, description="Random seed of this step (default: the recipe's).")
     precision: Precision = Field(
         "auto",
-        description="auto: bf16 on a GPU of CUDA capability 8 or higher, and on a CPU with matrix tiles (AMX) if a short measurement at "
-        "the model's width shows that it is faster; else fp32. A resumed step keeps its dtype.",
+        description="Number format of the computations. auto: bf16 on a GPU of CUDA capability 8 or higher, and on a CPU with matrix "
+        "tiles (AMX) if a short measurement at the model's width shows that it is faster; else fp32. A resumed step keeps its format.",
     )
 
     former_names: ClassVar[dict[str, str]] = {}
@@ -349,9 +361,13 @@ class CheckpointSettings(Strict):
     """When a step writes checkpoints, and which of them it keeps."""
 
     seconds: float = Field(
-        10.0, ge=0, description="Minimum time between checkpoints; 0: at every safe point. It grows if writing takes over 5 % of the time."
+        10.0,
+        ge=0,
+        description="Minimum seconds between checkpoints; 0: as often as possible. The time grows if writing takes over 5 % of the run.",
     )
-    keep_last: int = Field(2, ge=1, description="Number of newest checkpoints to keep while the step runs; a damaged one is skipped.")
+    keep_last: int = Field(
+        2, ge=1, description="Number of newest checkpoints to keep while the step runs. With two, a damaged one can be skipped."
+    )
     keep_best: int = Field(
         0,
         ge=0,
@@ -376,7 +392,7 @@ class TrainingStepConfig(CheckpointedStepConfig):
     """A step that trains one model with a Trainer."""
 
     lora: LoraSettings | None = Field(None, description="Train low-rank adapters instead of all weights.")
-    training: OptimizerSettings = OptimizerSettings()
+    training: OptimizerSettings = Field(OptimizerSettings(), description="Optimizer, learning rate and batch sizes.")
 
 
 OWN_VLLM_ARGUMENTS = {
@@ -483,18 +499,22 @@ class GenerationSettings(Strict):
         None,
         description="What samples: local (the model in this process), or vLLM: {vllm: {url: ...}} or {vllm: {start: {}}} (docs/vllm.md).",
     )
-    max_new_tokens: int = Field(48, ge=1, description="Maximum response tokens per completion.")
-    temperature: float = Field(1.0, ge=0, description="Logits are divided by this; 0 is greedy.")
+    max_new_tokens: int = Field(48, ge=1, description="Maximum tokens of a completion.")
+    temperature: float = Field(1.0, ge=0, description="Logits are divided by this. Lower: less variety; 0: always the most likely token.")
     top_k: int = Field(0, ge=0, description="Sample from the k most likely tokens; 0: all tokens.")
     top_p: float = Field(1.0, gt=0, le=1, description="Sample from the smallest set of tokens with this total probability; 1: all tokens.")
     stop: list[str] = Field([], description="Tokens (as text) that end a completion, besides the end tokens of tokenizer and model.")
-    stop_after: int = Field(0, ge=0, description="A stop token ends a completion only at this response position (from 0) or later.")
-    ignore_eos: bool = Field(False, description="Only stop tokens end a completion; the end token does so only if it is one of them.")
-    batch_size: int = Field(64, ge=1, description="Sequences decoded together, per process.")
+    stop_after: int = Field(0, ge=0, description="A token of stop ends a completion only at this position (in tokens, from 0) or later.")
+    ignore_eos: bool = Field(
+        False, description="Only the tokens of stop end a completion; the end token does so only if it is one of them."
+    )
+    batch_size: int = Field(
+        64, ge=1, description="Completions that are sampled at the same time, per process. Lower it if memory runs out."
+    )
     continuous_batching: Literal["auto"] | bool = Field(
         "auto",
-        description="Continuous batching: give the slot of a finished completion to a waiting prompt, instead of decoding batch by batch. "
-        "auto: on a GPU.",
+        description="When a completion is finished, begin the next prompt immediately, instead of when the batch is finished. auto: on a "
+        "GPU.",
     )
     cuda_graphs: bool = Field(
         True, description="On a GPU, record a decoding step as a CUDA graph and replay it. Models that cannot be recorded run normally."

@@ -67,6 +67,30 @@ def test_settings_page_names_the_values_of_a_field_with_fixed_values() -> None:
         assert any(row.startswith(start) and row.endswith(end) for row in rows), start
 
 
+def test_settings_page_says_what_each_field_means_and_which_numbers_are_allowed() -> None:
+    text = (REPOSITORY / "docs" / "settings.md").read_text(encoding="utf-8")
+    rows = [re.split(r"(?<!\\)\|", row) for row in text.splitlines() if row.startswith("| `")]
+    assert len(rows) > 250
+    assert [row[1] for row in rows if re.match(r" (Fields: |Values: |Range: |Different defaults: |$)", row[3])] == []
+    meanings = {(row[1].strip(), row[2].strip()): row[3] for row in rows}
+    assert meanings["`kl.update_limit`", "`null`"].endswith("Range: > 0. ")
+    assert meanings["`validation_fraction`", "`0.05`"].endswith("Range: > 0, < 1. ")
+    assert meanings["`pass_mark`", "`0.75`"].endswith("Range: 0 to 1. ")
+
+
+def test_settings_page_has_a_section_for_each_kind_of_judge() -> None:
+    """The fields ``name`` and ``num_prompts`` of several kinds of judges have the same path in a recipe."""
+    text = (REPOSITORY / "docs" / "settings.md").read_text(encoding="utf-8")
+    stage = text.partition("## evaluation")[2].partition("\n## ")[0]
+    assert re.findall(r"\(#([\w-]+)\)", next(row for row in stage.splitlines() if row.startswith("| `judges` |"))) == [
+        "a-reward-source",
+        "a-language-model-as-a-judge",
+        "judgements-from-a-file",
+        "people-as-a-judge",
+    ]
+    assert "`judges[]" not in stage
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_pictures_lead_to_files(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)

@@ -34,10 +34,11 @@ class Curation(Strict):
 
     pii: Literal["keep", "drop", "mask"] = Field(
         "keep",
-        description="Drop training rows with personal data (e-mail address, phone number, ...), or mask it. Held-out rows are kept.",
+        description="Training rows with personal data (e-mail address, phone number, ...): keep or drop the row, or mask the data. "
+        "Held-out rows are kept.",
     )
     tokens: dict[str, tuple[int, int]] = Field(
-        {}, description="Minimum and maximum tokens of a column, e.g. {completion: [24, 48]}; in a list column, of each text."
+        {}, description="Minimum and maximum number of tokens by column, e.g. {completion: [24, 48]}; in a list, of each text."
     )
     of_lists: Literal["rows", "entries"] = Field(
         "rows",
@@ -47,9 +48,9 @@ class Curation(Strict):
     prefix_words: int | None = Field(
         None,
         ge=1,
-        description="Number of first words to compare: of prompts that share them, only the first is kept. The paper gives no number.",
+        description="Of prompts with this many equal first words, only the first prompt is kept; null: all. The paper gives no number.",
     )
-    max_per_user: int | None = Field(None, ge=1, description="Maximum prompts per user; 200 in the paper.")
+    max_per_user: int | None = Field(None, ge=1, description="Maximum number of prompts per user; null: no maximum. 200 in the paper.")
     user_column: str = Field("user", description="The column that names the user.")
 
     @model_validator(mode="before")

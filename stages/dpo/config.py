@@ -48,16 +48,18 @@ class DPOStepConfig(TrainingStepConfig):
     model: ModelField = Field(description="Language model to train, usually an sft step.")
     reference: ModelField | None = Field(None, description="Frozen reference of the loss; null: the initial model.")
     data: DataInput = Field(description="Comparisons, as for the reward model.")
-    curation: Curation = Field(Curation(), description="Row filters; set them as for the reward model to use the same rows.")
-    preferred: str | None = Field(None, description="If responses are an object: the key of the preferred one.")
+    curation: Curation = Field(Curation(), description="Filters of rows; set them as for the reward model to use the same rows.")
+    preferred: str | None = Field(None, description="If the column responses has objects: the key of the preferred text.")
     pairs_per_prompt: int | None = Field(None, ge=1, description="Maximum pairs of a ranked list, drawn with the seed; null: all.")
-    beta: float = Field(0.1, gt=0, description="Strength of the pull to the reference, like PPO's KL coefficient.")
-    loss: Literal["sigmoid", "ipo", "hinge", "robust"] = Field("sigmoid", description="sigmoid: the paper's; the others as in TRL.")
+    beta: float = Field(0.1, gt=0, description="Higher: the model stays closer to the reference, as with PPO's kl.coef.")
+    loss: Literal["sigmoid", "ipo", "hinge", "robust"] = Field(
+        "sigmoid", description="sigmoid: as in the paper of DPO; the others as in TRL."
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Assumed share of wrong comparisons.")
     max_length: int | None = Field(
         None, ge=2, description="Maximum tokens of prompt and completion; longer pairs are dropped and counted. null: the model's limit."
     )
-    training: DPOOptimizer = DPOOptimizer()
+    training: DPOOptimizer = Field(DPOOptimizer(), description="Optimizer, learning rate and batch sizes, which count pairs.")
 
     @model_validator(mode="after")
     def _trainable(self) -> DPOStepConfig:

@@ -31,14 +31,16 @@ if TYPE_CHECKING:
 class BestOfN(Strict):
     """Best of ``n`` samples by a reward source: the gain that a reward model gives without training."""
 
-    n: int = Field(16, ge=2, le=1024, description="Samples per prompt; the curve over 1, 2, 4, ... n is estimated from this set.")
+    n: int = Field(
+        16, ge=2, le=1024, description="Samples per prompt. The report also estimates the results of best of 1, 2, 4, ... from them."
+    )
     reward: RewardInput = Field(description="Reward source that selects the best sample.")
 
 
 class CandidateInput(Strict):
     """One side of the comparison: a model (a bare string is its reference), or existing completions."""
 
-    model: ModelField | None = None
+    model: ModelField | None = Field(None, description="The model that answers.")
     completions: DataField | None = Field(
         None, description="Existing completions instead of a model: prompt + completion, or instruction (+ input) + output."
     )
@@ -78,10 +80,14 @@ class TaskInput(Strict):
     """One task of an evaluation. A bare string, a source or a list of sources is its data."""
 
     data: DataField = Field(description="Rows with context, choices and answer.")
-    context: str | None = Field(None, description="Context template with {column} slots, for rows without a context column.")
-    choices: list[str] | None = Field(None, min_length=2, description="Choices of every row, for rows without a choices column.")
+    context: str | None = Field(
+        None, description="Text that becomes the context, with {column} for the value of a column; for rows without a column context."
+    )
+    choices: list[str] | None = Field(None, min_length=2, description="The choices of all rows; for rows without a column choices.")
     normalize: Literal["none", "tokens", "bytes"] = Field(
-        "none", description="Divide a choice's log-likelihood by its number of tokens or bytes, for choices of unequal length."
+        "none",
+        description="What a choice's log-likelihood is divided by: its number of tokens or bytes, if the choices differ in length; none: "
+        "nothing.",
     )
 
     def load(self) -> list[Question]:
@@ -107,13 +113,17 @@ class EvaluationConfig(StepConfig):
     data: DataField = Field(description="Held-out prompts.")
     prompt_words: int | None = Field(None, ge=1, description="Use this many first words of each text as the prompt.")
     num_prompts: int | None = Field(256, ge=1, description="Use this many distinct prompts; null: all.")
-    exclude: DataField | None = Field(None, description="Exclude prompts that occur in these data (e.g. PPO's training prompts).")
+    exclude: DataField | None = Field(None, description="Data whose prompts are excluded, e.g. PPO's training prompts.")
     samples_per_prompt: int = Field(1, ge=1, description="Completions per prompt and candidate.")
-    generation: GenerationSettings = GenerationSettings()
+    generation: GenerationSettings = Field(GenerationSettings(), description="How the candidates' answers are sampled.")
     judges: list[JudgeInput] = Field(min_length=1, description="Judges of the completions; the first one determines the verdict.")
-    kl_reference: str | None = Field(None, description="Candidate to which the KL of every other candidate is measured, per completion.")
+    kl_reference: str | None = Field(
+        None, description="Candidate to which the KL of every other candidate is measured, in nats per completion; null: not measured."
+    )
     token_details: TokenDetails | None = Field(None, description="Store each token's KL and value for the report; null: none.")
-    perplexity: DataField | None = Field(None, description="Held-out texts for each candidate's perplexity.")
+    perplexity: DataField | None = Field(
+        None, description="Held-out texts on which each candidate's perplexity is measured; null: not measured."
+    )
     perplexity_block_size: int = Field(128, ge=2, description="Context length in tokens for the perplexity.")
     tasks: dict[Annotated[str, Field(pattern=r"^[\w-]+$")], TaskField] = Field(
         {}, description="Multiple-choice tasks by name, scored by likelihood: {facts: world:tasks/facts/heldout}."

@@ -19,23 +19,29 @@ CRITERIA = "Which response answers the prompt better? Judge by helpfulness, trut
 class EndpointJudge(Strict):
     """A language model behind an OpenAI-compatible endpoint (vLLM, llama.cpp, transformers serve, a provider). Asked in both orders."""
 
-    endpoint: str = Field(pattern=r"^https?://\S+$", description="URL up to /v1, e.g. http://localhost:8000/v1.")
-    model: str = Field(min_length=1, description="Model name at the endpoint.")
+    endpoint: str = Field(pattern=r"^https?://\S+$", description="Address up to /v1, e.g. http://localhost:8000/v1.")
+    model: str = Field(min_length=1, description="Name of the model at the endpoint.")
     name: str = Field("llm", pattern=r"^[\w.-]+$", description="Name in reports.")
     api_key_variable: str | None = Field(
-        None, pattern=r"^[A-Za-z_]\w*$", description="Environment variable with the API key; the key is never written to disk."
+        None, pattern=r"^[A-Za-z_]\w*$", description="Environment variable with the API key. The key is never written to a file."
     )
-    criteria: str = Field(CRITERIA, min_length=1, description="Text that defines the better response.")
-    against: Literal["last", "all"] = Field("last", description="Compare the last candidate with each other candidate, or all pairs.")
+    criteria: str = Field(CRITERIA, min_length=1, description="Text for the judge: what makes a response better.")
+    against: Literal["last", "all"] = Field(
+        "last", description="last: compare the last candidate with each of the others; all: compare all pairs."
+    )
     num_prompts: int | None = Field(None, ge=1, description="Judge only this many prompts; null: all. Two requests per pair and prompt.")
-    max_tokens: int = Field(16, ge=1, description="Maximum tokens of a reply.")
-    concurrency: int = Field(8, ge=1, description="Maximum concurrent requests.")
-    timeout_seconds: float = Field(60.0, gt=0, description="Timeout for one reply.")
-    retries: int = Field(4, ge=0, description="Retries after a timeout, a dropped connection, or status 408, 429 or 5xx.")
-    backoff_seconds: float = Field(1.0, ge=0, description="Wait before the first retry, doubled for each; a server can request more.")
-    max_failed_share: float = Field(0.1, ge=0, le=1, description="The step stops if a larger share of comparisons gets no verdict.")
-    price_per_million_input: float | None = Field(None, ge=0, description="Price per million prompt tokens, to compute the cost.")
-    price_per_million_output: float | None = Field(None, ge=0, description="Price per million reply tokens.")
+    max_tokens: int = Field(16, ge=1, description="Maximum number of tokens of a reply.")
+    concurrency: int = Field(8, ge=1, description="Maximum number of simultaneous requests.")
+    timeout_seconds: float = Field(60.0, gt=0, description="Maximum time for one reply, in seconds.")
+    retries: int = Field(4, ge=0, description="Further attempts after a time-out, a dropped connection, or status 408, 429 or 5xx.")
+    backoff_seconds: float = Field(
+        1.0, ge=0, description="Seconds before the first retry, doubled for each one. A server may ask for more."
+    )
+    max_failed_share: float = Field(
+        0.1, ge=0, le=1, description="The step ends with an error if a larger share of the comparisons has no verdict."
+    )
+    price_per_million_input: float | None = Field(None, ge=0, description="Price of a million prompt tokens, to compute the cost.")
+    price_per_million_output: float | None = Field(None, ge=0, description="Price of a million reply tokens.")
 
     @model_validator(mode="after")
     def _no_secret(self) -> EndpointJudge:
@@ -57,8 +63,8 @@ class JudgementsFile(Strict):
     """Judgements from outside, usually by people: votes between two candidates, or ratings of one candidate."""
 
     judgements: DataField = Field(
-        description="prompt + a + b + vote (a, b or tie), or prompt + candidate + score; annotator if there are several people. Or a "
-        "labelling folder of `stages label`."
+        description="Rows of prompt + a + b + vote (a and b name candidates; vote is a, b or tie), or of prompt + candidate + score; with "
+        "annotator if there are several people. Or a labelling folder of `stages label`."
     )
     name: str = Field("people", pattern=r"^[\w.-]+$", description="Name in reports.")
 

@@ -79,7 +79,9 @@ class SimulatedPeople(Strict):
     function: str = Field(
         pattern=r"^[\w.]+:\w+$", description="package.module:function, called with annotator, prompt and completions; returns scores."
     )
-    tie_width: float = Field(0.0, ge=0, description="Neighbours in sorted order share a rank if their scores differ by at most this.")
+    tie_width: float = Field(
+        0.0, ge=0, description="If two successive scores of the sorted completions differ by at most this, they share a rank."
+    )
 
 
 class People(Strict):

@@ -46,7 +46,7 @@ class PPOOptimizer(Strict):
     value_learning_rate: float | None = Field(None, gt=0, description="Peak learning rate of the value network; null: the policy's.")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Learning rate schedule after warmup, over iterations.")
     final_learning_rate_fraction: float = Field(0.0, ge=0, le=1, description="Final learning rate as a share of the peak.")
-    warmup_iterations: int = Field(0, ge=0, description="Iterations of linear warmup.")
+    warmup_iterations: int = Field(0, ge=0, description="Number of first iterations in which the learning rate rises linearly to its peak.")
     warmup_start_fraction: float = Field(0.1, ge=0, le=1, description="Learning rate of the first warmup iteration as a share of the peak.")
     optimizer: Optimizer = Field("adamw", description=OPTIMIZER_HELP)
     adam_style: Literal["torch", "tensorflow"] = Field(
@@ -55,9 +55,11 @@ class PPOOptimizer(Strict):
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Adam: decay of the mean of the gradients.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="Adam: decay of the mean of the squared gradients.")
     adam_epsilon: float = Field(1e-5, gt=0, description="Adam: added to the denominator.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (torch style only).")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="Clip each network's gradient norm; null: no clipping.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory, slower.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW (only with adam_style: torch); 0: none.")
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="Larger gradients of a network are scaled down to this norm; null: no clipping."
+    )
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory, but slower.")
     torch_compile: bool = Field(False, description=COMPILE_HELP)
 
     def without_effect(self) -> set[str]:
@@ -81,11 +83,33 @@ class PretrainingMix(Strict):
 class KLSettings(Strict):
     """The penalty on the KL divergence between policy and reference, and a limit for one iteration's updates."""
 
-    coef: float = Field(0.05, ge=0, description="Weight of the per-token KL penalty in the reward (adaptive: the initial one).")
-    target: float | None = Field(None, gt=0, description="Adapt coef towards this KL per sequence, in nats; null: coef is fixed.")
-    horizon: int = Field(10_000, ge=1, description="Episodes over which an adaptive coef changes by the clipped relative error.")
-    estimator: Literal["k1", "k2", "k3"] = Field("k1", description="Per-token estimator of the KL in the reward; the papers use k1.")
-    update_limit: float | None = Field(None, gt=0, description="End an iteration's updates if approx_kl exceeds this; null: never.")
+    coef: float = Field(
+        0.05,
+        ge=0,
+        description="Weight of the KL penalty: points of the score per nat. Raise it to keep the policy closer to the reference. With "
+        "target: the initial weight.",
+    )
+    target: float | None = Field(
+        None, gt=0, description="Adapt coef so that the KL per completion approaches this, in nats; null: coef is fixed."
+    )
+    horizon: int = Field(
+        10_000,
+        ge=1,
+        description="With target: in each iteration, coef changes by the relative error of the KL (at most 20 %) times episodes / "
+        "horizon. Higher: slower.",
+    )
+    estimator: Literal["k1", "k2", "k3"] = Field(
+        "k1",
+        description="Estimator of the KL of a token. With d = log p(policy) - log p(reference): k1 = d, as in the papers; k2 = d^2 / 2; "
+        "k3 = exp(-d) - 1 + d.",
+    )
+    update_limit: float | None = Field(
+        None,
+        gt=0,
+        description="Limit for the change of the policy in one iteration: the KL to the policy that sampled, in nats per token "
+        "(policy/approx_kl). It is checked after each epoch, for the last minibatch. Above the limit, the iteration's remaining epochs are "
+        "skipped. null: no limit. Set it (e.g. to 0.02) if ratio_blow_up is raised.",
+    )
 
 
 OF_THE_VALUE_NETWORK = (
@@ -105,27 +129,49 @@ OF_THE_VALUE_NETWORK = (
 class GAESettings(Strict):
     """Generalized advantage estimation (Schulman et al. 2016)."""
 
-    gamma: float = Field(1.0, gt=0, le=1, description="Discount per token.")
-    gae_lambda: float = Field(0.95, ge=0, le=1, description="0: rely on the value network; 1: rely on the rewards of the full completion.")
-    value_gae_lambda: float | None = Field(None, ge=0, le=1, description="Lambda of the value network's returns; null: gae_lambda.")
+    gamma: float = Field(1.0, gt=0, le=1, description="Discount per token; 1: none.")
+    gae_lambda: float = Field(
+        0.95,
+        ge=0,
+        le=1,
+        description="Between 0 (rely on the value network: less variance) and 1 (rely on the rewards of the full completion: less bias).",
+    )
+    value_gae_lambda: float | None = Field(
+        None, ge=0, le=1, description="Lambda of the returns that the value network learns; null: gae_lambda."
+    )
 
 
 class ClipSettings(Strict):
     """Clips of the PPO objective."""
 
-    ratio: float = Field(0.2, gt=0, description="Clip of the probability ratio.")
-    dual: float | None = Field(None, gt=1, description="Maximum ratio for negative advantages; null: none.")
-    value: float | None = Field(0.2, gt=0, description="Clip of the change of values since the rollout; null: none.")
+    ratio: float = Field(
+        0.2,
+        gt=0,
+        description="A token's probability ratio to the policy that sampled is clipped to 1 - this ... 1 + this. Lower: smaller updates.",
+    )
+    dual: float | None = Field(
+        None,
+        gt=1,
+        description="Maximum probability ratio of tokens with a negative advantage; null: no maximum. Set it (e.g. to 3) if ratio_blow_up "
+        "is raised.",
+    )
+    value: float | None = Field(
+        0.2,
+        gt=0,
+        description="Maximum change of a predicted value since the rollout, in points of the score, in the value loss; null: no maximum.",
+    )
 
 
 class WhiteningSettings(Strict):
     """Whitening of advantages and rewards."""
 
-    advantages: bool | None = Field(None, description="Zero mean and unit variance over counted tokens; null: only with advantages: gae.")
-    rewards: bool = Field(False, description="Unit variance of per-token rewards over counted tokens; keeps the mean.")
+    advantages: bool | None = Field(
+        None, description="Scale advantages to mean 0 and variance 1 over all response tokens; null: only with advantages: gae."
+    )
+    rewards: bool = Field(False, description="Scale the rewards of tokens to variance 1 over all response tokens; their mean stays.")
     scope: Literal["rollout", "process", "minibatch"] = Field(
         "rollout",
-        description="Whiten over all episodes of an iteration; over each process's episodes (Huang et al. 2024); or over each minibatch, "
+        description="Scale over all episodes of an iteration; over each process's episodes (Huang et al. 2024); or over each minibatch, "
         "which then computes its own advantages (Ziegler et al. 2019).",
     )
 
@@ -133,7 +179,12 @@ class WhiteningSettings(Strict):
 class EMASettings(Strict):
     """An exponential moving average of the policy's weights."""
 
-    decay: float | None = Field(None, gt=0, lt=1, description="Publish an exponential moving average of the weights; null: the last.")
+    decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Publish an exponential moving average of the weights with this decay, e.g. 0.99; null: the last weights.",
+    )
     cadence: Literal["optimizer_step", "iteration"] = Field(
         "optimizer_step", description="When the average is updated; the paper does not say. Rollouts use the policy's current weights."
     )
@@ -150,36 +201,41 @@ class PPOStepConfig(CheckpointedStepConfig):
     value: Literal["policy", "shared"] | ModelField | None = Field(
         None,
         union_mode="left_to_right",
-        description="Initial value network: a reward model; policy: a copy of the policy with a zero head; shared: a zero head on the "
-        "policy's hidden states. null: the first reward model with the policy's vocabulary, else policy.",
+        description="What the value network starts from: a reward model; policy: a copy of the policy with a new head; shared: only a new "
+        "head, on the policy's hidden states (less memory). null: the first reward model of reward with the policy's vocabulary, else "
+        "policy.",
     )
-    reward: list[RewardInput] = Field(min_length=1, description="Weighted reward sources; their sum is the score of a completion.")
+    reward: list[RewardInput] = Field(
+        min_length=1, description="Reward sources; the weighted sum of their scores is the score of a completion."
+    )
     monitors: list[RewardInput] = Field([], description="Reward sources that are only logged, not trained on.")
     data: DataField = Field(description="Prompts.")
     prompt_words: int | None = Field(None, ge=1, description="Use only this many words of each text as the prompt.")
     max_prompt_tokens: int | None = Field(
-        None, ge=1, description="Drop longer prompts (counted). null: the model's positions minus the completion."
+        None, ge=1, description="Longer prompts are dropped and counted. null: the model's maximum length minus max_new_tokens."
     )
     prompt_fit: PromptFit | None = Field(None, description="Shorten prompts that are too long; null: drop them.")
     curation: Curation = Field(Curation(), description="Prompt filters.")
-    generation: GenerationSettings = GenerationSettings()
+    generation: GenerationSettings = Field(GenerationSettings(), description="How completions are sampled.")
     lora: LoraSettings | None = Field(None, description="Train low-rank adapters of policy and value network instead of full weights.")
-    training: PPOOptimizer = PPOOptimizer()
+    training: PPOOptimizer = Field(
+        PPOOptimizer(), description="Optimizer settings of policy and value network. Warmup and schedule count iterations."
+    )
 
-    total_episodes: int = Field(8192, ge=1, description="Total number of sampled completions.")
+    total_episodes: int = Field(8192, ge=1, description="Length of the run: total number of sampled completions.")
     rollout_batch_size: int = Field(64, ge=1, description="Episodes per iteration, summed over processes.")
     minibatch_size: int = Field(32, ge=1, description="Episodes per optimizer step, summed over processes.")
     microbatch_size: Microbatch = Field(
         "auto",
-        description="Maximum episodes per forward pass and process; does not change the gradient. auto: 16 on a CPU; on a GPU as many "
-        "tokens as fit into its free memory, measured in the first passes.",
+        description="Maximum episodes per forward pass and process. It changes speed and memory, not the gradient. auto: 16 on a CPU; on "
+        "a GPU as many tokens as fit into its free memory, measured in the first passes.",
     )
-    ppo_epochs: int = Field(4, ge=1, description="Epochs over each iteration's episodes.")
+    ppo_epochs: int = Field(4, ge=1, description="How often each episode of an iteration is used. Higher: larger updates.")
 
-    kl: KLSettings = Field(KLSettings(), description="The KL penalty.")
+    kl: KLSettings = Field(KLSettings(), description="The KL penalty, which keeps the policy close to the reference.")
     gae: GAESettings = Field(GAESettings(), description="Generalized advantage estimation.")
-    clip: ClipSettings = Field(ClipSettings(), description="Clips of the objective.")
-    whiten: WhiteningSettings = Field(WhiteningSettings(), description="Whitening of advantages and rewards.")
+    clip: ClipSettings = Field(ClipSettings(), description="Limits of one iteration's changes in the loss.")
+    whiten: WhiteningSettings = Field(WhiteningSettings(), description="Whitening: scaling of advantages and rewards.")
     ema: EMASettings = Field(EMASettings(), description="Moving average of the weights.")
     advantages: Literal["gae", "rloo", "grpo", "reinforce"] = Field(
         "gae",
@@ -189,29 +245,35 @@ class PPOStepConfig(CheckpointedStepConfig):
     )
     samples_per_prompt: int = Field(1, ge=1, description="Completions per prompt in an iteration; rollout_batch_size counts completions.")
     divide_by_deviation: bool = Field(True, description="grpo: false omits the division (Dr. GRPO, Liu et al. 2025).")
-    value_coef: float = Field(0.1, gt=0, description="Weight of the value loss.")
-    entropy_coef: float = Field(0.0, ge=0, description="Weight of an entropy bonus.")
+    value_coef: float = Field(0.1, gt=0, description="Weight of the value loss in the sum of the losses.")
+    entropy_coef: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the entropy (nats per token) that is added to the objective; 0: none. Raise it if entropy_collapse is "
+        "raised.",
+    )
     missing_eos: Literal["none", "replace", "subtract"] = Field(
         "none",
         description="Completion without stop token: replace its score by -missing_eos_penalty (Ziegler et al. 2019, Huang et al. 2024), "
         "or subtract missing_eos_penalty from its score (TRL).",
     )
-    missing_eos_penalty: float = Field(1.0, ge=0, description="Points of the score for missing_eos; no effect with none.")
+    missing_eos_penalty: float = Field(1.0, ge=0, description="Points of the score for missing_eos: replace and subtract.")
     length_penalty: float = Field(
         0.0,
         ge=0,
-        description="Subtracted from the score for each token of the completion, for a reward model that prefers long answers "
-        "(Singhal et al. 2024).",
+        description="Points subtracted from the score for each token of the completion. Raise it if the reward model prefers long answers "
+        "(Singhal et al. 2024; docs/rewards.md).",
     )
     score_placement: Literal["last_token", "after"] = Field(
         "last_token",
         description="Credit the score to the last token, or to an extra state after it (Huang et al. 2024). The extra state has its own "
         "value. A response of the maximum length has no extra state.",
     )
-    value_warmup_iterations: int = Field(0, ge=0, description="Number of first iterations that train only the value network.")
+    value_warmup_iterations: int = Field(0, ge=0, description="In this number of first iterations, only the value network is trained.")
     rollout_logprobs: Literal["auto", "sampled", "recomputed"] = Field(
         "auto",
-        description="Log-probabilities from sampling, or from a forward pass like the update's. auto: sampled in fp32 by the local engine.",
+        description="Where the log-probabilities of the rollout come from: sampled: from sampling; recomputed: from a forward pass as in "
+        "the update. auto: sampled in fp32 with engine: local, else recomputed.",
     )
     importance_cap: float = Field(
         2.0,
@@ -224,12 +286,14 @@ class PPOStepConfig(CheckpointedStepConfig):
         description="1, only with generation.engine: vllm: sample the next rollout while an update runs, with the policy before this "
         "update. Importance weights (importance_cap) correct for the difference (docs/vllm.md).",
     )
-    pretraining_mix: PretrainingMix | None = Field(None, description="PPO-ptx; null: plain PPO.")
+    pretraining_mix: PretrainingMix | None = Field(
+        None, description="Add the loss on pretraining texts (PPO-ptx), so that the policy forgets less; null: plain PPO."
+    )
     num_samples: int = Field(2, ge=0, description="Sample completions to keep per iteration (samples.jsonl).")
     health: HealthSettings = Field(HealthSettings(), description="When to raise alarms, and which alarms end the run.")
     offload: bool = Field(
         False,
-        description="Keep idle models (reference, reward models, value network) in CPU memory.",
+        description="Keep idle models (reference, reward models, value network) in CPU memory: less GPU memory, but slower.",
     )
     publish_value: bool = Field(False, description="Also publish the value network, as <name>-value.")
 

@@ -89,24 +89,28 @@ Alarms that are not listed are newer."""
 class HealthSettings(Strict):
     """Which alarms are raised, and which end the run. "At first" is the mean of the first three iterations."""
 
-    kl_limit: float | None = Field(50.0, gt=0, description="exploding_kl: nats per completion; null: off.")
+    kl_limit: float | None = Field(50.0, gt=0, description="exploding_kl is raised above this KL, in nats per completion; null: off.")
     sampler_gap: float | None = Field(
         0.1,
         gt=0,
-        description="sampler_disagrees: mean difference of the log-probabilities of vLLM and the trainer, in nats per token; null: off. "
-        "Not checked for episodes sampled before an update (overlap: 1).",
+        description="sampler_disagrees is raised above this mean difference of the log-probabilities of vLLM and the trainer, in nats per "
+        "token; null: off. Not checked for episodes sampled before an update (overlap: 1).",
     )
-    ratio_limit: float | None = Field(30.0, gt=0, description="ratio_blow_up: largest |ratio - 1| of an iteration; null: off.")
+    ratio_limit: float | None = Field(
+        30.0, gt=0, description="ratio_blow_up is raised above this largest |ratio - 1| of an iteration; null: off."
+    )
     flat_iterations: int | None = Field(
-        3, ge=1, description="flat_reward: iterations in a row in which every completion scored the same; null: off."
+        3,
+        ge=1,
+        description="flat_reward is raised after this many iterations in a row in which all completions have the same score; null: off.",
     )
     hacking_errors: float | None = Field(
         5.0,
         gt=0,
-        description="reward_hacking: number of standard errors by which a monitor fell from its best value and the score rose; null: off. "
-        "More are needed in the first iterations, in which the noise is not well known, and after 100 iterations.",
+        description="reward_hacking is raised if a monitor fell from its best value, and the score rose, both by more than this number of "
+        "standard errors; null: off. Lower: more sensitive. docs/alarms.md has the details.",
     )
-    window: int = Field(5, ge=3, description="Iterations that are averaged for value_blow_up and reward_hacking.")
+    window: int = Field(5, ge=3, description="Number of iterations whose mean is compared for value_blow_up and reward_hacking.")
     off: list[AlarmName] = Field([], description="Alarms that are not raised.")
     stop_on: list[AlarmName] = Field([], description="Alarms that end the run; the others are logged and counted.")
 

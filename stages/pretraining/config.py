@@ -45,14 +45,17 @@ class PretrainingConfig(TrainingStepConfig):
     stage: Literal["pretraining"] = "pretraining"
     model: ModelField | None = Field(None, description="Model to train further, with its own tokenizer.")
     architecture: JsonObject | None = Field(
-        None, description="Random weights: {type: llama | gpt2 | ..., and fields of that transformers config, e.g. hidden_size: 128}."
+        None,
+        description="Start from random weights: {type: llama | gpt2 | ..., and fields of that transformers config, e.g. hidden_size: 128}.",
     )
     tokenizer: Annotated[TokenizerSettings | ModelInput | None, BeforeValidator(ref_shorthand)] = Field(
-        None, description="With architecture: {vocab_size: 1024} trains one on the corpus (default); a model reference uses that model's."
+        None,
+        description="With architecture: {vocab_size: 1024} trains a tokenizer on the corpus (default); a model means that model's "
+        "tokenizer.",
     )
     block_size: int = Field(256, ge=2, description="Tokens per training sequence.")
     data: DataInput = Field(description="Texts: the column text.")
-    training: PretrainingOptimizer = PretrainingOptimizer()
+    training: PretrainingOptimizer = Field(PretrainingOptimizer(), description="Optimizer, learning rate and batch sizes.")
 
     @model_validator(mode="after")
     def _one_origin(self) -> PretrainingConfig:

@@ -18,7 +18,7 @@ from stages.rewards.signature import columns_asked_for
 class CollectedPolicy(Strict):
     """A policy whose completions are compared. A bare string is its reference."""
 
-    model: ModelField
+    model: ModelField = Field(description="A language model.")
     weight: float = Field(1.0, gt=0, description="This policy's share of the completions, relative to the other weights.")
 
 
@@ -52,12 +52,14 @@ class Collection(Strict):
     judge: JudgeOrPeople = Field(
         description="A function or model that scores (prompt, completion), higher is better; or people: {people: {...}}."
     )
-    tie_width: float = Field(0.0, ge=0, description="Neighbours whose scores differ by at most this share a rank.")
+    tie_width: float = Field(
+        0.0, ge=0, description="If two successive scores of the sorted completions differ by at most this, they share a rank."
+    )
     only_ended: bool = Field(
         False, description="Show only completions with an end token to the judge (Ziegler et al. 2019); sample the others again."
     )
     attempts: int = Field(4, ge=1, description="Maximum draws per completion until it ends and is distinct.")
-    generation: GenerationSettings = GenerationSettings()
+    generation: GenerationSettings = Field(GenerationSettings(), description="How to sample.")
 
     @model_validator(mode="before")
     @classmethod

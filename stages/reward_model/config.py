@@ -59,7 +59,8 @@ class Normalization(Strict):
 
     to: Literal["center", "standardize", "none"] = Field(
         "center",
-        description="center: mean 0 (Stiennon et al. 2020, Ouyang et al. 2022); standardize: mean 0 and variance 1 (Ziegler et al. 2019).",
+        description="center: mean 0 (Stiennon et al. 2020, Ouyang et al. 2022); standardize: mean 0 and variance 1 (Ziegler et al. 2019); "
+        "none: unchanged.",
     )
     on: Literal["demonstrations", "samples"] = Field(
         "demonstrations", description="Texts to normalize on: demonstrations, or a policy's samples for the training prompts."
@@ -67,7 +68,7 @@ class Normalization(Strict):
     sampler: ModelField | None = Field(None, description="For on: samples: the policy; null: the step's model.")
     num_samples: int = Field(256, ge=2, description="For on: samples: number of samples.")
     before_training: bool = Field(False, description="For on: samples: also normalize before training, as Ziegler et al. 2019.")
-    generation: GenerationSettings = GenerationSettings()
+    generation: GenerationSettings = Field(GenerationSettings(), description="For on: samples: how to sample.")
 
     @model_validator(mode="after")
     def _samples(self) -> Normalization:
@@ -82,7 +83,7 @@ class Generative(Strict):
     answers: list[str] = Field(
         min_length=2,
         max_length=2,
-        description="The score is log P(first) - log P(second). Without a chat template a word usually begins with a space.",
+        description="Two answers; the score is log P(first) - log P(second). Without a chat template, a word usually begins with a space.",
     )
     question: str = Field(QUESTION, description="What the model is asked, with {prompt} and {completion}.")
     train: bool = Field(False, description="Train on the comparisons with the ranking loss. false: publish the language model unchanged.")
@@ -105,27 +106,36 @@ class RewardModelConfig(TrainingStepConfig):
     model: ModelField = Field(description="A language model, which gets a new head, or a reward model to train further.")
     generative: Generative | None = Field(None, description="Score by the log-odds of two answers instead of a scalar head.")
     data: DataInput = Field(description="Comparisons.")
-    preferred: str | None = Field(None, description="If responses are an object: the key of the preferred one.")
+    preferred: str | None = Field(None, description="If the column responses has objects: the key of the preferred text.")
     demonstrations: DataField | None = Field(
-        None, description="Texts whose mean reward becomes 0 (prompt + completion); null: the best completion of each training comparison."
+        None, description="Rows of prompt + completion whose mean score becomes 0; null: the best completion of each training comparison."
     )
     beside: list[RewardInput] = Field([], description="Other reward sources to measure on the same held-out comparisons.")
     collect: Collection | None = Field(None, description="Also collect comparisons from policies; null: use only data.")
     loss: Literal["pairs", "best_of"] = Field(
-        "pairs", description="pairs: all C(K, 2) of a prompt (Ouyang et al. 2022); best_of: softmax over its K (Ziegler et al. 2019)."
+        "pairs",
+        description="pairs: every pair of a prompt's completions counts (Ouyang et al. 2022); best_of: the best one against all others, "
+        "by a softmax (Ziegler et al. 2019).",
     )
-    normalization: Normalization = Normalization()
+    normalization: Normalization = Field(
+        Normalization(),
+        description="Offset and scale of the scores. A ranking loss determines neither, but PPO's KL penalty depends on both.",
+    )
     num_seeds: int = Field(
         1,
         ge=1,
         description="Train with this many seeds and keep the best model (Stiennon et al. 2020). Half of the held-out comparisons select "
         "it; the other half measures it.",
     )
-    group_by: list[str] = Field([], description="Columns to split held-out accuracy by, e.g. annotator, batch, confidence.")
+    group_by: list[str] = Field(
+        [], description="Columns; the held-out accuracy is also measured for each of their values, e.g. annotator, batch, confidence."
+    )
     prompt_fit: PromptFit | None = Field(None, description="Shorten prompts that are too long; null: max_length truncates their beginning.")
-    curation: Curation = Field(Curation(), description="Row filters.")
+    curation: Curation = Field(Curation(), description="Filters of rows.")
     max_length: int | None = Field(None, ge=2, description="Maximum tokens of prompt and completion; longer ones lose their beginning.")
-    training: RewardModelOptimizer = RewardModelOptimizer()
+    training: RewardModelOptimizer = Field(
+        RewardModelOptimizer(), description="Optimizer, learning rate and batch sizes, which count prompts with all their completions."
+    )
 
     @model_validator(mode="after")
     def _trainable(self) -> RewardModelConfig:

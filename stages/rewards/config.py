@@ -67,7 +67,9 @@ def has_password(address: str) -> bool:
 class RewardInput(Strict):
     """One reward source. Exactly one of ``model``, ``function``, ``endpoint``, ``judge`` and ``ensemble`` must be set."""
 
-    model: ModelField | None = Field(None, description="A reward model, or a classifier (then set label).")
+    model: ModelField | None = Field(
+        None, description="A reward model, a classifier (then set label), or a language model (then set answers)."
+    )
     function: str | None = Field(
         None,
         pattern=r"^[\w.]+:\w+$",
@@ -84,27 +86,31 @@ class RewardInput(Strict):
         max_length=2,
         description="Two answers to the question. The score of a language model is then log P(first) - log P(second).",
     )
-    question: str = Field(QUESTION, description="With answers: the question to the model, with {prompt} and {completion}.")
+    question: str = Field(QUESTION, description="answers: the question to the model, with {prompt} and {completion}.")
     ensemble: list[RewardInput] | None = Field(
         None,
         min_length=2,
         description="Several sources that judge the same thing, e.g. reward models of different seeds, combined into one score.",
     )
     combine: Literal["mean", "min", "uncertainty"] = Field(
-        "mean", description="Ensemble: mean; min (the worst case); or uncertainty: the mean minus uncertainty_coef times the variance."
+        "mean",
+        description="ensemble: how its scores become one: mean; min (the worst case); or uncertainty: the mean minus uncertainty_coef "
+        "times the variance.",
     )
-    uncertainty_coef: float = Field(1.0, ge=0, description="Only for combine: uncertainty (Coste et al. 2024, arXiv 2310.02743).")
+    uncertainty_coef: float = Field(
+        1.0, ge=0, description="combine: uncertainty: weight of the variance. Higher: more careful (Coste et al. 2024, arXiv 2310.02743)."
+    )
     name: str | None = Field(None, pattern=r"^[\w.-]+$", description="Name in metrics and reports (default: the model's or function's).")
-    weight: float = Field(1.0, description="Factor in the sum of all sources.")
-    label: str | int | None = Field(None, description="Classifier: the class whose output is the score, by name or index.")
+    weight: float = Field(1.0, description="Factor of this source in the weighted sum; may be negative.")
+    label: str | int | None = Field(None, description="classifier: the class whose output is the score, by name or index.")
     output: Literal["logit", "probability", "logprob"] = Field(
         "logit",
-        description="Classifier: the output for the label that is the score. The probability is a softmax. It is a sigmoid if a text may "
-        "have several labels (problem_type in the model's config) or if there is only one label. A regression has only a logit: its value.",
+        description="classifier: which output of the label is the score. The probability is a softmax, or a sigmoid if a text may have "
+        "several labels (problem_type in the model's config) or if there is only one label. A regression has only a logit: its value.",
     )
     reads: Literal["completion", "prompt_and_completion"] = Field(
         "prompt_and_completion",
-        description="Classifier: the text that it reads. The beginning of a text that is too long is cut. A reward model always reads "
+        description="classifier: the text that it reads. The beginning of a text that is too long is cut. A reward model always reads "
         "prompt and completion.",
     )
     level: Literal["completion", "token"] = Field(
@@ -114,12 +120,14 @@ class RewardInput(Strict):
     )
     batch_size: int = Field(SCORING_ROWS, ge=1, description="Texts per forward pass and process.")
     timeout_seconds: float | None = Field(
-        600.0, gt=0, description="function: maximum seconds of one call. A longer call ends the run. null: no limit."
+        600.0,
+        gt=0,
+        description="function, endpoint: maximum seconds of one call; a longer one counts as a failure (see retries). null: no limit.",
     )
     retries: int | None = Field(
         None,
         ge=0,
-        description="function, endpoint: further attempts after a failure or time-out. null: 0 for a function, 4 for an endpoint.",
+        description="function, endpoint: further attempts after a failure; then the run ends. null: 0 for a function, 4 for an endpoint.",
     )
     backoff_seconds: float = Field(1.0, ge=0, description="function, endpoint: seconds before the first retry, doubled for each one.")
     protocol: Literal["openrlhf", "classify", "pooling", "score"] = Field(
@@ -128,8 +136,8 @@ class RewardInput(Strict):
         "score: vLLM's endpoints with these names.",
     )
     served_model: str | None = Field(None, min_length=1, description="endpoint: the model's name on the server, if it serves several.")
-    columns: list[str] = Field([], description="endpoint, openrlhf: columns of the data that each request includes.")
-    label_column: str | None = Field(None, description="endpoint, openrlhf: the column that each request includes as labels.")
+    columns: list[str] = Field([], description="endpoint, protocol: openrlhf: columns of the data that each request includes.")
+    label_column: str | None = Field(None, description="endpoint, protocol: openrlhf: the column that each request includes as labels.")
     api_key_variable: str | None = Field(
         None,
         pattern=r"^[A-Za-z_]\w*$",

@@ -34,8 +34,10 @@ class MaskedSettings(Strict):
     """Masked-language modelling of the step's texts before the labels are learned (Devlin et al. 2018)."""
 
     data: DataField | None = Field(None, description="Additional texts without labels.")
-    mask_probability: float = Field(0.15, gt=0, lt=1, description="Share of masked tokens.")
-    training: OptimizerSettings = OptimizerSettings(learning_rate=5e-4, warmup_fraction=0.05)
+    mask_probability: float = Field(0.15, gt=0, lt=1, description="Share of tokens that are masked.")
+    training: OptimizerSettings = Field(
+        OptimizerSettings(learning_rate=5e-4, warmup_fraction=0.05), description="Optimizer, learning rate and batch sizes of this part."
+    )
 
 
 class SentimentOptimizer(OptimizerSettings):
@@ -43,7 +45,7 @@ class SentimentOptimizer(OptimizerSettings):
 
     learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Learning rate schedule after warmup.")
-    epochs: float = Field(2.0, gt=0, description="Passes over the training data.")
+    epochs: float = Field(2.0, gt=0, description="How often all training rows are used; may be a fraction.")
     weight_decay: float = Field(0.01, ge=0)
 
 
@@ -53,15 +55,18 @@ class SentimentConfig(TrainingStepConfig):
     stage: Literal["sentiment"] = "sentiment"
     model: ModelField | None = Field(None, description="Encoder or classifier to fine-tune, e.g. distilbert-base-uncased.")
     architecture: JsonObject | None = Field(
-        None, description="Random weights: {type: distilbert | bert | ..., and fields of that transformers config, e.g. dim: 128}."
+        None,
+        description="Start from random weights: {type: distilbert | bert | ..., and fields of that transformers config, e.g. dim: 128}.",
     )
     tokenizer: WordPieceSettings | None = Field(None, description="With architecture: the tokenizer to train on the texts.")
     labels: list[str] = Field(["negative", "positive"], min_length=2, description="Names of the classes, by label index.")
     max_length: int = Field(512, ge=8, description="Maximum tokens per text, within the model's limit; longer ones lose their end.")
     data: DataInput = Field(description="Columns text and label (an index, or one of labels).")
     masked: MaskedSettings | None = Field(None, description="First train by masked-language modelling; null: train on the labels directly.")
-    num_examples: int = Field(10, ge=0, description="Number of held-out reviews to show with label and prediction, before and after.")
-    training: SentimentOptimizer = SentimentOptimizer()
+    num_examples: int = Field(
+        10, ge=0, description="Number of held-out texts to show with label and prediction, before and after training."
+    )
+    training: SentimentOptimizer = Field(SentimentOptimizer(), description="Optimizer, learning rate and batch sizes.")
 
     @model_validator(mode="after")
     def _one_origin(self) -> SentimentConfig:

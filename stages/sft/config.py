@@ -56,8 +56,9 @@ class SFTStepConfig(TrainingStepConfig):
     data: DataInput = Field(description="Demonstrations.")
     template: str | None = Field(
         None,
-        description="chat: the tokenizer's own; chatml: the format of SmolLM and Qwen; a plain template's name; or a format string with "
-        "{prompt}. null: keep the tokenizer's template.",
+        description="The text around prompts and completions. chat: the tokenizer's own chat template; chatml: the format of SmolLM and "
+        "Qwen; plain, instruction, dialogue, question or tldr: a plain template; or a text with {prompt}. null: the tokenizer's, if it "
+        "has one. docs/conversations.md has the details.",
     )
     completion_only_loss: bool = Field(True, description="Compute the loss only on the assistant's tokens; false: also on the prompt.")
     train_on: TrainOn = Field(
@@ -66,16 +67,23 @@ class SFTStepConfig(TrainingStepConfig):
     )
     pretraining_mix: SFTPretrainingMix | None = Field(None, description="Mix in pretraining texts; null: only demonstrations.")
     residual_dropout: float | None = Field(
-        None, ge=0, lt=1, description="Dropout only on the outputs of attention and MLP; null: the model config's dropout."
+        None,
+        ge=0,
+        lt=1,
+        description="Dropout probability, only on the outputs of attention and MLP; null: the dropout of the model's config.",
     )
     selection: Selection | None = Field(None, description="Publish the model with the best reward during the run; null: the last.")
     prompt_fit: PromptFit | None = Field(None, description="Shorten prompts that are too long; null: drop long demonstrations.")
-    curation: Curation = Field(Curation(), description="Row filters.")
-    packing: bool = Field(False, description="Pack demonstrations into rows (no attention across); batch_size counts rows.")
-    max_length: int | None = Field(
-        None, ge=2, description="Maximum tokens of a demonstration and of a row; longer ones are dropped (counted). null: the model's."
+    curation: Curation = Field(Curation(), description="Filters of rows.")
+    packing: bool = Field(
+        False, description="Put several demonstrations into one row, without attention between them; batch_size then counts rows."
     )
-    training: SFTOptimizer = SFTOptimizer()
+    max_length: int | None = Field(
+        None,
+        ge=2,
+        description="Maximum tokens of a demonstration and of a row; longer ones are dropped and counted. null: the model's limit.",
+    )
+    training: SFTOptimizer = Field(SFTOptimizer(), description="Optimizer, learning rate and batch sizes.")
 
     @model_validator(mode="after")
     def _trainable(self) -> SFTStepConfig:

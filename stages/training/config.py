@@ -15,7 +15,7 @@ class Selection(Strict):
     data: DataField | None = Field(None, description="Validation prompts; null: prompts of the held-out demonstrations.")
     num_prompts: int = Field(64, ge=1, description="Use this many distinct prompts.")
     every_epochs: float = Field(1.0, gt=0, description="Epochs between evaluations; the end of the run is always evaluated.")
-    generation: GenerationSettings = GenerationSettings()
+    generation: GenerationSettings = Field(GenerationSettings(), description="How to sample the completions that are scored.")
 
     @model_validator(mode="after")
     def _named(self) -> Selection:

@@ -22,9 +22,18 @@ class PromptFit(Strict):
     """How to shorten prompts that are too long. The text between ``after`` and ``before`` is cut."""
 
     max_tokens: int = Field(512, ge=1, description="Maximum tokens of a prompt, template included.")
-    after: str = Field("", description="The part starts after the first occurrence of this text; empty: at the start of the prompt.")
-    before: str = Field("", description="The part ends before the last occurrence of this text; empty: at the end of the prompt.")
-    at: str = Field("\n", min_length=1, description="Cut at the last occurrence of this text; if there is none, remove one character.")
+    after: str = Field(
+        "", description="The part that may be cut starts after the first occurrence of this text; empty: at the start of the prompt."
+    )
+    before: str = Field(
+        "", description="The part that may be cut ends before the last occurrence of this text; empty: at the end of the prompt."
+    )
+    at: str = Field(
+        "\n",
+        min_length=1,
+        description="Remove the end of the part, from the last occurrence of this text, until the prompt fits; without an occurrence, "
+        "remove one character at a time.",
+    )
 
 
 def fit_prompt(prompt: Prompt, fit: PromptFit, tokenizer: PreTrainedTokenizerBase, location: str = "") -> Prompt:
