@@ -5,7 +5,7 @@ stages sweep RECIPE step.field=[value,value] [seeds=3]
 stages models list | show | lineage | verify | export | import | push | pull | remove
 stages generate REF --prompt TEXT [--against REF2]      stages chat REF
 stages label STEP_OR_FILE [--annotator NAME] [--report]
-stages report RUN [RUN2 ...]
+stages report RUN [RUN2 ...]      stages serve REF      stages conformance
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-models = typer.Typer(help="The registry: models made by steps.", no_args_is_help=True, rich_markup_mode=None)
+models = typer.Typer(help="List, show, export, import, share and remove models.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(models, name="models")
 
-Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file (YAML), or the name of a shipped recipe, e.g. quickstart.")]
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file (YAML), or the name of an included recipe, e.g. quickstart.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[STEP.FIELD=VALUE]...", help="Overrides, e.g. sft.training.epochs=2 seed=8.")
 ]
@@ -54,7 +54,9 @@ Home = Annotated[Path | None, typer.Option(help="Folder for all results (default
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 All = Annotated[bool, typer.Option("--all", help="Show all details, including digests and defaults.")]
-Ref = Annotated[str, typer.Argument(metavar="REF", help="name (newest), name@3, or sha256:<first digits>.")]
+Ref = Annotated[
+    str, typer.Argument(metavar="REF", help="A model of the registry: NAME (its newest version), NAME@3, or sha256:<first digits>.")
+]
 
 FORMATS = "argilla, label-studio, alpaca-eval, pandalm or csv"
 LABEL_EXPORTS = f"Write tasks and answers as {FORMATS}, or as comparisons; do not serve the page."
@@ -190,11 +192,16 @@ def root(
 def run(
     recipe: Recipe,
     overrides: Overrides = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for annotators instead of ending with status 75.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="If people must rank completions, wait for them instead of ending with status 75.")
+    ] = False,
     home: Home = None,
     debug: Debug = False,
 ) -> None:
-    """Run a recipe: run the steps that are new or changed, and reuse the others."""
+    """Run the new and changed steps of a recipe.
+
+    The results of the other steps are reused.
+    """
     from stages.chain import run as chain
     from stages.process.environment import continue_command, has_launcher
     from stages.process.launching import start_missing_processes
@@ -240,8 +247,10 @@ def plan(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a run would make, reuse or resume, why, and how much memory it needs; for steps with a preset also the source of each
-    value. Loads no model."""
+    """Show what a run would do, why, and how much memory it needs. Loads no model.
+
+    For steps with a preset, it also shows the source of each value.
+    """
     from stages.chain import run as chain
     from stages.chain.pins import pinned, resolve_commits
     from stages.planning.plan import advice_lines, memory_table, plan_memory
@@ -310,7 +319,7 @@ def _processes() -> int:
 @app.command()
 @reports_errors
 def conformance(as_json: Json = False, debug: Debug = False) -> None:
-    """List every detail of the papers: where it is in the code, and the tests that prove it."""
+    """List the details of the papers with their code and tests."""
     from dataclasses import asdict
 
     from stages.conformance import DETAILS, conformance_table
@@ -344,7 +353,10 @@ def sweep(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Run a recipe for every combination of values and seeds. Equal steps run once. The same command continues an interrupted sweep."""
+    """Run a recipe for every combination of values and seeds.
+
+    Equal steps run once. The same command continues an interrupted sweep.
+    """
     from stages.sweep.plot import write_plot
     from stages.sweep.run import load_sweep, plan_table, result_table, run_sweep
 
@@ -402,7 +414,7 @@ def _row(record: ModelRecord) -> JsonObject:
 @models.command()
 @reports_errors
 def show(ref: Ref, everything: All = False, home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
-    """Show a version: its origin, data, non-default settings and metrics."""
+    """Show a version: origin, data, changed settings, metrics."""
     from rich.table import Table
 
     record = _registry(home).get(ref)
@@ -468,7 +480,7 @@ def _all_rows(record: ModelRecord) -> list[tuple[str, str]]:
 @models.command()
 @reports_errors
 def lineage(ref: Ref, everything: All = False, home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
-    """Show the ancestry of a version: models, and data by path and row count."""
+    """Show the models and data from which a version was made."""
     registry = _registry(home)
     tree = registry.lineage(ref)
     if as_json:
@@ -522,7 +534,10 @@ def verify(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check every byte against the manifest. Exit status 2 if there is a problem."""
+    """Check the files of a version against its manifest.
+
+    Exit status 2 if there is a problem.
+    """
     registry = _registry(home)
     refs = [registry.get(ref).ref] if ref is not None else [record.ref for record in registry.records()]
     problems_by_ref = {name: registry.verify(name) for name in refs}
@@ -545,7 +560,10 @@ def export(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Export a full model with a model card: for from_pretrained, lm-eval, vLLM, transformers serve, or the Hub."""
+    """Export a full model to a folder for from_pretrained.
+
+    The folder has a model card, and also works with vLLM, lm-eval, transformers serve and the Hub.
+    """
     from stages.models.adapters.exporting import export_merged
     from stages.registry.card import write_card
 
@@ -570,7 +588,10 @@ def import_command(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Import a model of TRL, OpenRLHF, DeepSpeed-Chat, trlX, LLaMA-Factory, ms-swift, transformers, or llama.cpp (GGUF)."""
+    """Import a model that another library saved.
+
+    Libraries: TRL, OpenRLHF, DeepSpeed-Chat, trlX, LLaMA-Factory, ms-swift, transformers, peft, and llama.cpp (GGUF).
+    """
     from stages.importing.run import import_model
 
     if role not in (None, "language_model", "reward_model", "value_model", "classifier"):
@@ -609,7 +630,10 @@ def push(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Push a version to the Hub: its files, the base of an adapter, a model card, lineage and evaluation results."""
+    """Push a version to the Hub, with a model card and its lineage.
+
+    The results of evaluations, and the base of an adapter, are pushed, too.
+    """
     from stages.sharing.push import push as push_model
 
     pushed = push_model(ref, repository, _registry(home), message=message, private=not public, say=_progress(as_json))
@@ -628,7 +652,10 @@ def pull(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Take a pushed version into the registry as it was: files, settings, metrics and lineage. Every file is verified."""
+    """Download a pushed version into the registry.
+
+    Settings, metrics and lineage come with it. Every file is verified.
+    """
     from stages.sharing.pull import pull as pull_model
 
     pulled = pull_model(
@@ -672,7 +699,9 @@ def remove(
 
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum tokens per completion.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the top tokens with this total probability; 1: all tokens.")]
+TopP = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Sample from the most likely tokens with this total probability; 1: all tokens.")
+]
 Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same completions.")]
 SamplingEngine = Annotated[
     str, typer.Option(metavar="ENGINE", help="What samples: local, vllm (a server is started), or the address of a vLLM server.")
@@ -698,7 +727,7 @@ def generate(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Complete prompts in the terminal, with one model or two side by side."""
+    """Complete prompts with one model, or two side by side."""
     from rich.table import Table
     from rich.text import Text
 
@@ -746,7 +775,10 @@ def serve(
     home: Home = None,
     debug: Debug = False,
 ) -> None:
-    """Score texts for other programs: serve a reward model or classifier with the protocols of OpenRLHF and vLLM."""
+    """Serve the scores of a reward model or classifier over HTTP.
+
+    The protocols are those of OpenRLHF and vLLM.
+    """
     from stages import serving, terminal
     from stages.process.environment import secret
 
@@ -825,7 +857,10 @@ def label(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Serve the page where annotators rank completions, or report on their answers. Loads no model."""
+    """Serve the page where people rank completions.
+
+    It can also report on the answers, and exchange them with other tools. Loads no model.
+    """
     from stages.labelling import command
 
     given = {
@@ -896,7 +931,10 @@ def report(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write the report page of a run, or one that compares several runs: one file of at most 2 MB. Loads no model."""
+    """Write the report page of a run, or of several. Loads no model.
+
+    A page is one HTML file of at most 2 MB.
+    """
     from stages.report.comparison import write_comparison
     from stages.report.output import check_output
     from stages.report.page import megabytes, write_report

@@ -60,6 +60,13 @@ def calls_json(*arguments: str) -> Any:
     return json.loads(result.stdout)
 
 
+def test_lists_of_commands_show_complete_sentences() -> None:
+    for arguments in (["--help"], ["models", "--help"]):
+        commands = call(*arguments).output.partition("Commands:")[2].strip().splitlines()
+        assert len(commands) >= 9
+        assert [line for line in commands if not line.endswith(".") or line.endswith("...")] == []
+
+
 def test_help_is_fast_and_names_the_commands() -> None:
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "stages", "--help"], capture_output=True, text=True, cwd=REPOSITORY, check=True)

@@ -298,7 +298,7 @@ class _Run:
         if planned.action == "reuse":
             self.runtime.console.print(f"[bold]{step.name}[/] reused: {planned.reason}")
         else:
-            outcome = f"{result.model.ref} {result.model.digest[:19]}" if result.model is not None else "done"
+            outcome = f"published {result.model.ref} ({result.model.digest[:19]})" if result.model is not None else "done"
             self.runtime.console.print(f"[bold]{step.name}[/] {outcome} after {time.monotonic() - began:.1f} s")
         self._record(step, planned, result, time.monotonic() - began)
 

@@ -368,13 +368,12 @@ class PPORun:
         return metrics
 
     def _say_cuts(self, metrics: dict[str, float]) -> None:
-        """Report once per reward source that it truncates texts."""
+        """Report once per reward source that texts are too long for it."""
         for name, share in metrics.items():
             if name.endswith(f"_{CUT_SHARE}") and share and name not in self._said_cuts:
                 self._said_cuts.add(name)
-                what = "completions are truncated to" if name.endswith(f"_{COMPLETION_CUT_SHARE}") else "texts are truncated to"
-                said = f"iteration {self.state.iteration}: {share:.0%} of {what} this reward's maximum length ({name})"
-                self.runtime.console.print(f"{self.context.name}: {said}", style="yellow", markup=False)
+                said = f"{self.context.name}: iteration {self.state.iteration}: {cut_message(name, share)}"
+                self.runtime.console.print(said, style="yellow", markup=False)
 
     # Checkpoints
 
@@ -406,3 +405,11 @@ class PPORun:
             set_generator_states(generators, self.runtime)
             self._save()
             raise
+
+
+def cut_message(name: str, share: float) -> str:
+    """The message for the metric ``name``: the ``share`` of the texts, or of the completions alone, that a reward source had to cut."""
+    is_completion = name.endswith(f"_{COMPLETION_CUT_SHARE}")
+    source = name.removeprefix("scoring/").removesuffix(f"_{COMPLETION_CUT_SHARE if is_completion else CUT_SHARE}")
+    what = "completions alone" if is_completion else "texts"
+    return f"{share:.1%} of the {what} are too long for {source}, so their beginning is cut ({name})"

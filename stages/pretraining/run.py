@@ -133,7 +133,7 @@ def _measure(
     step = 0 if when == "before" else trainer.state.global_step
     context.log(step, {HELDOUT_LOG_PERPLEXITY: perplexity, HELDOUT_LOG_BITS_PER_BYTE: bits})
     shown = f"perplexity {perplexity:.4g}, {bits:.4g} bits per byte"
-    context.runtime.console.print(f"{context.name}: held-out {when}: {shown}")
+    context.runtime.console.print(f"{context.name}: held-out {when} training: {shown}")
     return {f"{HELDOUT_PERPLEXITY}_{when}": perplexity, f"{HELDOUT_BITS_PER_BYTE}_{when}": bits}
 
 

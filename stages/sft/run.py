@@ -185,7 +185,7 @@ def _measure(
 ) -> float:
     likelihood = _likelihood(trainer, config, context, tokenizer, heldout)
     context.log(0 if when == "before" else trainer.state.global_step, {HELDOUT_LOG_LOSS: likelihood.loss})
-    context.runtime.console.print(f"{context.name}: held-out {when}: loss {likelihood.loss:.4f} over {likelihood.tokens} tokens")
+    context.runtime.console.print(f"{context.name}: held-out {when} training: loss {likelihood.loss:.4f} over {likelihood.tokens} tokens")
     return likelihood.loss
 
 

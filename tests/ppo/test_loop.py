@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from stages.errors import DataError, TrainingError
-from stages.ppo.loop import run
+from stages.ppo.loop import cut_message, run
 from stages.ppo.update.targets import targets
 
 
@@ -164,3 +164,12 @@ def test_prompts_without_room_for_a_completion_are_left_out(ppo_config, ppo_cont
 def test_contradictions_are_refused(ppo_config, fields, message) -> None:
     with pytest.raises(ValidationError, match=message):
         ppo_config(**fields)
+
+
+def test_message_about_texts_that_are_too_long_names_the_reward_source() -> None:
+    assert cut_message("scoring/taste_cut_share", 0.0156) == (
+        "1.6% of the texts are too long for taste, so their beginning is cut (scoring/taste_cut_share)"
+    )
+    assert cut_message("scoring/taste_completion_cut_share", 0.004) == (
+        "0.4% of the completions alone are too long for taste, so their beginning is cut (scoring/taste_completion_cut_share)"
+    )

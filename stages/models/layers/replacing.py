@@ -56,7 +56,9 @@ def _say(what: str, model: nn.Module, switched: Counter[str]) -> None:
     named = ", ".join(f"{count} {name}" for name, count in sorted(switched.items()))
     line = f"{type(model).__name__}: {what}: {named}"
     logger.info(line)
-    announce((what, type(model).__name__), f"{line} (STAGES_OWN_LAYERS=0 keeps those of transformers)")
+    announce(
+        (what, type(model).__name__), f"{line} (faster or leaner, with equal outputs; STAGES_OWN_LAYERS=0 keeps those of transformers)"
+    )
 
 
 class FastConv1D(Conv1D):

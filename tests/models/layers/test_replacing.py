@@ -51,7 +51,7 @@ def test_the_switch_keeps_the_layers_of_transformers(monkeypatch: pytest.MonkeyP
         use_own_layers(transformers.LlamaForCausalLM(config))
         (line,) = said  # printed immediately, not at the end of the step
         assert line.startswith("LlamaForCausalLM: replaced layers: ") and "1 LlamaMLP, 3 LlamaRMSNorm" in line
-        assert line.endswith("(STAGES_OWN_LAYERS=0 keeps those of transformers)")
+        assert line.endswith("(faster or leaner, with equal outputs; STAGES_OWN_LAYERS=0 keeps those of transformers)")
         use_own_layers(transformers.LlamaForCausalLM(config))
         assert len(said) == 1  # of the same kind
         use_own_layers(transformers.LlamaModel(config))
