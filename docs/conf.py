@@ -29,6 +29,8 @@ autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 
 html_theme = "furo"
+html_static_path = ["static"]
+html_css_files = ["wide.css"]
 html_title = f"Tristage {release}"
 
 HEADING = re.compile(r"^## (.+)$", re.MULTILINE)

@@ -1,1 +1,1 @@
-"""PPO on completions, with a frozen reference, a value network and any list of reward sources: one room per concern."""
+"""PPO on completions, with a frozen reference, a value network and any list of reward sources."""

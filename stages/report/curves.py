@@ -92,7 +92,7 @@ def frontier(
         f"prompts. The axis shows the square root (Gao et al. 2023).{best}{way}"
     )
     legend = [(name, colors[name]) for name in points]
-    return Figure("frontier", "Reward for KL", caption, panels, legend, ["judge", "candidate", "KL", "mean score"], rows)
+    return Figure("frontier", "Reward against KL", caption, panels, legend, ["judge", "candidate", "KL", "mean score"], rows)
 
 
 def _draw_best_of_n(axes: Axes, judge: str, name: str, curve: Sequence[BestOfPoint], color: str) -> list[list[str]]:

@@ -192,7 +192,7 @@ def _figure_groups(run: RunFolder) -> list[Row]:
     trust += [training.calibration(step) for step in run.steps]
     trained = [training.training(step) for step in run.steps]
     groups = [
-        {"key": "results", "title": "What came out", "figures": outcome},
+        {"key": "results", "title": "Results", "figures": outcome},
         {"key": "trust", "title": "Can the reward be trusted?", "figures": trust},
         {"key": "training", "title": "Training", "figures": [*trained, training.data_efficiency([run])]},
     ]

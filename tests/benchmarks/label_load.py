@@ -6,7 +6,7 @@ The goal is to open the tasks in under a second and to acknowledge an answer in 
 core. The annotators share the other cores. They answer in two ways: one answer about every half second, and without any pause, which is
 far faster than people are. The client measures the times; they include HTTP and fsync.
 
-Time: about a minute. Result: results/label_load.json; docs/labelling.md.
+Time: about a minute. Result: results/label_load.json; docs/results.md.
 """
 
 from __future__ import annotations
