@@ -152,6 +152,7 @@ class PPORun:
         self.controller.value = state.kl_coef
         self.updater.optimizer_steps = state.optimizer_steps
         self.updater.budget.resume(state.pass_tokens)
+        self.updater.loss_scale.resume(state.loss_scale)
         if self.pretraining_rows is not None:
             self.pretraining_rows.draws = state.pretraining_draws
         for iteration, entry in enumerate(state.history.take_resumed()):
@@ -380,6 +381,7 @@ class PPORun:
     def _save(self, *, score: float | None = None) -> None:
         self.state.optimizer_steps = self.updater.optimizer_steps
         self.state.pass_tokens = self.updater.budget.settled
+        self.state.loss_scale = self.updater.loss_scale.state
         if self.pretraining_rows is not None:
             self.state.pretraining_draws = self.pretraining_rows.draws
         self.state.sampled, save_sampler = self.served.so_far() if self.served is not None else (None, None)

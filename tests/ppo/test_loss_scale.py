@@ -33,6 +33,26 @@ def test_an_overflow_halves_the_factor_until_many_steps_had_none() -> None:
     assert scale.unscale([network]) and scale.factor == FIRST
 
 
+def test_the_factor_grows_again_from_the_smallest_one() -> None:
+    """16 overflows halve it to 1. There an overflow is left to the check of the gradients, and does not repeat the passes for ever."""
+    scale, network = LossScale(torch.float16), torch.nn.Linear(1, 1, bias=False)
+    network.weight.grad = torch.tensor([[torch.inf]])
+    assert [scale.unscale([network]) for _ in range(17)] == [False] * 16 + [True] and scale.factor == 1.0
+    network.weight.grad = torch.ones(1, 1)
+    for _ in range(STEPS_TO_GROW):
+        assert scale.unscale([network])
+    assert scale.factor == 2.0 and scale.state == (2.0, 0)
+
+
+def test_a_resumed_run_continues_with_the_factor_of_the_checkpoint() -> None:
+    scale = LossScale(torch.float16)
+    scale.resume([256.0, 7])
+    assert scale.state == (256.0, 7)
+    scale.resume(None)  # an older checkpoint has none
+    assert scale.factor == 256.0
+    assert LossScale(torch.bfloat16).state is None
+
+
 def value_gradient(roles: Any, updater: Updater, rollout: Any, target: Any) -> torch.Tensor:
     for network in roles.networks().values():
         network.zero_grad(set_to_none=True)

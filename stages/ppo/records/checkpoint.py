@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypedDict
@@ -43,6 +43,7 @@ class RunState:
 
     ``rollout`` is None between iterations and during collection. ``sampled``: episodes that an engine outside this process has sampled for
     an iteration without a rollout so far. ``pass_tokens``: the token budget of update passes that was measured on a GPU.
+    ``loss_scale``: the ``state`` of the loss scale.
     """
 
     iteration: int = 0  # completed iterations
@@ -50,6 +51,7 @@ class RunState:
     optimizer_steps: int = 0
     pretraining_draws: int = 0
     pass_tokens: int | None = None
+    loss_scale: Sequence[float] | None = None
     history: RunHistory = field(default_factory=lambda: RunHistory())  # completed iterations
     rollout: Rollout | None = None
     sampled: SampledSoFar | None = None
@@ -96,6 +98,7 @@ class RunKeeper:
                     "optimizer_steps": state.optimizer_steps,
                     "pretraining_draws": state.pretraining_draws,
                     "pass_tokens": state.pass_tokens,
+                    "loss_scale": state.loss_scale,
                     "history": self.log.append(state.history.take_new()),
                     "progress": vars(state.progress),
                 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -19,14 +19,19 @@ from stages.training.checkpoints import trainable
 logger = logging.getLogger(__name__)
 
 FIRST = 2.0**16
+LEAST = 1.0  # gradients that overflow without a factor are an error of the training
 STEPS_TO_GROW = 200  # steps without an overflow before the factor doubles again
 
 
 class LossScale:
-    """Multiplies the loss by a factor, and divides the gradients by it. If they overflow, the passes are repeated with half the factor."""
+    """Multiplies the loss by a factor, and divides the gradients by it. If they overflow, the passes are repeated with half the factor.
+
+    ``is_used``: whether passes compute in fp16.
+    """
 
     def __init__(self, autocast: torch.dtype | None) -> None:
-        self.factor = FIRST if autocast == torch.float16 else 1.0
+        self.is_used = autocast == torch.float16
+        self.factor = FIRST if self.is_used else 1.0
         self._steps = 0  # since the factor changed
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -37,19 +42,33 @@ class LossScale:
     def unscale(self, networks: Iterable[nn.Module]) -> bool:
         """Divide the gradients of ``networks`` by the factor. If one has overflowed, halve the factor instead, and return False.
 
-        Call it on every process, with the gradients of all processes. On a GPU the CPU waits, if there is a factor.
+        With the smallest factor, gradients that have overflowed are left as they are. Call it on every process, with the gradients of all
+        processes. On a GPU the CPU waits in fp16.
         """
-        if self.factor == 1.0:
+        if not self.is_used:
             return True
         parameters = [list(trainable(network).values()) for network in networks]
         if not all(math.isfinite(float(gradient_norm(own))) for own in parameters):
-            self.factor, self._steps = self.factor / 2, 0
+            self._steps = 0
+            if self.factor == LEAST:
+                return True
+            self.factor /= 2
             logger.info("PPO update: gradients overflowed in fp16; the passes are repeated with a loss scale of %g", self.factor)
             return False
         gradients = [parameter.grad for own in parameters for parameter in own if parameter.grad is not None]
         for gradient in gradients:
             gradient /= self.factor
         self._steps += 1
-        if self._steps == STEPS_TO_GROW and self.factor < FIRST:
+        if self._steps >= STEPS_TO_GROW and self.factor < FIRST:
             self.factor, self._steps = 2 * self.factor, 0
         return True
+
+    @property
+    def state(self) -> tuple[float, int] | None:
+        """The factor and the steps since it changed, for a checkpoint; None if there is no factor."""
+        return (self.factor, self._steps) if self.is_used else None
+
+    def resume(self, state: Sequence[float] | None) -> None:
+        """Continue with the ``state`` of a checkpoint, so that a resumed run has the same passes."""
+        if self.is_used and state is not None:
+            self.factor, self._steps = float(state[0]), int(state[1])
