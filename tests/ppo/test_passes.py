@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from stages.models.layers import compiled as compiled_layers
 from stages.ppo.data import load_pretraining_rows
 from stages.ppo.roles import load_roles
 from stages.ppo.rollout.measuring import measure, measuring_budget
+from stages.ppo.update import updater as module
 from stages.ppo.update.minibatch import Minibatch
 from stages.ppo.update.optimizers import make_optimizer
 from stages.ppo.update.targets import targets
@@ -400,3 +402,40 @@ def test_optimizer_step_copies_numbers_from_the_device_once(
     assert {name: seen.counts[name] for name in WAITS if name in seen.counts} == {}
     # Three lists of the rollout, which is on the CPU (lengths, token ids, which states count), and the sums of the minibatch.
     assert reads.count("tolist") == 4 and set(reads) <= {"tolist"}
+
+
+def test_the_policys_graph_is_freed_before_the_pass_of_the_value_network(ppo_config, ppo_context, make_rollout, monkeypatch) -> None:
+    """Layers of bitsandbytes keep their inputs in the graph itself, which the backward pass does not free."""
+    kept: list[weakref.ref[Any]] = []
+
+    class Input:
+        pass
+
+    class Keeps(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, states: torch.Tensor) -> torch.Tensor:
+            ctx.input = Input()
+            kept.append(weakref.ref(ctx.input))
+            return states.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            return gradient
+
+    def keep(module: Any, arguments: Any, output: Any) -> Any:
+        output.last_hidden_state = Keeps.apply(output.last_hidden_state)
+        return output
+
+    usual, alive = module.sequence_values, []
+
+    def values(*arguments: Any) -> torch.Tensor:
+        alive.append(kept[-1]() is not None)
+        return usual(*arguments)
+
+    config = ppo_config()
+    roles = load_roles(config, ppo_context)
+    rollout = make_rollout(roles, config)
+    roles.policy.decoder.register_forward_hook(keep)
+    monkeypatch.setattr(module, "sequence_values", values)
+    make_updater(roles, config).accumulate(rollout, targets(rollout, config, kl_coef=0.1))
+    assert alive and not any(alive)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as distributed
@@ -262,7 +262,8 @@ class Updater:
             if roles.value is not None:
                 if train_policy:
                     self.loss_scale.backward(losses.pop())
-                losses = []
+                # Without its graph: int8 layers keep their inputs in it, also after the backward pass.
+                policy, losses = replace(policy, summed=policy.summed.detach()), []
                 values = sequence_values(roles.value, one.batch, roles.policy.precision())
                 self.matmuls.add(roles.value.backbone, one.batch)
             errors = None
