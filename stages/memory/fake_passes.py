@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from transformers.pytorch_utils import Conv1D
 from stages.config import ModelInput
 from stages.errors import ModelError
 from stages.memory.passes import PassKind, PassMemory, Polynomial
+from stages.models.adapters import folding
 from stages.models.families import quantized_modules
 from stages.models.layers.attention import attention_of, class_of
 from stages.models.layers.dropout import disable_dropout
@@ -168,12 +169,14 @@ def _run(model: TransformersModel, kind: PassKind, rows: int, columns: int) -> t
 
 @contextmanager
 def without_values(kind: PassKind) -> Iterator[None]:
-    """Replace two functions of transformers that fake tensors cannot run.
+    """Replace functions that fake tensors cannot run, or that treat them as another kind of weight.
 
     Without padding there is no attention mask. transformers cannot see this on fake tensors, and would build a mask for packed rows. Fake
     tensors know PyTorch's product of groups, which mixtures of experts use, only in bf16; that of transformers keeps the same tensors.
+    Folded adapters would take a fake weight for a sharded one.
     """
     own: list[tuple[ModuleType, str, object]] = [(moe, "_can_use_grouped_mm", lambda *_, **__: False)]
+    own.append((folding, "is_plain", lambda module: True))
     if not kind.masked:
         own.append((masking_utils, "find_packed_sequence_indices", lambda *_, **__: None))
     own = [(module, name, function) for module, name, function in own if hasattr(module, name)]
@@ -283,8 +286,8 @@ def _model(kind: PassKind, layers: int) -> TransformersModel:
         disable_dropout(model)
         if kind.quantization != "none":
             _quantize(model, kind.quantization, kind.device)
-        if kind.device == "cpu" and kind.compute > HALF and kind.trains:
-            _use_lean_layers(model, kind)
+    if kind.device == "cpu" and kind.compute > HALF and kind.trains:
+        _use_lean_layers(model, kind)
     model.train(kind.trains)
     if kind.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -309,9 +312,9 @@ def _use_lean_layers(model: nn.Module, kind: PassKind) -> None:
     small = AutoModel.from_config(text_config_of(kind, layers, **{name: size for name, size in sizes.items() if hasattr(config, name)}))
     usual = {name: type(module).__name__ for name, module in small.named_modules()}
     use_lean_layers(small)
-    lean = {usual[name]: type(module) for name, module in small.named_modules() if hasattr(module, "lean")}
+    lean: dict[str, Any] = {usual[name]: type(module) for name, module in small.named_modules() if hasattr(module, "lean")}
     for module in model.modules():
-        if (chosen := lean.get(type(module).__name__)) is not None:
+        if (chosen := lean.get(type(module).__name__)) is not None and chosen.can_be_lean(module):
             module.__class__ = chosen
             setattr(module, "forward", getattr(module, "lean"))  # noqa: B009, B010  # its own forward would refuse fake tensors
 

@@ -71,6 +71,7 @@ def test_a_polynomial_by_hand() -> None:
         ("gpt_neox", {"compute": 2}),
         ("gemma2", {}),
         ("qwen2", {"adapter": Adapter(4)}),
+        ("qwen2", {"adapter": Adapter(4), "weights": 2, "compute": 2}),  # folded adapters keep no casts of their inputs
         ("llama", {"adapter": Adapter(4, ("q_proj", "lm_head"), ("embed_tokens",))}),
         ("llama", {"adapter": Adapter(4, r"model\.layers\.[13]\.mlp\..*_proj")}),  # two of five layers, so all are counted
     ],
@@ -78,6 +79,14 @@ def test_a_polynomial_by_hand() -> None:
 )
 def test_memory_of_five_layers_is_extrapolated_from_three(family: str, fields: dict[str, Any]) -> None:
     compare_with_a_real_pass(kind(family, **fields), 5)
+
+
+@pytest.mark.parametrize(("adapter", "lean"), [(Adapter(4, ("q_proj",)), True), (Adapter(4), False)], ids=["attention only", "everywhere"])
+def test_layers_without_adapters_are_as_lean_as_in_training(adapter: Adapter, lean: bool) -> None:
+    """A pass in fp32 on a CPU: the norms always are, a feed-forward layer is unless its linear modules have adapters."""
+    model = fake_passes._model(kind("llama", adapter=adapter), 2)
+    replaced = {type(module).__name__ for module in model.modules() if "forward" in vars(module)}
+    assert replaced == ({"LlamaRMSNorm", "LlamaMLP"} if lean else {"LlamaRMSNorm"})
 
 
 @pytest.mark.parametrize(

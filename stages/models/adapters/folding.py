@@ -159,8 +159,8 @@ class _Folded(nn.Module):
             adapter not in self.lora_variant
             and not self.lora_bias.get(adapter, False)
             and (type(dropout) is nn.Identity or dropout.p == 0.0 or not dropout.training)
-            and _is_plain(self.lora_A[adapter])
-            and _is_plain(self.lora_B[adapter])
+            and is_plain(self.lora_A[adapter])
+            and is_plain(self.lora_B[adapter])
         )
 
     def frozen_weight(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
@@ -169,7 +169,7 @@ class _Folded(nn.Module):
         weight: Any = getattr(base, "weight", None)
         bias: Any = getattr(base, "bias", None)
         is_linear = type(base) in (nn.Linear, Linear) or isinstance(base, Conv1D)
-        if not is_linear or not _is_plain(base):
+        if not is_linear or not is_plain(base):
             return None, None
         if weight.requires_grad or (bias is not None and bias.requires_grad):
             return None, None
@@ -227,7 +227,7 @@ def _is_decoding_step(x: Tensor) -> bool:
     return x.is_cpu and x.dim() == 3 and x.shape[1] == 1 and _roles is None and not torch.is_grad_enabled()
 
 
-def _is_plain(module: Any) -> bool:
+def is_plain(module: Any) -> bool:
     """Whether a module's weight can be read without calling the module: not sharded, and gathered by no hook."""
     return type(module.weight) in PLAIN and not module._forward_pre_hooks and not module._forward_hooks
 

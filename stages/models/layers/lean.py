@@ -58,6 +58,11 @@ class _LeanNorm(nn.Module):
         names = [name for name, _ in module.named_parameters()]
         return names == ["weight"] and next(module.parameters()).ndim == 1 and _epsilon(module) is not None and not list(module.children())
 
+    @staticmethod
+    def can_be_lean(module: nn.Module) -> bool:
+        """Whether the present parts of a replaced layer allow the lean version."""
+        return True
+
     def lean(self: nn.Module, x: Tensor) -> Tensor:
         epsilon = _epsilon(self)
         assert epsilon is not None  # checked by ``fits``
@@ -78,12 +83,17 @@ class _LeanMLP(nn.Module):
         parameters = {name for name, _ in module.named_parameters()}
         return _has_plain_products(module) and parameters == {f"{name}.weight" for name in PRODUCTS} and all(map(_is_silu, named))
 
+    @staticmethod
+    def can_be_lean(module: nn.Module) -> bool:
+        """Whether the present parts of a replaced layer allow the lean version: its linear modules have no adapters."""
+        return _has_plain_products(module)
+
     def lean(self: nn.Module, x: Tensor) -> Tensor:
         return gated_mlp(x, *(getattr(self, name).weight for name in PRODUCTS))
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         weights = (getattr(self, name).weight for name in PRODUCTS)
-        takes = len(inputs) == 1 and not named and torch.is_grad_enabled() and _has_plain_products(self) and are_plain(inputs[0], *weights)
+        takes = len(inputs) == 1 and not named and torch.is_grad_enabled() and self.can_be_lean(self) and are_plain(inputs[0], *weights)
         return self.lean(inputs[0]) if takes else super().forward(*inputs, **named)
 
 
