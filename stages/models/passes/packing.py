@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -35,9 +35,9 @@ logger = logging.getLogger(__name__)
 PACKED = "stages_packed"  # the name of ``attend_packed`` in transformers' attention interface
 REPLACED = ("sdpa", "flash_attention_2")  # attention implementations that ``attend_packed`` is equivalent to
 UNDERSTOOD = {"full_attention", "sliding_attention"}  # supported layer types of a config
-KERNELS = ("flash_attn", "torch", "padded")
-"""Attention kernels, the fastest first: flash-attention for variable lengths; the same in PyTorch; and PyTorch's usual attention on padded
-queries, keys and values, which works everywhere."""
+KERNELS = ("flash_attn", "torch", "torch_repeated", "padded")
+"""Attention kernels, the fastest first: flash-attention for variable lengths; the same in PyTorch; that with a copy of the keys and values
+for each query head; and PyTorch's usual attention on padded queries, keys and values, which works everywhere."""
 
 PROBE_LENGTHS = (5, 9, 3)  # tokens of the test sequences
 TOLERANCE = 1e-4  # relative, in fp32: far above rounding errors, far below the effect of attention across sequences
@@ -157,7 +157,8 @@ def attend_packed(
 
 def _attended(packing: Packing, q: Tensor, k: Tensor, v: Tensor, dropout: float, scaling: float | None, window: int | None) -> Tensor:
     """Attention [S, H, D] by the kernel of ``packing``."""
-    attend = {"flash_attn": _by_flash_attn, "torch": _by_torch, "padded": _by_padding}[packing.kernel]
+    kernels = {"flash_attn": _by_flash_attn, "torch": _by_torch, "torch_repeated": _by_torch, "padded": _by_padding}
+    attend = kernels[packing.kernel]
     return attend(packing, q, k, v, dropout, scaling, window)
 
 
@@ -177,11 +178,14 @@ def _by_torch(packing: Packing, q: Tensor, k: Tensor, v: Tensor, dropout: float,
 
     if dropout:  # this kernel has none
         return _by_padding(packing, q, k, v, dropout, scaling, window)
-    if k.shape[1] != q.shape[1]:  # not every version supports grouped heads
+    grouped: dict[str, Any] = {}
+    if k.shape[1] != q.shape[1] and packing.kernel == "torch":  # autograd keeps keys and values with their own heads
+        grouped = {"enable_gqa": True}
+    elif k.shape[1] != q.shape[1]:
         k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for states in (k, v))
     window_size = (-1, 0) if window is None or window >= packing.longest else (window - 1, 0)
     bounds = (packing.starts, packing.starts, packing.longest, packing.longest)
-    attended = varlen_attn(q, k, v, *bounds, scale=scaling, window_size=window_size)
+    attended = varlen_attn(q, k, v, *bounds, scale=scaling, window_size=window_size, **grouped)
     assert isinstance(attended, Tensor)  # a pair only where the log-sum-exp is asked for
     return attended
 
@@ -271,8 +275,9 @@ def usable_kernels(device_type: str) -> tuple[str, ...]:
     try:
         from torch.nn.attention.varlen import varlen_attn
 
-        if {"scale", "window_size"} <= set(inspect.signature(varlen_attn).parameters):
-            kernels.insert(0, "torch")
+        options = set(inspect.signature(varlen_attn).parameters)
+        if {"scale", "window_size"} <= options:
+            kernels = [*(["torch"] if "enable_gqa" in options else []), "torch_repeated", "padded"]
     except ImportError:
         pass
     try:

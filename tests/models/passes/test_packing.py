@@ -171,11 +171,12 @@ def naive(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, left: i
 
 
 @pytest.mark.parametrize("family", ["llama, two heads share keys", "gemma3, a sliding window of 4"])
-@pytest.mark.parametrize("kernel", ["torch", "flash_attn"])
+@pytest.mark.parametrize("kernel", ["torch", "torch_repeated", "flash_attn"])
 def test_kernels_get_the_sequences_the_scale_and_the_window(family: str, kernel: str, monkeypatch) -> None:
-    def of_torch(q, k, v, starts, starts_k, longest, longest_k, *, scale, window_size):
+    def of_torch(q, k, v, starts, starts_k, longest, longest_k, *, scale, window_size, enable_gqa=False):
         assert torch.equal(starts, starts_k) and starts.dtype == torch.int32 and longest == longest_k == 8
-        assert k.shape[1] == q.shape[1] and window_size[1] == 0  # some versions do not support shared keys; 0: no later tokens
+        assert window_size[1] == 0  # no later tokens
+        assert enable_gqa == (k.shape[1] != q.shape[1]) == (kernel == "torch")  # both families have fewer heads for keys than for queries
         return naive(q, k, v, starts, scale, window_size[0])
 
     def of_flash(q, k, v, starts, starts_k, longest, longest_k, *, dropout_p, softmax_scale, causal, window_size):
@@ -193,7 +194,10 @@ def test_kernels_get_the_sequences_the_scale_and_the_window(family: str, kernel:
 def test_the_fastest_kernel_that_is_installed_comes_first(monkeypatch) -> None:
     usable_kernels.cache_clear()
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    assert usable_kernels("cuda") == ("torch", "padded") and usable_kernels("cpu") == ("padded",)
+    assert usable_kernels("cuda") == ("torch", "torch_repeated", "padded") and usable_kernels("cpu") == ("padded",)
+    usable_kernels.cache_clear()
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, k, v, scale, window_size: q)  # without shared keys
+    assert usable_kernels("cuda") == ("torch_repeated", "padded")
     usable_kernels.cache_clear()
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, k, v, is_causal: q)  # an older kernel without windows
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())
@@ -214,7 +218,7 @@ def test_a_kernel_without_correct_gradients_is_not_used(fails: str | None, monke
                 raise RuntimeError("no kernel for this head dimension")
             return gradient * 0.5
 
-    def varlen_attn(q, k, v, starts, starts_k, longest, longest_k, *, scale, window_size):
+    def varlen_attn(q, k, v, starts, starts_k, longest, longest_k, *, scale, window_size, enable_gqa=False):
         return naive(q, k if fails is None else Cut.apply(k), v, starts, scale, window_size[0])
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)

@@ -464,18 +464,18 @@ def _flash_backward(
     **named: Any,
 ) -> Any:
     check_varlen(q, k, v, starts)
-    if q.shape[1] != k.shape[1]:
-        raise RuntimeError("the pretended kernel has no backward pass for grouped heads")
-    scale = _scale(q, named)
+    scale, repeats = _scale(q, named), q.shape[1] // k.shape[1]
     with quiet():
         made = [torch.empty_like(states) for states in (q, k, v)]
         for rows, (one, keys, values, upstream) in _sequences(starts.cpu().tolist(), q, k, v, gradient):
+            keys, values = keys.repeat_interleave(repeats, dim=0), values.repeat_interleave(repeats, dim=0)
             weights = _weights(one, keys, scale, *_window(causal, named))
             of_weights = upstream @ values.transpose(1, 2)
             of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True)) * scale
             parts = of_scores @ keys, of_scores.transpose(1, 2) @ one, weights.transpose(1, 2) @ upstream
             for target, part in zip(made, parts, strict=True):
-                target[rows] = part.transpose(0, 1).to(q.dtype)
+                heads = target.shape[1]  # query heads that share keys add up
+                target[rows] = part.view(heads, -1, *part.shape[1:]).sum(1).transpose(0, 1).to(q.dtype)
     return tuple(made)
 
 
