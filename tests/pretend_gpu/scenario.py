@@ -24,6 +24,7 @@ from stages.kernels.casts import kept_casts
 from stages.models.passes.likelihood import measure_likelihood
 from stages.models.passes.packing import packing_kernel
 from stages.models.passes.responses import Policy, sequence_batch
+from stages.process.console import announcing
 from stages.process.gpus import own_peak
 from stages.recipe.schema import load_recipe
 from stages.registry.ledger import Registry
@@ -108,9 +109,11 @@ def decoded_in_a_growing_cache() -> dict[str, Any]:
 
 
 def pass_with_gradients() -> dict[str, Any]:
-    """A packed pass of a policy: its kernel, and the operations for which the CPU waited."""
+    """A packed pass of a policy whose heads share keys: its kernel, the console's lines, and the operations for which the CPU waited."""
     policy = Policy(model(torch.float32), temperature=1.0, autocast=torch.bfloat16)
-    kernel = packing_kernel(policy.decoder, policy.precision)
+    said: list[str] = []
+    with announcing(said.append):
+        kernel = packing_kernel(policy.decoder, policy.precision)
     pretend_cuda.waits.clear()
     batch = sequence_batch(PROMPTS, PROMPTS[::-1], 0, "cuda", kernel=kernel)
 
@@ -118,7 +121,7 @@ def pass_with_gradients() -> dict[str, Any]:
         return -logprobs
 
     policy.loss(batch, term).summed.backward()
-    return {"kernel": kernel, "waits": dict(pretend_cuda.waits)}
+    return {"kernel": kernel, "said": said, "waits": dict(pretend_cuda.waits)}
 
 
 # Waits

@@ -56,7 +56,8 @@ def test_steps_are_recorded_again_after_the_cache_has_grown(results) -> None:
 
 
 def test_a_packed_pass_uses_the_kernel_for_any_lengths_and_never_waits(results) -> None:
-    assert results["pass"] == {"kernel": "torch", "waits": {}}
+    said = ["LlamaModel: the sequences of a pass are packed; attention by torch"]
+    assert results["pass"] == {"kernel": "torch", "said": said, "waits": {}}
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo", "reward_model"])

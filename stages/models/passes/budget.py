@@ -19,6 +19,7 @@ from stages.config import Microbatch
 from stages.errors import TrainingError, is_out_of_memory
 from stages.kernels.token_budget import GPU_SHARE, GPU_TOKENS, rows_per_batch, token_budget_batches, tokens_of
 from stages.models.sharding import in_lockstep, sharded_blocks
+from stages.process.console import announce
 from stages.process.gpus import free_gpu_memory, own_peak
 from stages.sampling.retreats import ADVICE, SAME_RESULT, LastAttempt, row_limit
 
@@ -103,13 +104,10 @@ class PassBudget:
             tokens = min(tokens, int(self.tokens))
         tokens = int(min(tokens, self._most))
         self.tokens = tokens if agree is None else agree(tokens)
-        logger.info(
-            "%s: up to %d tokens in a pass (%.1f KiB each, %.1f GiB free)",
-            self.what,
-            self.tokens,
-            per_token / 2**10,
-            room / GPU_SHARE / 2**30,
-        )
+        size = f"{per_token / 2**10:.1f} KiB each, {room / GPU_SHARE / 2**30:.1f} GiB free"
+        line = f"{self.what}: up to {self.tokens} tokens in a pass ({size})"
+        logger.info("%s", line)
+        announce(("tokens", self.what), line)
 
     @property
     def settled(self) -> int | None:

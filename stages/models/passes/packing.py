@@ -23,6 +23,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, masking_utils
 
 from stages.errors import is_out_of_memory
+from stages.process.console import announce
 from stages.sampling.support import PASS_FAILURES, family_of, plain_model, says_causal, weight_of
 
 if TYPE_CHECKING:
@@ -222,10 +223,12 @@ def packing_kernel(decoder: TransformersModel, precision: Callable[[], AbstractC
     """
     if decoder not in _kernels:
         _kernels[decoder], message = _tried(decoder, precision)
-        known = f"{type(decoder).__name__} {_kernels[decoder]}"
+        known, line = f"{type(decoder).__name__} {_kernels[decoder]}", f"{type(decoder).__name__}: {message}"
         if known not in _logged:
             _logged.add(known)
-            (logger.info if _kernels[decoder] else logger.warning)("%s: %s", type(decoder).__name__, message)
+            (logger.info if _kernels[decoder] else logger.warning)("%s", line)
+        if _kernels[decoder] and next(decoder.parameters()).device.type == "cuda":
+            announce(("packing", known), line)
     return _kernels[decoder]
 
 

@@ -12,6 +12,7 @@ import torch
 from stages.errors import MemoryExhausted
 from stages.models.passes import budget as module
 from stages.models.passes.budget import PassBudget, PassTooLarge, each_group, refuse_alone
+from stages.process.console import announcing
 from stages.process.gpus import Peak
 from stages.sampling import workspace
 
@@ -60,10 +61,12 @@ def test_on_a_gpu_auto_begins_small_and_then_fills_the_free_memory(gpu, caplog) 
     run(budget, gpu, 2_000, fixed=9_000 * MIB)  # the gradients, which stay
     run(budget, gpu, 1_500)
     run(budget, gpu, 2_000)
-    budget.settle(3_000 * MIB, free=lambda: 13_000 * MIB)  # the optimizer moments do not exist yet
+    said: list[str] = []
+    with announcing(said.append):
+        budget.settle(3_000 * MIB, free=lambda: 13_000 * MIB)  # the optimizer moments do not exist yet
     assert budget.tokens == 8 * 1024  # 0.85 * 10,000 = 8,500 tokens of a MiB, rounded down to a multiple of 1,024
     assert budget.rows is None and budget.largest == 2_000
-    assert "update: up to 8192 tokens in a pass (1024.0 KiB each, 9.8 GiB free)" in caplog.text
+    assert said == ["update: up to 8192 tokens in a pass (1024.0 KiB each, 9.8 GiB free)"] and said[0] in caplog.text
     run(budget, gpu, 8_000)
     budget.settle(0, free=lambda: 10**15)
     assert budget.tokens == 8 * 1024  # only once in a run
