@@ -18,7 +18,8 @@ from stages.dpo.config import DPOStepConfig
 from stages.dpo.pairs import Pair
 from stages.errors import ModelError
 from stages.metric_names import reward_name
-from stages.models.adapters.attaching import train_in_fp32, without_copies, without_new_adapter
+from stages.models.adapters.activation import without_copies, without_new_adapter
+from stages.models.adapters.attaching import train_in_fp32
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.models.passes.right_padding import without_masks
 from stages.models.quiet import quiet_transformers

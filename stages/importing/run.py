@@ -23,7 +23,7 @@ from stages.importing.notes import on_precision, on_tokenizer, unused, value_fol
 from stages.importing.source import WEIGHT_SUFFIXES, find_source, no_weights, read_json
 from stages.importing.weights import ADAPTER_FILES, read_file, read_head_file, read_weights, unquantized, unread_files
 from stages.json_types import JsonObject
-from stages.models.adapters.attaching import HEAD_FILE
+from stages.models.adapters.saved import HEAD_FILE
 from stages.models.heads import RewardModel, ScalarModel, ValueModel, read_head
 from stages.models.loading import as_resolved, load_classifier, load_language_model, load_tokenizer, save_model
 from stages.registry.ledger import check_name

@@ -218,7 +218,7 @@ def _libraries() -> list[str]:
 @cache
 def _code() -> list[str]:
     own = ("counting", "passes", "weights", "decoding", "fake_passes", "fake_weights", "fake_decoding")
-    models = ("adapters/attaching", "adapters/folding", "families", "layers/lean")
+    models = ("adapters/activation", "adapters/attaching", "adapters/folding", "families", "layers/lean")
     counted = (*(f"models/{name}" for name in models), "kernels/lean", "kernels/low_rank", "sampling/cache", "sampling/support")
     folder = Path(__file__).parent
     paths = [*(folder / name for name in own), *(folder.parent / name for name in counted)]

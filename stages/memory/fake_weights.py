@@ -14,7 +14,8 @@ from stages.errors import ModelError
 from stages.memory.fake_passes import WHOLE, are_alike, config_of, full_model, text_config_of
 from stages.memory.passes import PassKind
 from stages.memory.weights import SMALL, AdapterWeights, ModelWeights, Quantizable
-from stages.models.adapters.attaching import adapted, attach_lora, is_part_of
+from stages.models.adapters.activation import adapted, is_part_of
+from stages.models.adapters.attaching import attach_lora
 from stages.models.families import quantized_modules
 from stages.sampling.support import plain_model
 

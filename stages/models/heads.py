@@ -22,7 +22,8 @@ from transformers.utils import cached_file
 
 from stages.config import LoraSettings
 from stages.errors import ModelError
-from stages.models.adapters.attaching import FRESH, HEAD_FILE, is_part_of
+from stages.models.adapters.activation import FRESH, is_part_of
+from stages.models.adapters.saved import HEAD_FILE
 from stages.models.adapters.stacks import is_adapter
 from stages.models.layers.attention import class_of
 from stages.models.layers.longrope import positions_of_rows

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, TypedDict
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import cached_file
 
 from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError
+from stages.models.adapters.activation import FRESH, lora_config
 from stages.models.adapters.applying import dequantized, merged_stack, unmerged_stack
-from stages.models.adapters.attaching import FRESH, NEW_MODULES, attach_lora, lora_config, quantization_config
+from stages.models.adapters.attaching import NEW_MODULES, attach_lora
 from stages.models.adapters.saved import SavedAdapter, head_size, read_adapter
 from stages.models.adapters.stacks import Stack, is_adapter, stack_of, tokenizer_source, trained_on
 from stages.models.causality import require_causal
@@ -322,6 +323,21 @@ def _from_pretrained(
     new = _refuse_missing(loaded, report, model, require_head, supplied, by_config="num_labels" not in options)
     setattr(loaded, NEW_MODULES, sorted({name.rpartition(".")[0] for name in new}))
     return loaded
+
+
+def quantization_config(model: ModelInput, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """The bitsandbytes settings of a model input (None: not quantized). Matrix products use ``dtype``."""
+    if model.quantization == "none":
+        return None
+
+    if model.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=model.double_quantization,
+    )
 
 
 def _refuse_unquantized(loaded: nn.Module, model: ResolvedModel) -> None:

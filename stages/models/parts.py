@@ -56,3 +56,8 @@ def hidden_width(backbone: nn.Module) -> int:
         return int(backbone(input_ids=ids, use_cache=False).last_hidden_state.shape[-1])
     finally:
         backbone.train(training)
+
+
+def module_name(model: nn.Module, wanted: nn.Module) -> str:
+    """The dotted name of a module of ``model``."""
+    return next(name for name, module in model.named_modules() if module is wanted)

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from stages.config import CHECKED_WEIGHTS, ModelInput
 from stages.errors import ModelError
-from stages.models.adapters.attaching import activate, active_adapters, add_adapter, remove_adapter, source_of
+from stages.models.adapters.activation import activate, active_adapters, remove_adapter
+from stages.models.adapters.attaching import add_adapter, source_of
 from stages.models.adapters.saved import base_of
 from stages.models.classifier_inputs import ended
 from stages.registry.references import ResolvedModel

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from stages.errors import LaunchError, ModelError
 from stages.kernels.casts import kept_casts
-from stages.models.adapters.attaching import FRESH, active_adapters
+from stages.models.adapters.activation import FRESH, active_adapters
 from stages.models.adapters.folding import why_not_together
 from stages.models.adapters.shared_backbone import RoleParameters, SharedBackbone
 from stages.models.heads import RewardModel, ValueModel

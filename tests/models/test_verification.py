@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from stages.config import LoraSettings
 from stages.errors import ModelError, RegistryError
-from stages.models import verification as published
-from stages.models.adapters import applying as stacking
-from stages.models.adapters import attaching as adapters
+from stages.models import verification
+from stages.models.adapters import applying, merging
+from stages.models.adapters.activation import active_adapters
 from stages.models.heads import RewardModel
 from stages.models.loading import load_classifier, load_language_model, save_model
 
@@ -86,12 +86,12 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("small", [published.CHECKED_WEIGHTS, 0])
+@pytest.mark.parametrize("small", [verification.CHECKED_WEIGHTS, 0])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_adapter_saved_with_a_fault_is_not_published(
     fault: str, small: int, tied_folder: Path, tiny_tokenizer: Any, step_context: Any, resolve_folder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(published, "CHECKED_WEIGHTS", small)
+    monkeypatch.setattr(verification, "CHECKED_WEIGHTS", small)
     base = resolve_folder(tied_folder)
     model = disturb(load_language_model(base, dtype=torch.float32, lora=LoraSettings(r=2)))
     context = step_context(models={"model": base})
@@ -109,10 +109,10 @@ def test_a_merge_that_changes_a_tied_output_layer_is_not_published(
     lora = LoraSettings(r=2, target_modules=["embed_tokens"])
     model = disturb(load_language_model(resolve_folder(tied_folder), dtype=torch.float32, lora=lora))
     save_model(model, tiny_tokenizer, tmp_path / "saved", rows=ROWS)
-    monkeypatch.setattr(adapters, "_untie", lambda plain: False)
+    monkeypatch.setattr(merging, "_untie", lambda plain: False)
     with pytest.raises(ModelError, match="merging the adapter 'one' changes its outputs"):
         save_model(model, tiny_tokenizer, tmp_path / "one", rows=ROWS)
-    monkeypatch.setattr(stacking, "_check_merge", lambda *arguments: None)
+    monkeypatch.setattr(applying, "_check_merge", lambda *arguments: None)
     with pytest.raises(ModelError, match="not the model in memory: merged into its base, its outputs differ by"):
         save_model(model, tiny_tokenizer, tmp_path / "two", rows=ROWS)
 
@@ -171,4 +171,4 @@ def test_check_restores_adapters_and_random_state(tiny_llama_folder: Path, tiny_
     after = dict(model.named_parameters())
     assert after.keys() == before.keys() and model.training
     assert all(torch.equal(after[name], value) and after[name].requires_grad == flag for name, (value, flag) in before.items())
-    assert adapters.active_adapters(model) == ("default",)
+    assert active_adapters(model) == ("default",)

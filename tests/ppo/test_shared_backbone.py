@@ -10,7 +10,7 @@ import torch
 
 from stages.config import LoraSettings, ModelInput
 from stages.corpora.templates import encode_prompt
-from stages.models.adapters.attaching import activate
+from stages.models.adapters.activation import activate
 from stages.models.adapters.shared_backbone import SharedBackbone, backbone_key
 from stages.models.heads import RewardModel
 from stages.models.loading import load_language_model, save_model

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from stages.errors import ModelError
-from stages.models.adapters.attaching import adapted, add_adapter, merge, module_name
+from stages.models.adapters.activation import adapted
+from stages.models.adapters.attaching import add_adapter
+from stages.models.adapters.merging import merge
 from stages.models.classifier_inputs import ended
 from stages.models.embeddings import grow_embedding
+from stages.models.parts import module_name
 from stages.models.quiet import quiet_transformers
 from stages.sampling.support import no_cache, plain_model, weight_of
 

@@ -1,7 +1,4 @@
-"""Low-rank adapters: attach a new one, load a saved one, choose the active ones, merge.
-
-Merging a stack (stacks.py) from the bottom up gives full weights. On a quantized base the adapters stay unmerged: rounding would destroy
-their updates, so the next step would load a different model than the one that was trained.
+"""Attach low-rank adapters to a model: a new one to train, or a saved one.
 
 Besides low-rank updates, an adapter can contain full copies of modules (``modules_to_save``) and rows of the embedding (``new_rows``). They
 replace those of the base while the adapter is active.
@@ -10,47 +7,46 @@ replace those of the base while the adapter is active.
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable
 from functools import cache, partial
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from stages.config import LoraSettings, ModelInput
+from stages.config import LoraSettings
 from stages.errors import ModelError, is_out_of_memory
-from stages.models.adapters.saved import SavedAdapter, base_of, fitted, read_adapter
+from stages.models.adapters.activation import (
+    FRESH,
+    activate,
+    active_adapters,
+    is_adapter_layer,
+    is_part_of,
+    lora_config,
+    quiet_peft,
+    wrappers_of,
+)
+from stages.models.adapters.saved import SavedAdapter, base_of, fitted, is_tied, read_adapter
 from stages.models.families import unfit_products
 from stages.models.layers.replacing import use_folded_adapters
-from stages.sampling.support import plain_model, weight_of
+from stages.models.parts import module_name
+from stages.sampling.support import plain_model
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
-    from peft.tuners.trainable_tokens import TrainableTokensLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+    from peft.utils.other import TrainableTokensWrapper
     from torch.nn.modules.module import _IncompatibleKeys
     from transformers import PreTrainedModel
 
     from stages.model_types import TransformersModel
     from stages.registry.references import ResolvedModel
 
-FRESH = "default"
-"""Name of the adapter that the current step trains."""
-HEAD_FILE = "head.safetensors"
-"""File of a reward or value model's fp32 scalar head, next to its adapter."""
 
-
-SOURCES, ACTIVE = "_stages_sources", "_stages_active"  # attributes of a PeftModel: initial model by adapter, and active adapters
+SOURCES = "_stages_sources"
+"""Attribute of a PeftModel: the initial model of each adapter."""
 NEW_MODULES = "_stages_new_modules"
 """Attribute of a loaded model: the names of the modules with random weights, such as a new classification head."""
-
-
-# Adding adapters
 
 
 def attach_lora(
@@ -78,7 +74,7 @@ def attach_lora(
     below = active_adapters(model)
     _refuse_clash(plain, "a fresh adapter", config)
     try:
-        with _quiet_peft():
+        with quiet_peft():
             if isinstance(model, PeftModel):
                 model.add_adapter(name, config)
             else:
@@ -153,7 +149,7 @@ def add_adapter(
         return model
     _refuse_clash(plain, f"the adapter {saved.ref!r}", saved.config)
     try:
-        with _quiet_peft():
+        with quiet_peft():
             if isinstance(model, PeftModel):
                 model.add_adapter(name, saved.config)
             else:
@@ -173,23 +169,6 @@ def add_adapter(
     activate(model, [*below, name])
     use_folded_adapters(model)
     return model
-
-
-def adapted(model: nn.Module) -> PeftModel:
-    """``model`` itself, which must be a PeftModel."""
-    from peft import PeftModel
-
-    assert isinstance(model, PeftModel), f"{type(model).__name__} has no adapters"
-    return model
-
-
-def lora_config(model: PeftModel, name: str) -> LoraConfig:
-    """The config of the adapter ``name``."""
-    from peft import LoraConfig
-
-    config = model.peft_config[name]
-    assert isinstance(config, LoraConfig)
-    return config
 
 
 def source_of(model: TransformersModel, name: str) -> ResolvedModel | None:
@@ -212,7 +191,7 @@ def _refuse_clash(plain: PreTrainedModel, who: str, config: LoraConfig) -> None:
 
     copies, rows = config.modules_to_save, config.trainable_token_indices
     for name, module in plain.named_modules():
-        updates = next(adapter_layers_of(module), None) is not None
+        updates = is_adapter_layer(module)
         holds_rows = isinstance(module, TrainableTokensWrapper)
         holds_copy = isinstance(module, AuxiliaryTrainingWrapper) and not holds_rows
         if (
@@ -224,11 +203,6 @@ def _refuse_clash(plain: PreTrainedModel, who: str, config: LoraConfig) -> None:
                 f"{who} and another adapter on the same weights change {name} in different ways (update, full copy, rows), which cannot be "
                 "combined. Export the lower model merged (stages models export), and use that folder"
             )
-
-
-def is_part_of(parameter: str, adapter: str) -> bool:
-    """Whether the parameter with this name belongs to the adapter."""
-    return adapter in parameter.split(".")
 
 
 def has_output_adapter(model: TransformersModel) -> bool:
@@ -276,25 +250,13 @@ def _check_names(lora: LoraSettings, plain: PreTrainedModel, task: str) -> None:
 
 
 def _linear_modules(plain: PreTrainedModel) -> str:
-
-    adapted = {name: module for name, module in plain.named_modules() if next(adapter_layers_of(module), None) is not None}
+    adapted = [name for name, module in plain.named_modules() if is_adapter_layer(module)]
     outside = {name: module for name, module in plain.named_modules() if not any(name.startswith(f"{layer}.") for layer in adapted)}
     linear = sorted({name.rpartition(".")[2] for name, module in outside.items() if isinstance(base_of(module), nn.Linear | Conv1D)})
     return f"Linear modules here: {', '.join(linear) or 'none'}; or use 'all-linear'"
 
 
 # Rows of new tokens, and full copies of modules
-
-
-def module_name(model: nn.Module, wanted: nn.Module) -> str:
-    """The dotted name of a module of ``model``."""
-    return next(name for name, module in model.named_modules() if module is wanted)
-
-
-def is_tied(model: PreTrainedModel) -> bool:
-    """Whether the output layer of a transformers model shares its weights with the embedding."""
-    output = model.get_output_embeddings()
-    return output is not None and weight_of(base_of(output)) is weight_of(base_of(model.get_input_embeddings()))
 
 
 def _rows_to_train(plain: PreTrainedModel, lora: LoraSettings, new_rows: Collection[int]) -> dict[str, list[int]] | None:
@@ -394,203 +356,8 @@ def _cast_output(module: nn.Module, inputs: tuple[object, ...], output: object, 
     return output.to(dtype) if isinstance(output, torch.Tensor) and output.is_floating_point() else output
 
 
-# Active adapters
-
-
-def active_adapters(model: TransformersModel) -> tuple[str, ...]:
-    """The active adapters, lowest first; empty for a model without adapters."""
-    return getattr(model, ACTIVE, ())
-
-
-def activate(model: PeftModel, names: Sequence[str], *, trainable: Sequence[str] | None = None) -> None:
-    """Make exactly ``names`` (lowest first) the active adapters; an empty list selects the bare base.
-
-    ``trainable``: the adapters to train (None: unchanged). If several adapters contain a copy of one module, the highest one is used.
-    """
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    for layer in _adapter_layers(model):
-        layer.enable_adapters(bool(names))
-        if names:
-            layer.set_adapter(list(names))
-    for wrapper in wrappers_of(model):
-        _activate_copies(wrapper, names)
-    setattr(model, ACTIVE, tuple(names))
-    # peft makes exactly the active adapters trainable; here several roles train, but only one of them is active at a time.
-    for name, parameter in model.named_parameters():
-        of = next((adapter for adapter in model.peft_config if is_part_of(name, adapter)), None)
-        parameter.requires_grad_(of in trainable if trainable is not None and of is not None else flags[name])
-
-
-def _activate_copies(wrapper: AuxiliaryTrainingWrapper, names: Sequence[str]) -> None:
-    """Select the copies of ``names`` in a wrapper of full modules or rows."""
-    own = [name for name in names if name in wrapper._get_available_adapters()]
-    if (tokens := getattr(wrapper, "token_adapter", None)) is not None:
-        own = [name for index, name in enumerate(own) if not _is_covered(tokens, name, own[index + 1 :])]
-    wrapper.set_adapter(own if tokens is not None else own[-1:])
-    wrapper.enable_adapters(bool(own))
-
-
-def _is_covered(tokens: TrainableTokensLayer, name: str, above: Sequence[str]) -> bool:
-    """Whether higher adapters contain all rows of the adapter ``name``. Raises ModelError if they contain only some of them."""
-    rows = set(tokens.token_indices[name])
-    others = {row for other in above for row in tokens.token_indices[other]}
-    if rows & others and not rows <= others:
-        raise ModelError("two adapters of one stack train overlapping rows of the embedding, which peft cannot combine; merge one of them")
-    return bool(rows & others)
-
-
-def _adapter_layers(model: nn.Module) -> Iterator[BaseTunerLayer]:
-    """Modules with a low-rank update."""
-    from peft.tuners.trainable_tokens import TrainableTokensLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return (module for module in model.modules() if isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer))
-
-
-def wrappers_of(model: nn.Module) -> list[AuxiliaryTrainingWrapper]:
-    """Modules that contain copies per adapter: full modules or rows."""
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    return [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-
-
-@contextmanager
-def without_new_adapter(model: TransformersModel) -> Iterator[None]:
-    """Context manager that deactivates the new adapter, so that the model computes what it did before training."""
-    acting = active_adapters(model)
-    activate(adapted(model), [name for name in acting if name != FRESH])
-    try:
-        yield
-    finally:
-        activate(adapted(model), acting)
-
-
-@contextmanager
-def without_copies(model: TransformersModel) -> Iterator[None]:
-    """Context manager that removes adapters added by a library, and restores the active ones."""
-    known, acting = set(getattr(model, "peft_config", {})), active_adapters(model)
-    trainable = [name for name in acting if any(p.requires_grad for key, p in model.named_parameters() if is_part_of(key, name))]
-    yield
-    added = set(getattr(model, "peft_config", {})) - known
-    for name in added:
-        remove_adapter(adapted(model), name)
-    if added:
-        activate(adapted(model), acting, trainable=trainable)
-
-
 def train_in_fp32(model: nn.Module) -> None:
     """Convert the trained weights back to fp32. TRL converts a quantized model's adapter to bf16, which would lose small updates."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype.itemsize < 4:
             parameter.data = parameter.data.float()
-
-
-def remove_adapter(model: PeftModel, name: str) -> None:
-    """Remove an adapter from a PeftModel that has others. One of the others becomes active."""
-    activate(model, [other for other in model.peft_config if other != name][-1:])  # peft deletes an adapter only if at most one is active
-    model.delete_adapter(name)
-
-
-@contextmanager
-def _quiet_peft() -> Iterator[None]:
-    """Suppress peft warnings that a user cannot act on."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated name of transformers
-        for message in (
-            "fan_in_fan_out is set to",  # peft then sets the right value itself
-            "The PEFT config's `base_model_name_or_path` was renamed",  # the registry names bases by digest
-            "Model with `tie_word_embeddings=True` and",  # `merge` unties them
-            "Model has `tie_word_embeddings=True` and",
-            "Input and output embeddings are no longer tied",
-        ):
-            warnings.filterwarnings("ignore", message=f".*{message}")
-        yield
-
-
-# Merging
-
-
-def merge(model: PeftModel, *, where: Callable[[nn.Module], bool] | None = None) -> TransformersModel:
-    """Merge the active adapters of a PeftModel into the weights and return the plain model.
-
-    A tied embedding is untied if an adapter changes only one of embedding and output layer. ``where`` (a predicate of the base layer)
-    restricts merging to some layers; the result stays a PeftModel if other layers still have an adapter.
-    """
-    plain = plain_model(model)
-    was_tied = _untie(plain)
-    with _quiet_peft():
-        merged = model.merge_and_unload(safe_merge=True) if where is None else _merge_some(model, where)
-    if was_tied:
-        _tie_if_equal(plain_model(merged))
-    return merged
-
-
-def _untie(plain: PreTrainedModel) -> bool:
-    """If an adapted embedding is tied, give the output layer its own copy of the weights. Returns whether it did."""
-    output, embedding = plain.get_output_embeddings(), plain.get_input_embeddings()
-    if output is None or not is_tied(plain) or (base_of(output) is output and base_of(embedding) is embedding):
-        return False
-    base_of(output).weight = nn.Parameter(weight_of(base_of(output)).detach().clone(), requires_grad=False)
-    return True
-
-
-def _tie_if_equal(plain: PreTrainedModel) -> None:
-    """Tie embedding and output layer again if they are equal; else record in the config that they are not tied."""
-    output, embedding = plain.get_output_embeddings(), plain.get_input_embeddings()
-    one, other = weight_of(output), weight_of(embedding)
-    are_equal = one.shape == other.shape and torch.equal(one, other)
-    for config in (plain.config, plain.config.get_text_config()):
-        config.tie_word_embeddings = are_equal  # peft has set it to False
-    if are_equal:
-        output.weight = embedding.weight
-    else:
-        plain.all_tied_weights_keys = {}  # keys that save_pretrained would omit
-
-
-def _merge_some(model: PeftModel, where: Callable[[nn.Module], bool]) -> TransformersModel:
-    """Merge the adapted layers whose base layer satisfies ``where``. Full copies and rows replace those of the base."""
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    plain, acting = plain_model(model), active_adapters(model)
-    chosen: dict[str, nn.Module] = {}
-    for name, module in plain.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in chosen):
-            continue
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            chosen[name] = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
-        elif module in list(adapter_layers_of(module)) and where(module.get_base_layer()):
-            module.merge(safe_merge=True)
-            chosen[name] = module.get_base_layer()
-    for name, module in chosen.items():
-        plain.set_submodule(name, module)
-    if any(True for _ in _adapter_layers(model)):
-        activate(model, acting)
-        use_folded_adapters(model)
-        return model
-    if hasattr(plain, "peft_config"):
-        del plain.peft_config
-    return plain
-
-
-def adapter_layers_of(module: nn.Module) -> Iterator[BaseTunerLayer]:
-    """Yield ``module`` if it has low-rank updates, else nothing."""
-    from peft.tuners.trainable_tokens import TrainableTokensLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    if isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer):
-        yield module
-
-
-def quantization_config(model: ModelInput, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """The bitsandbytes settings of a model input (None: not quantized). Matrix products use ``dtype``."""
-    if model.quantization == "none":
-        return None
-
-    if model.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=model.double_quantization,
-    )

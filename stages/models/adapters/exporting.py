@@ -9,7 +9,7 @@ import torch
 
 from stages.config import ModelInput
 from stages.models import heads, loading
-from stages.models.adapters.attaching import HEAD_FILE
+from stages.models.adapters.saved import HEAD_FILE
 from stages.models.adapters.stacks import read_adapter_config
 from stages.models.reward_question import read_question
 from stages.registry.references import ResolvedModel

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from stages.errors import ModelError
+from stages.sampling.support import weight_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
     from stages.registry.references import ResolvedModel
 
+HEAD_FILE = "head.safetensors"
+"""File of a reward or value model's fp32 scalar head, next to its adapter."""
 BEFORE = "base_model.model."
 """peft's prefix of every weight name."""
 TOKENS = ".token_adapter.trainable_tokens_delta"
@@ -204,6 +207,12 @@ def base_of(module: nn.Module) -> nn.Module:
             module = module.original_module
         else:
             return module
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the output layer of a transformers model shares its weights with the embedding."""
+    output = model.get_output_embeddings()
+    return output is not None and weight_of(base_of(output)) is weight_of(base_of(model.get_input_embeddings()))
 
 
 def head_size(saved: SavedAdapter) -> int | None:

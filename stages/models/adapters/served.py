@@ -17,11 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stages.errors import ModelError
-from stages.models.adapters.attaching import active_adapters, adapter_layers_of, wrappers_of
+from stages.models.adapters.activation import active_adapters, is_adapter_layer, wrappers_of
 from stages.models.adapters.saved import BEFORE, TOKENS, SavedAdapter, fitted, module_of, read_adapter
 from stages.sampling.support import plain_model, weight_of
 
 if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+
     from stages.model_types import TransformersModel
     from stages.registry.references import ResolvedModel
 
@@ -81,7 +83,7 @@ def write_adapter(updates: dict[str, list[Update]], folder: Path, base: str) -> 
 
 def _acting_updates(model: TransformersModel) -> Iterator[tuple[str, Update]]:
     """Updates of the active adapters of ``model``, the lowest first for each module."""
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners import lora
 
     acting = active_adapters(model)
     if not acting:
@@ -91,19 +93,25 @@ def _acting_updates(model: TransformersModel) -> Iterator[tuple[str, Update]]:
             if name in wrapper._get_available_adapters():
                 kind = "rows of the embedding" if getattr(wrapper, "token_adapter", None) is not None else "full modules"
                 raise ModelError(_refusal(f"the adapter {name!r} has {kind} besides its low-rank updates"))
-    for module_name, module in plain_model(model).named_modules():
-        for layer in adapter_layers_of(module):
-            assert isinstance(layer, LoraLayer)  # adapters of other types are refused when they are read
+    for module_name, layer in plain_model(model).named_modules():
+        if is_adapter_layer(layer):
+            assert isinstance(layer, lora.LoraLayer)  # adapters of other types are refused when they are read
             for name in acting:
-                if name in layer.lora_A and name in layer.lora_B:
-                    if getattr(layer, "use_dora", {}).get(name) or getattr(layer, "lora_bias", {}).get(name):
-                        raise ModelError(_refusal(f"the adapter {name!r} on {module_name} has DoRA magnitudes or a bias"))
-                    if getattr(layer, "parameter_name", None):
-                        raise ModelError(_refusal(f"the adapter {name!r} on {module_name} changes a parameter, not a linear layer"))
-                    a, b = weight_of(layer.lora_A[name]), weight_of(layer.lora_B[name])
-                    yield module_name, _update(a, b, float(layer.scaling[name]))
-                elif name in getattr(layer, "lora_embedding_A", {}):
-                    raise ModelError(_refusal(f"the adapter {name!r} changes the embedding {module_name}"))
+                if (update := _layer_update(layer, module_name, name)) is not None:
+                    yield module_name, update
+
+
+def _layer_update(layer: LoraLayer, module_name: str, name: str) -> Update | None:
+    """The update of a layer by the adapter ``name``; None if that adapter does not change the layer."""
+    if name in getattr(layer, "lora_embedding_A", {}):
+        raise ModelError(_refusal(f"the adapter {name!r} changes the embedding {module_name}"))
+    if name not in layer.lora_A or name not in layer.lora_B:
+        return None
+    if getattr(layer, "use_dora", {}).get(name) or getattr(layer, "lora_bias", {}).get(name):
+        raise ModelError(_refusal(f"the adapter {name!r} on {module_name} has DoRA magnitudes or a bias"))
+    if getattr(layer, "parameter_name", None):
+        raise ModelError(_refusal(f"the adapter {name!r} on {module_name} changes a parameter, not a linear layer"))
+    return _update(weight_of(layer.lora_A[name]), weight_of(layer.lora_B[name]), float(layer.scaling[name]))
 
 
 def _saved_updates(saved: SavedAdapter) -> Iterator[tuple[str, Update]]:

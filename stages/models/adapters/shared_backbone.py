@@ -16,21 +16,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from stages.config import LoraSettings
-from stages.models.adapters.attaching import (
-    activate,
-    active_adapters,
-    adapted,
-    add_adapter,
-    attach_lora,
-    is_part_of,
-    lora_config,
-    module_name,
-)
+from stages.models.adapters.activation import activate, active_adapters, adapted, is_part_of, lora_config
+from stages.models.adapters.attaching import add_adapter, attach_lora
 from stages.models.adapters.saved import BEFORE
 from stages.models.adapters.stacks import stack_of, trained_on, weights_of
 from stages.models.heads import RewardModel, ScalarModel, ValueModel, read_head
 from stages.models.loading import load_base, load_tokenizer
-from stages.models.parts import moved_to, transformer_of
+from stages.models.parts import module_name, moved_to, transformer_of
 from stages.sampling.support import plain_model
 
 if TYPE_CHECKING:
