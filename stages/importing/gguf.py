@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stages.errors import ModelError
 from stages.importing.layouts import Layout, not_kept
 from stages.json_types import JsonObject
-from stages.models.loading import save_model
 from stages.models.quiet import quiet_transformers
+from stages.models.saving import save_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from stages.importing.layouts import Layout, not_kept
 from stages.importing.source import read_json
-from stages.models.loading import vocabulary_size
+from stages.models.embeddings import vocabulary_size
 from stages.models.quiet import quiet_transformers
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from stages.importing.weights import ADAPTER_FILES, read_file, read_head_file, r
 from stages.json_types import JsonObject
 from stages.models.adapters.saved import HEAD_FILE
 from stages.models.heads import RewardModel, ScalarModel, ValueModel, read_head
-from stages.models.loading import as_resolved, load_classifier, load_language_model, load_tokenizer, save_model
+from stages.models.loading import as_resolved, load_classifier, load_language_model, load_tokenizer
+from stages.models.saving import save_model
 from stages.registry.ledger import check_name
 from stages.registry.licence import stated_licence
 from stages.registry.references import ResolvedModel

@@ -1,7 +1,8 @@
-"""Adds rows to the embedding of a model whose tokenizer has more tokens than the embedding has rows."""
+"""The rows of a model's embedding: how many a tokenizer needs, and new rows for its new tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from stages.sampling.support import weight_of
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from stages.model_types import TransformersModel
 
 
@@ -27,3 +30,19 @@ def grow_embedding(model: TransformersModel, size: int) -> range:
             if matrix is not None and (weight := weight_of(matrix)).shape[0] == size:
                 weight[rows:] = weight[:rows].mean(dim=0)
     return range(rows, size)
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The number of embedding rows that ``tokenizer`` needs: its highest token id plus one."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
+
+
+def resize_embedding(model: TransformersModel, tokenizer: PreTrainedTokenizerBase) -> Collection[int]:
+    """Grow the embedding (and the output matrix) to fit ``tokenizer``. Returns the new rows that need training.
+
+    Also sets the config's pad token. Its row needs no training, because nothing reads or predicts it.
+    """
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return [row for row in grow_embedding(model, vocabulary_size(tokenizer)) if row != tokenizer.pad_token_id]

@@ -150,7 +150,7 @@ class ScalarModel(nn.Module):
 
         Full weights are saved as a Hugging Face checkpoint of ``<Arch>ForSequenceClassification`` with one label (``score.weight``), if
         that class has no other head; the config contains the bias (``reward_bias``). An adapter is saved as in peft, with the head in
-        head.safetensors. For ``state_dict`` and ``rows`` see ``loading.save_model``: the saved files are read again and compared with this
+        head.safetensors. For ``state_dict`` and ``rows`` see ``saving.save_model``: the saved files are read again and compared with this
         model.
         """
         from peft import PeftModel, get_peft_model_state_dict

@@ -1,9 +1,9 @@
-"""Load and save tokenizers and models: safetensors only, a pad token that differs from the end token, no random weights without notice."""
+"""Load tokenizers and models: safetensors only, a pad token that differs from the end token, no random weights without notice."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -15,14 +15,13 @@ from transformers.utils import cached_file
 
 from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError
-from stages.models.adapters.activation import FRESH, lora_config
 from stages.models.adapters.applying import dequantized, merged_stack, unmerged_stack
 from stages.models.adapters.attaching import NEW_MODULES, attach_lora
 from stages.models.adapters.saved import SavedAdapter, head_size, read_adapter
 from stages.models.adapters.stacks import Stack, is_adapter, stack_of, tokenizer_source, trained_on
 from stages.models.causality import require_causal
 from stages.models.classes import order_classes
-from stages.models.embeddings import grow_embedding
+from stages.models.embeddings import resize_embedding, vocabulary_size
 from stages.models.failures import explained
 from stages.models.families import no_linear_layers, refuse_quantization, refuse_unfit, unquantized_modules
 from stages.models.layers.attention import attention_of
@@ -31,10 +30,8 @@ from stages.models.layers.longrope import choose_frequencies_by_sequence
 from stages.models.layers.replacing import use_own_layers
 from stages.models.parts import moved_to
 from stages.models.quiet import quiet_transformers
-from stages.models.verification import check_saved_adapter, check_saved_weights, outputs_of, rows_for
 from stages.registry.references import ResolvedModel
 from stages.sampling.support import plain_model
-from stages.tokens.turns import turn_end_ids
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -419,86 +416,6 @@ def _check_finite(model: nn.Module, source: ResolvedModel) -> None:
                 f"the weight {name} of {source.ref!r} contains NaN or infinity; use an earlier version of it, or train it again "
                 "with a lower learning rate"
             )
-
-
-def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The number of embedding rows that ``tokenizer`` needs: its highest token id plus one."""
-    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
-
-
-def resize_embedding(model: TransformersModel, tokenizer: PreTrainedTokenizerBase) -> Collection[int]:
-    """Grow the embedding (and the output matrix) to fit ``tokenizer``. Returns the new rows that need training.
-
-    Also sets the config's pad token. Its row needs no training, because nothing reads or predicts it.
-    """
-    model.config.pad_token_id = tokenizer.pad_token_id
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return [row for row in grow_embedding(model, vocabulary_size(tokenizer)) if row != tokenizer.pad_token_id]
-
-
-def save_model(
-    model: TransformersModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    folder: Path | str,
-    *,
-    state_dict: dict[str, torch.Tensor] | None = None,
-    rows: Sequence[Sequence[int]] | None = None,
-) -> None:
-    """Save ``model`` as safetensors (for a PeftModel: only the trained adapter) and its tokenizer in ``folder``.
-
-    ``state_dict`` replaces the model's own weights if they are sharded. Without it, the saved files are read again and compared with the
-    model in memory on ``rows`` of token ids (None: ids from the vocabulary; see models/verification.py). Raises ModelError if they differ.
-    """
-    from peft import PeftModel
-
-    folder = Path(folder)
-    if isinstance(model, PeftModel):
-        # "auto" would ask the Hub about the base's vocabulary; loading resizes the base to the tokenizer instead
-        with quiet_transformers():
-            model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state_dict, selected_adapters=[FRESH])
-        (folder / "README.md").unlink(missing_ok=True)
-        if str(lora_config(model, FRESH).task_type) == "SEQ_CLS":
-            model.config.save_pretrained(folder)  # for the class names, which adapter_config.json cannot contain
-    else:
-        if tokenizer is not None:
-            _stop_at_turn_ends(model, tokenizer)
-        with quiet_transformers():
-            model.save_pretrained(folder, state_dict=state_dict)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    load = _loader_of(plain_model(model))
-    if state_dict is not None or load is None:
-        return
-    device, ids = next(model.parameters()).device, rows_for(model, rows)
-
-    def reload(saved: ResolvedModel) -> list[torch.Tensor]:
-        dtype = torch.float32 if isinstance(model, PeftModel) else next(model.parameters()).dtype
-        return outputs_of(moved_to(load(saved, dtype=dtype, trainable=False), device), ids)
-
-    if isinstance(model, PeftModel):
-        check_saved_adapter(model, folder, lambda: outputs_of(model, ids), reload)
-    else:
-        check_saved_weights(model, folder, lambda: outputs_of(model, ids), reload)
-
-
-def _stop_at_turn_ends(model: TransformersModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Add the chat template's end-of-turn token to the generation config, where other programs look for it."""
-    config = getattr(model, "generation_config", None)
-    if config is None:
-        return
-    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = [token for token in (*known, *turn_end_ids(tokenizer)) if token is not None]
-    if set(ends) != {token for token in known if token is not None}:
-        config.eos_token_id = list(dict.fromkeys(ends))
-
-
-def _loader_of(plain: PreTrainedModel) -> Callable[..., TransformersModel] | None:
-    """The load function for this class; None for classes without a role, such as masked language models."""
-    name = type(plain).__name__
-    if name.endswith("ForSequenceClassification"):
-        return load_classifier
-    return load_language_model if name.endswith(("ForCausalLM", "LMHeadModel", "LMHead")) else None
 
 
 # Refused models

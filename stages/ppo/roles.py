@@ -25,11 +25,12 @@ from stages.models.adapters.folding import why_not_together
 from stages.models.adapters.shared_backbone import RoleParameters, SharedBackbone
 from stages.models.heads import RewardModel, ValueModel
 from stages.models.layers.compiled import LayerCompiler
-from stages.models.loading import config_of, load_language_model, load_tokenizer, save_model
+from stages.models.loading import config_of, load_language_model, load_tokenizer
 from stages.models.parts import hidden_width, moved_to, transformer_of
 from stages.models.passes.packing import KERNELS, packing_kernel
 from stages.models.passes.responses import Policy, SequenceBatch, sequence_values
 from stages.models.reward_question import is_generative
+from stages.models.saving import save_model
 from stages.models.sharding import shard, sharded_blocks
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.data import longest_sequence, prompt_room

@@ -27,9 +27,10 @@ from stages.metric_names import (
     curation_names,
     heldout_names,
 )
-from stages.models.loading import load_language_model, load_tokenizer, save_model
+from stages.models.loading import load_language_model, load_tokenizer
 from stages.models.parts import moved_to
 from stages.models.reward_question import RewardQuestion
+from stages.models.saving import save_model
 from stages.models.sharding import unsharded
 from stages.reward_model.config import RewardModelConfig
 from stages.reward_model.measuring import measure_beside, say_measured

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stages.config import Precision
-from stages.models.loading import save_model
 from stages.models.passes.likelihood import Likelihood, measure_likelihood
+from stages.models.saving import save_model
 from stages.models.sharding import unsharded, unsharded_state_dict
 from stages.training.state import load_weights, trained_parameters
 

@@ -142,7 +142,7 @@ def test_reference_of_a_new_adapter_is_its_base_model(step_context, resolve_fold
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from stages.config import LoraSettings, ModelInput
-    from stages.models.loading import save_model
+    from stages.models.saving import save_model
     from stages.registry.references import ResolvedModel
 
     base = resolve_folder(tiny_llama_folder, quantization=quantization)

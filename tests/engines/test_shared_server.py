@@ -15,7 +15,8 @@ from stages.engines.shared_server import SharedServer, expected_ranks
 from stages.engines.vllm_start import Served, StartedServer
 from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.run import run
-from stages.models.loading import load_language_model, load_tokenizer, save_model
+from stages.models.loading import load_language_model, load_tokenizer
+from stages.models.saving import save_model
 from tests.engines.stub_server import StubServer
 
 PROMPTS = ["the film", "write a happy line about the music"]

@@ -15,7 +15,8 @@ from stages.config import LoraSettings, ModelInput, Vllm
 from stages.engines.opening import check_reachable, open_sampler
 from stages.engines.vllm_servers import Servers
 from stages.errors import LaunchError, ModelError, RecipeError, TrainingError
-from stages.models.loading import load_language_model, load_tokenizer, save_model
+from stages.models.loading import load_language_model, load_tokenizer
+from stages.models.saving import save_model
 from stages.process.runtime import Runtime
 from stages.registry.references import ResolvedModel
 from stages.sampling.sampler import LocalSampler, SamplerLost

@@ -17,8 +17,9 @@ from stages.config import GenerationSettings, LoraSettings, ModelInput
 from stages.kernels.matmul import Linear
 from stages.models.adapters.exporting import save_merged
 from stages.models.heads import RewardModel, ValueModel
-from stages.models.loading import as_resolved, load_classifier, load_language_model, load_tokenizer, save_model
+from stages.models.loading import as_resolved, load_classifier, load_language_model, load_tokenizer
 from stages.models.passes.responses import Policy, SequenceBatch, sequence_batch, sequence_values
+from stages.models.saving import save_model
 from stages.registry.references import ResolvedModel
 from stages.sampling.generation import generate
 

@@ -15,7 +15,8 @@ from stages.errors import ModelError
 from stages.models import loading
 from stages.models.adapters.exporting import export_merged
 from stages.models.layers.dropout import disable_dropout
-from stages.models.loading import ensure_pad_token, load_classifier, load_language_model, load_tokenizer, save_model
+from stages.models.loading import ensure_pad_token, load_classifier, load_language_model, load_tokenizer
+from stages.models.saving import save_model
 
 IDS = torch.tensor([[5, 17, 40, 3, 250]])
 
@@ -249,7 +250,7 @@ def test_a_saved_model_stops_where_its_chat_template_ends_a_turn(tiny_llama_fold
     """Programs that read the generation config alone stop there, too."""
     from transformers import AutoModelForCausalLM
 
-    from stages.models.loading import save_model
+    from stages.models.saving import save_model
 
     tokenizer = tokenizer_of("byte_bpe")
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)

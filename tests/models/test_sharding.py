@@ -24,7 +24,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from stages.models.layers.compiled import LayerCompiler
-from stages.models.loading import save_model
+from stages.models.saving import save_model
 from stages.process.console import announcing
 from stages.training.checkpoints import load_optimizer, load_tensors, save_optimizer, save_tensors, trainable
 from stages.config import LoraSettings

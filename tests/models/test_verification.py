@@ -17,7 +17,8 @@ from stages.models import verification
 from stages.models.adapters import applying, merging
 from stages.models.adapters.activation import active_adapters
 from stages.models.heads import RewardModel
-from stages.models.loading import load_classifier, load_language_model, save_model
+from stages.models.loading import load_classifier, load_language_model
+from stages.models.saving import save_model
 
 ROWS = [[5, 17, 40, 3, 250], [7, 8, 9]]
 

@@ -224,8 +224,9 @@ def test_a_coefficient_of_zero_is_plain_ppo_to_the_bit(ppo_config, step_context,
 @pytest.mark.detail("P20")
 def test_pretraining_mix_halves_the_loss_increase(ppo_config, step_context, resolve_folder, tiny_llama_folder, tmp_path) -> None:
     """A small alignment tax: a reward makes a model forget a text that it knows. With PPO-ptx, it forgets less than half as much."""
-    from stages.models.loading import load_language_model, load_tokenizer, save_model
+    from stages.models.loading import load_language_model, load_tokenizer
     from stages.models.passes.likelihood import measure_likelihood
+    from stages.models.saving import save_model
 
     sentence = "the acting was warm and the film was a joy\n"
     corpus = tmp_path / "corpus.txt"
@@ -438,7 +439,8 @@ def test_a_policy_s_samples_become_labels_of_the_next_reward_model(
 
 @pytest.mark.detail("P38")
 def test_the_reference_may_be_another_model(ppo_config, step_context, resolve_folder, tiny_llama_folder, tmp_path, make_rollout) -> None:
-    from stages.models.loading import load_language_model, load_tokenizer, save_model
+    from stages.models.loading import load_language_model, load_tokenizer
+    from stages.models.saving import save_model
 
     other = load_language_model(str(tiny_llama_folder), dtype=torch.float32, trainable=False)
     with torch.no_grad():

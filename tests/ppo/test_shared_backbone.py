@@ -13,8 +13,9 @@ from stages.corpora.templates import encode_prompt
 from stages.models.adapters.activation import activate
 from stages.models.adapters.shared_backbone import SharedBackbone, backbone_key
 from stages.models.heads import RewardModel
-from stages.models.loading import load_language_model, save_model
+from stages.models.loading import load_language_model
 from stages.models.passes.responses import Policy, sequence_batch, sequence_values
+from stages.models.saving import save_model
 from stages.ppo.loop import run
 from stages.ppo.records.publishing import publish_value
 from stages.ppo.roles import load_roles

@@ -155,7 +155,8 @@ def test_an_imported_model_has_the_licence_of_its_source(registry) -> None:
 def test_the_card_of_an_adapter(registry, base, tmp_path) -> None:
     import torch
 
-    from stages.models.loading import load_language_model, load_tokenizer, save_model
+    from stages.models.loading import load_language_model, load_tokenizer
+    from stages.models.saving import save_model
 
     source = resolved(base)
     tokenizer = load_tokenizer(source)

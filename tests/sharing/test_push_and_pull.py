@@ -56,7 +56,8 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path) -> P
     from transformers import AutoModelForSequenceClassification
 
     from stages.models.heads import RewardModel, ValueModel
-    from stages.models.loading import load_language_model, load_tokenizer, save_model
+    from stages.models.loading import load_language_model, load_tokenizer
+    from stages.models.saving import save_model
 
     folder = tmp_path_factory.mktemp("pushing")
     registry = Registry(folder / "registry")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from stages.config import ModelInput
-from stages.models import heads, loading
+from stages.models import heads, loading, saving
 from stages.models.adapters.saved import HEAD_FILE
 from stages.models.adapters.stacks import read_adapter_config
 from stages.models.reward_question import read_question
@@ -33,7 +33,7 @@ def save_merged(adapter: ResolvedModel, folder: Path) -> None:
         return
     load = loading.load_classifier if role == "classifier" else loading.load_language_model
     model = load(plain, dtype=torch.float32, trainable=False, dropout=True)
-    loading.save_model(model, tokenizer, folder)
+    saving.save_model(model, tokenizer, folder)
     if (asked := read_question(adapter)) is not None:
         asked.write(folder)
 

@@ -11,7 +11,8 @@ import torch
 from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError
 from stages.models.adapters.exporting import save_merged
-from stages.models.loading import load_backbone, load_language_model, load_tokenizer, save_model
+from stages.models.loading import load_backbone, load_language_model, load_tokenizer
+from stages.models.saving import save_model
 from stages.registry.references import ResolvedModel
 
 VOCABULARY = 300

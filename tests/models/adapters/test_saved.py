@@ -14,7 +14,8 @@ from stages.errors import ModelError
 from stages.models.adapters.exporting import save_merged
 from stages.models.adapters.shared_backbone import SharedBackbone
 from stages.models.heads import RewardModel
-from stages.models.loading import as_resolved, load_classifier, load_language_model, load_tokenizer, save_model
+from stages.models.loading import as_resolved, load_classifier, load_language_model, load_tokenizer
+from stages.models.saving import save_model
 from stages.registry.references import ResolvedModel
 
 IDS = torch.tensor([[5, 17, 40, 3, 250]])

@@ -13,7 +13,8 @@ from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError
 from stages.models.adapters import stacks
 from stages.models.adapters.stacks import find_base, stack_of, trained_on
-from stages.models.loading import load_language_model, save_model
+from stages.models.loading import load_language_model
+from stages.models.saving import save_model
 from stages.registry.references import ResolvedModel
 
 

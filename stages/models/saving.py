@@ -1,0 +1,87 @@
+"""Save models as safetensors with their tokenizers, and compare the files with the models in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from stages.models.adapters.activation import FRESH, lora_config
+from stages.models.loading import load_classifier, load_language_model
+from stages.models.parts import moved_to
+from stages.models.quiet import quiet_transformers
+from stages.models.verification import check_saved_adapter, check_saved_weights, outputs_of, rows_for
+from stages.registry.references import ResolvedModel
+from stages.sampling.support import plain_model
+from stages.tokens.turns import turn_end_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from stages.model_types import TransformersModel
+
+
+def save_model(
+    model: TransformersModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path | str,
+    *,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    rows: Sequence[Sequence[int]] | None = None,
+) -> None:
+    """Save ``model`` as safetensors (for a PeftModel: only the trained adapter) and its tokenizer in ``folder``.
+
+    ``state_dict`` replaces the model's own weights if they are sharded. Without it, the saved files are read again and compared with the
+    model in memory on ``rows`` of token ids (None: ids from the vocabulary; see models/verification.py). Raises ModelError if they differ.
+    """
+    from peft import PeftModel
+
+    folder = Path(folder)
+    if isinstance(model, PeftModel):
+        # "auto" would ask the Hub about the base's vocabulary; loading resizes the base to the tokenizer instead
+        with quiet_transformers():
+            model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state_dict, selected_adapters=[FRESH])
+        (folder / "README.md").unlink(missing_ok=True)
+        if str(lora_config(model, FRESH).task_type) == "SEQ_CLS":
+            model.config.save_pretrained(folder)  # for the class names, which adapter_config.json cannot contain
+    else:
+        if tokenizer is not None:
+            _stop_at_turn_ends(model, tokenizer)
+        with quiet_transformers():
+            model.save_pretrained(folder, state_dict=state_dict)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    load = _loader_of(plain_model(model))
+    if state_dict is not None or load is None:
+        return
+    device, ids = next(model.parameters()).device, rows_for(model, rows)
+
+    def reload(saved: ResolvedModel) -> list[torch.Tensor]:
+        dtype = torch.float32 if isinstance(model, PeftModel) else next(model.parameters()).dtype
+        return outputs_of(moved_to(load(saved, dtype=dtype, trainable=False), device), ids)
+
+    if isinstance(model, PeftModel):
+        check_saved_adapter(model, folder, lambda: outputs_of(model, ids), reload)
+    else:
+        check_saved_weights(model, folder, lambda: outputs_of(model, ids), reload)
+
+
+def _stop_at_turn_ends(model: TransformersModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Add the chat template's end-of-turn token to the generation config, where other programs look for it."""
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = [token for token in (*known, *turn_end_ids(tokenizer)) if token is not None]
+    if set(ends) != {token for token in known if token is not None}:
+        config.eos_token_id = list(dict.fromkeys(ends))
+
+
+def _loader_of(plain: PreTrainedModel) -> Callable[..., TransformersModel] | None:
+    """The load function for this class; None for classes without a role, such as masked language models."""
+    name = type(plain).__name__
+    if name.endswith("ForSequenceClassification"):
+        return load_classifier
+    return load_language_model if name.endswith(("ForCausalLM", "LMHeadModel", "LMHead")) else None
