@@ -1,9 +1,9 @@
-"""Run the judges on every pair of candidates and question, and measure the agreement between judges and between annotators."""
+"""Run the judges on every pair of candidates and question."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -26,12 +26,9 @@ from stages.labelling.tasks import task_of
 from stages.labelling.waiting import QUALITY, ask_people, home_of, keep_quality
 from stages.process.environment import secret
 from stages.process.remote import AnswerCache
-from stages.stats.agreement import cohens_kappa, fleiss_kappa, krippendorff_alpha, pair_agreement
-from stages.stats.comparing import prompt_means
-from stages.stats.intervals import share_interval
 
 if TYPE_CHECKING:
-    from stages.corpora.judgements import Judgements
+    from stages.corpora.judgements import Judgements, Rating, Vote
     from stages.corpora.labels import LabelTask
     from stages.rewards.config import RewardInput
     from stages.step import StepContext
@@ -112,7 +109,7 @@ def _score(
 def _compared(scores: dict[str, list[float | None]]) -> dict[Pair, list[float | None]]:
     """Preferences derived from scores. A question counts for a pair if both have a score."""
     return {
-        (a, b): [None if x is None or y is None else (x > y) + 0.5 * (x == y) for x, y in zip(scores[a], scores[b], strict=True)]
+        (a, b): [None if x is None or y is None else _preference(x, y) for x, y in zip(scores[a], scores[b], strict=True)]
         for a, b in combinations(scores, 2)
     }
 
@@ -233,112 +230,76 @@ def _tasks_of(
 def _judged_by_people(name: str, judgements: Judgements, questions: Sequence[Question], answers: dict[str, Answers]) -> Judged:
     """Preferences from votes and ratings; averaged over annotators if several judged the same item."""
     row_of = {(prompt_key(question.prompt), question.sample): row for row, question in enumerate(questions)}
-    order = {name: index for index, name in enumerate(answers)}
-    used = 0
-    given: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)  # (candidate, row) -> annotator -> score
-    said: dict[tuple[Pair, int], dict[str, float]] = defaultdict(dict)  # (pair, row) -> annotator -> preference
-    for rating in judgements.ratings:
-        row = row_of.get((rating.prompt, rating.sample))
-        if row is not None and rating.candidate in order and answers[rating.candidate].samples[row] is not None:
-            given[rating.candidate, row][rating.annotator] = rating.score
-            used += 1
-    for vote in judgements.votes:
-        row = row_of.get((vote.prompt, vote.sample))
-        if row is None or vote.a not in order or vote.b not in order:
-            continue
-        straight = order[vote.a] < order[vote.b]
-        pair = (vote.a, vote.b) if straight else (vote.b, vote.a)
-        said[pair, row][vote.annotator] = vote.preference if straight else 1 - vote.preference
-        used += 1
+    ratings = [
+        (rating, row)
+        for rating in judgements.ratings
+        if (row := row_of.get((rating.prompt, rating.sample))) is not None
+        and rating.candidate in answers
+        and answers[rating.candidate].samples[row] is not None
+    ]
+    votes = [
+        (vote, row)
+        for vote in judgements.votes
+        if (row := row_of.get((vote.prompt, vote.sample))) is not None and vote.a in answers and vote.b in answers
+    ]
+    given = _by_candidate(ratings)
+    said = _by_pair(votes, list(answers))
+    _add_compared_ratings(said, given, list(answers), len(questions))
+    preferences: dict[Pair, list[float | None]] = {}
+    for (pair, row), of_annotators in said.items():
+        preferences.setdefault(pair, [None] * len(questions))[row] = _mean(of_annotators)
     scores: dict[str, list[float | None]] | None = None
     if given:
         scores = {name: [_mean(given[name, row]) if (name, row) in given else None for row in range(len(questions))] for name in answers}
-        for a, b in combinations(answers, 2):
-            for row in range(len(questions)):
-                mine, theirs = given.get((a, row), {}), given.get((b, row), {})
-                for annotator in mine.keys() & theirs.keys():
-                    x, y = mine[annotator], theirs[annotator]
-                    said[(a, b), row].setdefault(annotator, (x > y) + 0.5 * (x == y))
-    preferences: dict[Pair, list[float | None]] = {}
-    for (pair, row), votes in said.items():
-        preferences.setdefault(pair, [None] * len(questions))[row] = _mean(votes)
-    preferences = {pair: preferences[pair] for pair in combinations(answers, 2) if pair in preferences}
-    total = len(judgements.votes) + len(judgements.ratings)
+    used, total = len(votes) + len(ratings), len(judgements.votes) + len(judgements.ratings)
     left_out = Exclusion(f"judgements of {name} about other prompts or candidates", total - used, total)
     return Judged(
         name,
         "people",
-        preferences,
+        {pair: preferences[pair] for pair in combinations(answers, 2) if pair in preferences},
         scores,
-        annotators=[list(votes.values()) for votes in said.values() if len(votes) > 1],
-        details={"judgements": used, "annotators": len({a for votes in said.values() for a in votes})},
+        annotators=[list(of_annotators.values()) for of_annotators in said.values() if len(of_annotators) > 1],
+        details={"judgements": used, "annotators": len({annotator for of_annotators in said.values() for annotator in of_annotators})},
         exclusions=[left_out] if left_out.count else [],
     )
 
 
-def _mean(values: dict[str, float]) -> float:
+def _by_candidate(ratings: Sequence[tuple[Rating, int]]) -> dict[tuple[str, int], dict[str, float]]:
+    """The scores of each annotator, by candidate and question."""
+    given: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
+    for rating, row in ratings:
+        given[rating.candidate, row][rating.annotator] = rating.score
+    return given
+
+
+def _by_pair(votes: Sequence[tuple[Vote, int]], candidates: list[str]) -> dict[tuple[Pair, int], dict[str, float]]:
+    """The preferences of each annotator, by pair of candidates (in the order of ``candidates``) and question."""
+    said: dict[tuple[Pair, int], dict[str, float]] = defaultdict(dict)
+    for vote, row in votes:
+        straight = candidates.index(vote.a) < candidates.index(vote.b)
+        pair = (vote.a, vote.b) if straight else (vote.b, vote.a)
+        said[pair, row][vote.annotator] = vote.preference if straight else 1 - vote.preference
+    return said
+
+
+def _add_compared_ratings(
+    said: dict[tuple[Pair, int], dict[str, float]],
+    given: Mapping[tuple[str, int], Mapping[str, float]],
+    candidates: list[str],
+    num_questions: int,
+) -> None:
+    """Add a preference of each annotator who rated both candidates of a pair and did not vote on it."""
+    for a, b in combinations(candidates, 2):
+        for row in range(num_questions):
+            mine, theirs = given.get((a, row), {}), given.get((b, row), {})
+            for annotator in mine.keys() & theirs.keys():
+                said[(a, b), row].setdefault(annotator, _preference(mine[annotator], theirs[annotator]))
+
+
+def _preference(first: float, second: float) -> float:
+    """1 if the first score is higher, 0 if the second is, 1/2 if they are equal."""
+    return (first > second) + 0.5 * (first == second)
+
+
+def _mean(values: Mapping[str, float]) -> float:
     return sum(values.values()) / len(values)
-
-
-# Agreement
-
-
-def agreement(judges: Sequence[Judged], questions: Sequence[Question]) -> JsonObject:
-    """Agreement between judges, and between the annotators of a judge.
-
-    A unit is a pair of candidates on a question, rated first, second or tie (a mean over annotators or orders counts by its side of 1/2).
-    ``alpha``: Krippendorff's, nominal. For each two judges: Cohen's kappa, and the share of agreement where neither ties, with an interval
-    over prompts.
-    """
-    rated = {judge.name: _ratings(judge) for judge in judges}
-    units = sorted({unit for ratings in rated.values() for unit in ratings})
-    columns = {name: [ratings.get(unit) for unit in units] for name, ratings in rated.items()}
-    pairs = []
-    for first, second in combinations(rated, 2):
-        both = [unit for unit in units if unit in rated[first] and unit in rated[second]]
-        if not both:
-            continue
-        decided = [unit for unit in both if "tie" not in (rated[first][unit], rated[second][unit])]
-        agreeing = [float(rated[first][unit] == rated[second][unit]) for unit in decided]
-        means = prompt_means(agreeing, [questions[unit[1]].prompt_number for unit in decided])
-        low, high = share_interval(means)
-        pairs.append(
-            {
-                "a": first,
-                "b": second,
-                "n": len(both),
-                "agreement": pair_agreement([(rated[first][unit], rated[second][unit]) for unit in both]),
-                "kappa": cohens_kappa([rated[first][unit] for unit in both], [rated[second][unit] for unit in both]),
-                "decided": len(decided),
-                "agreement_decided": sum(means) / len(means) if means else None,
-                "ci_low": low,
-                "ci_high": high,
-            }
-        )
-    result: JsonObject = {"pairs": pairs, "units": len(units)}
-    if len(judges) > 1 and pairs:
-        result["alpha"] = krippendorff_alpha(list(zip(*columns.values(), strict=True)))
-    annotated = {}
-    for judge in judges:
-        if judge.annotators:
-            rows = [[_side(value) for value in votes] for votes in judge.annotators]
-            complete = len({len(row) for row in rows}) == 1
-            annotated[judge.name] = {
-                "units": len(rows),
-                "votes": sum(len(row) for row in rows),
-                "agreement": pair_agreement(rows),
-                "alpha": krippendorff_alpha(rows),
-                "fleiss_kappa": fleiss_kappa(rows) if complete else None,
-                "unanimous": sum(len(set(row)) == 1 for row in rows) / len(rows),
-            }
-    return {**result, "annotators": annotated}
-
-
-def _ratings(judge: Judged) -> dict[tuple[Pair, int], str]:
-    return {
-        (pair, row): _side(value) for pair, values in judge.preferences.items() for row, value in enumerate(values) if value is not None
-    }
-
-
-def _side(preference: float) -> str:
-    return "first" if preference > 0.5 else "second" if preference < 0.5 else "tie"

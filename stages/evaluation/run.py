@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from stages.corpora.prompts import check_readers
 from stages.engines.shared_server import shared_server
+from stages.evaluation.agreement import agreement
 from stages.evaluation.answers import answer, answered_by_someone, ask, missing_answers, read_answers, same_model
 from stages.evaluation.config import EvaluationConfig
-from stages.evaluation.judging import agreement, judge_all
+from stages.evaluation.judging import judge_all
 from stages.evaluation.outcome import compare, evaluation_tables, verdict
 from stages.evaluation.record import finite, write_alpaca_eval, write_completions, write_evaluation, write_lines
 from stages.evaluation.tasks import task_table

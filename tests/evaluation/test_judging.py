@@ -10,8 +10,9 @@ import torch
 
 from stages.errors import DataError, ModelError, TrainingError
 from stages.evaluation import answers
+from stages.evaluation.agreement import agreement
 from stages.evaluation.answers import Question
-from stages.evaluation.judging import Judged, agreement
+from stages.evaluation.judging import Judged
 from stages.evaluation.run import run
 from stages.rewards.details import Judgement
 from tests.evaluation.conftest import LENGTHS
