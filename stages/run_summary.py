@@ -16,22 +16,32 @@ class Interval(TypedDict):
     ci_high: float
 
 
-class Candidate(TypedDict):
-    """The measurements of one candidate of an evaluation. Keys that were not measured are missing."""
+class TextMeasures(TypedDict):
+    """Measures of a candidate's completions as texts."""
 
-    model: str | None  # None for existing completions
-    digest: str | None
-    scores: dict[str, float]  # mean score by judge
-    score_intervals: dict[str, tuple[float, float]]  # 95 % interval by judge
     completions: int
     length_words: float
     empty_share: float
     distinct_1: float
     distinct_2: float
     distinct_completions: float
-    length_tokens: NotRequired[float]
-    stopped_share: NotRequired[float]
-    distinct_2_tokens: NotRequired[float]
+
+
+class TokenMeasures(TypedDict, total=False):
+    """Measures of the completions that were sampled in the run."""
+
+    length_tokens: float
+    stopped_share: float
+    distinct_2_tokens: float
+
+
+class Candidate(TextMeasures, TokenMeasures):
+    """The measurements of one candidate of an evaluation. Keys that were not measured are missing."""
+
+    model: str | None  # None for existing completions
+    digest: str | None
+    scores: dict[str, float]  # mean score by judge
+    score_intervals: dict[str, tuple[float, float]]  # 95 % interval by judge
     perplexity: NotRequired[float]
     bits_per_byte: NotRequired[float | None]
     tasks: NotRequired[dict[str, dict[str, float]]]

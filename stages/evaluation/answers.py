@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import gc
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypedDict, TypeVar
-
-from accelerate.utils import gather_object
+from typing import TYPE_CHECKING, TypedDict
 
 from stages.corpora.completions import load_completions, prompt_key
 from stages.corpora.encoding.blocks import encode_documents, overlapping_windows
 from stages.corpora.templates import encode_prompt
 from stages.engines.opening import step_sampler
-from stages.errors import DataError, ModelError
+from stages.errors import DataError
 from stages.evaluation.config import BestOfN, EvaluationConfig
 from stages.evaluation.few_shot import FewShot, few_shot_prompts, few_shot_text, validation_prompts
 from stages.evaluation.prompts import Exclusion
+from stages.evaluation.scoring import every_score
 from stages.evaluation.tasks import measure_task
 from stages.models.loading import config_of, load_language_model, load_tokenizer
 from stages.models.parts import moved_to
 from stages.models.passes.likelihood import measure_likelihood
-from stages.rewards.building import build_source
 from stages.rewards.details import Details, columns_of
-from stages.rewards.source import judge
 from stages.sampling.generation import decode_completions, episode_seed
 from stages.stats.best_of_n import best_of_n_kl
 from stages.tokens.positions import readable_length
@@ -34,14 +30,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from stages.corpora.conversations.messages import Prompt
+    from stages.corpora.prompts import PromptRow
     from stages.engines.shared_server import SharedServer
     from stages.model_types import TransformersModel
-    from stages.process.runtime import Runtime
     from stages.registry.references import ResolvedModel
-    from stages.rewards.config import RewardInput
     from stages.step import StepContext
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -101,15 +94,6 @@ class Asked:
     prompt_ids: dict[str, list[list[int]]]
     exclusions: list[Exclusion]
     few_shot: dict[str, list[FewShotTry]]  # by candidate: the tried few-shot prompts with their scores, the chosen one first
-
-
-def distributed(runtime: Runtime, count: int, work: Callable[[list[int]], Sequence[T]]) -> list[T]:
-    """Apply ``work`` to the indices 0 to ``count`` - 1, distributed over the processes. Every process gets all results, in order."""
-    own = list(range(runtime.process_index, count, runtime.num_processes))
-    made = list(zip(own, work(own), strict=True))
-    if runtime.num_processes > 1:
-        made = gather_object(made)
-    return [item for _, item in sorted(made, key=lambda pair: pair[0])]
 
 
 @contextmanager
@@ -181,13 +165,37 @@ def _few_shot_tries(
     assert settings is not None
     if settings.choose is None:
         return [{"text": few_shot_text(settings, context.seed), "score": None}]
-    validation = validation_prompts(settings, prompts)
     instructions = len(settings.instruction) if isinstance(settings.instruction, list) else 1
     texts = [
         few_shot_text(settings, context.seed, draw=draw, instruction=instruction)
         for instruction in range(instructions)
         for draw in range(settings.choose.tries)
     ]
+    rows, tries = _sample_tries(config, context, name, texts, validation_prompts(settings, prompts), server)
+    details = Details(
+        columns_of([row.columns for row in rows] * len(tries)), [sample.response_ids for samples in tries for sample in samples]
+    )
+    field_path = f"candidates.{name}.few_shot.choose.reward"
+    completions = [sample.text for samples in tries for sample in samples]
+    scores = every_score(
+        config, context, settings.choose.reward, field_path, [row.prompt for row in rows] * len(tries), completions, details
+    )
+    means = [sum(scores[start : start + len(rows)]) / len(rows) for start in range(0, len(scores), len(rows))]
+    best_first = sorted(zip(means, texts, strict=True), key=lambda pair: -pair[0])
+    return [{"text": text, "score": mean} for mean, text in best_first]
+
+
+def _sample_tries(
+    config: EvaluationConfig,
+    context: StepContext,
+    name: str,
+    texts: Sequence[str],
+    validation: list[PromptRow],
+    server: SharedServer | None,
+) -> tuple[list[PromptRow], list[list[Sample]]]:
+    """(the rows of ``validation`` that fit with every few-shot text, the completions of these rows for each text)."""
+    settings = config.candidates[name].few_shot
+    assert settings is not None
     longest = _positions_of(context.models[f"candidates.{name}"]) - config.generation.max_new_tokens
     asked = [row.prompt for row in validation]
     with loaded(config, context, name) as (model, tokenizer):
@@ -197,20 +205,11 @@ def _few_shot_tries(
             raise DataError(f"candidate {name!r}: no prompt of few_shot.choose.data fits {longest} tokens in every try; use fewer examples")
         context.runtime.console.print(f"{context.name}: {name} tries {len(texts)} few-shot prompts on {len(fits)} validation prompts")
         seeds = [(-1, index) for index in fits]  # all tries share random streams, which differ from those of the evaluation
-        made = []
+        tries = []
         for rows in encoded:
             samples = _sample(config, context, name, model, tokenizer, [rows[index] for index in fits], seeds, server)
-            made.append([cut(sample, settings) for sample in samples])
-    validation = [validation[index] for index in fits]
-    flat = [sample for samples in made for sample in samples]
-    prompts = [row.prompt for row in validation] * len(texts)
-    details = Details(columns_of([row.columns for row in validation] * len(texts)), [sample.response_ids for sample in flat])
-    field_path = f"candidates.{name}.few_shot.choose.reward"
-    scores = every_score(config, context, settings.choose.reward, field_path, prompts, [sample.text for sample in flat], details)
-    width = len(validation)
-    means = [sum(scores[start : start + width]) / width for start in range(0, len(scores), width)]
-    best_first = sorted(zip(means, texts, strict=True), key=lambda pair: -pair[0])
-    return [{"text": text, "score": mean} for mean, text in best_first]
+            tries.append([cut(sample, settings) for sample in samples])
+    return [validation[index] for index in fits], tries
 
 
 def _encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> list[list[int]]:
@@ -338,7 +337,7 @@ def _sample(
         ]
 
     with step_sampler(config.generation, model, tokenizer, source, context, dtype=dtype, shared=server) as sampler:
-        return distributed(context.runtime, len(prompt_ids), work)
+        return context.runtime.distribute(len(prompt_ids), work)
 
 
 def cut(sample: Sample, few_shot: FewShot | None) -> Sample:
@@ -369,63 +368,6 @@ def details_of(questions: Sequence[Question], samples: Sequence[Sample]) -> Deta
     """Information about samples for reward sources besides the texts. Token ids are included if a model of this run wrote all of them."""
     sampled = all(sample.prompt_ids for sample in samples)
     return Details(columns_of([question.columns for question in questions]), [one.response_ids for one in samples] if sampled else None)
-
-
-def score_texts(
-    config: EvaluationConfig,
-    context: StepContext,
-    reward: RewardInput,
-    field_path: str,
-    prompts: Sequence[Prompt],
-    completions: Sequence[str],
-    details: Details,
-) -> list[float | None]:
-    """A reward source's score of every completion, or None where it does not apply. Each process scores its share.
-
-    Prints how many texts were cut, and adds this to ``context.cut_texts``.
-    """
-    runtime = context.runtime
-    source = build_source(
-        reward,
-        context.models.get(f"{field_path}.model"),
-        device=runtime.device,
-        dtype=runtime.dtype(config.precision),
-        cache_folder=context.cache_folder,
-    )
-
-    def work(own: list[int]) -> list[tuple[float | None, bool]]:
-        if not own:
-            return []
-        judgement = judge(source, [prompts[row] for row in own], [completions[row] for row in own], details.rows(own))
-        cut = judgement.cut.tolist() if judgement.cut is not None else [False] * len(own)
-        return [(None if math.isnan(score) else score, lost) for score, lost in zip(judgement.scores.tolist(), cut, strict=True)]
-
-    made = distributed(runtime, len(completions), work)
-    if cut := sum(lost for _, lost in made):
-        said = f"{reward.shown_name} truncated the beginning of {cut} of {len(made)} texts that were too long"
-        runtime.console.print(f"{context.name}: {said}")
-    counted = context.cut_texts.setdefault(field_path, {"reader": reward.shown_name, "count": 0, "of": 0})
-    counted["count"] += cut
-    counted["of"] += len(made)
-    return [score for score, _ in made]
-
-
-def every_score(
-    config: EvaluationConfig,
-    context: StepContext,
-    reward: RewardInput,
-    field_path: str,
-    prompts: Sequence[Prompt],
-    completions: Sequence[str],
-    details: Details,
-) -> list[float]:
-    """``score_texts`` for a source that must choose. Raises ModelError if it does not apply to a completion."""
-    scores = score_texts(config, context, reward, field_path, prompts, completions, details)
-    known = [score for score in scores if score is not None]
-    if len(known) < len(scores):
-        text = completions[scores.index(None)]
-        raise ModelError(f"{field_path}: {reward.shown_name} returned None for {text[:80]!r}; selection needs a score for every completion")
-    return known
 
 
 def _tasks(

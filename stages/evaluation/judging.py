@@ -14,9 +14,10 @@ from stages.corpora.completions import prompt_key
 from stages.corpora.files import fingerprint
 from stages.corpora.judgements import load_judgements
 from stages.corpora.labels import TASKS, read_tasks
-from stages.evaluation.answers import Answers, Question, details_of, score_texts
+from stages.evaluation.answers import Answers, Question, details_of
 from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.prompts import Exclusion
+from stages.evaluation.scoring import score_texts
 from stages.json_types import JsonObject
 from stages.judges.config import EndpointJudge, JudgementsFile
 from stages.judges.endpoint import Comparison, EndpointClient

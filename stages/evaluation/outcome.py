@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from rich.table import Table
 
-from stages.evaluation.answers import Answers, Question
+from stages.evaluation.answers import Answers, Question, Sample
 from stages.evaluation.judging import Judged
 from stages.json_types import JsonObject
 from stages.run_summary import Candidate, Interval, WinRate
@@ -19,7 +19,7 @@ from stages.stats.intervals import bootstrap_interval
 
 if TYPE_CHECKING:
     from stages.registry.references import ResolvedModel
-    from stages.run_summary import LengthControlledRate, WinRateNumbers
+    from stages.run_summary import LengthControlledRate, TextMeasures, TokenMeasures, WinRateNumbers
 
 
 @dataclass(frozen=True)
@@ -56,35 +56,16 @@ def compare(
 
 
 def _summary(answer: Answers, prompts: Sequence[int], model: ResolvedModel | None) -> Candidate:
-    texts = [text for text in answer.texts if text is not None]
-    words = [text.split() for text in texts]
-    samples = [sample for sample in answer.samples if sample is not None]
-    sampled = [sample for sample in samples if sample.response_ids]
-    scores, intervals = {}, {}
-    for judge, values in answer.scores.items():
-        known = [(value, prompt) for value, prompt in zip(values, prompts, strict=True) if value is not None]
-        if known:
-            means = prompt_means([value for value, _ in known], [prompt for _, prompt in known])
-            scores[judge] = _mean(means)
-            intervals[judge] = bootstrap_interval(means)
+    """The row of one candidate. ``prompts``: the index of each question's prompt."""
+    scores, intervals = _mean_scores(answer, prompts)
     summary: Candidate = {
         "model": (model.record.ref if model.record is not None else model.ref) if model is not None else None,
         "digest": model.digest if model is not None else None,
         "scores": scores,
         "score_intervals": intervals,
-        "completions": len(texts),
-        "length_words": _mean([len(row) for row in words]),
-        "empty_share": _mean([not text.strip() for text in texts]),
-        "distinct_1": distinct_ngrams(words, 1),
-        "distinct_2": distinct_ngrams(words, 2),
-        "distinct_completions": len(set(texts)) / max(1, len(texts)),
+        **_of_texts([text for text in answer.texts if text is not None]),
+        **_of_tokens([sample for sample in answer.samples if sample is not None and sample.response_ids]),
     }
-    if sampled:
-        summary |= {
-            "length_tokens": _mean([len(sample.response_ids) for sample in sampled]),
-            "stopped_share": _mean([sample.stopped for sample in sampled]),
-            "distinct_2_tokens": distinct_ngrams([sample.response_ids for sample in sampled], 2),
-        }
     if answer.perplexity is not None:
         summary |= {"perplexity": answer.perplexity, "bits_per_byte": answer.bits_per_byte}
     if answer.tasks:
@@ -98,6 +79,42 @@ def _summary(answer: Answers, prompts: Sequence[int], model: ResolvedModel | Non
     if answer.draws is not None:
         summary["best_of"] = len(answer.draws[0])
     return summary
+
+
+def _mean_scores(answer: Answers, prompts: Sequence[int]) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """(mean score, its interval) by judge. Judges without a score are left out."""
+    scores, intervals = {}, {}
+    for judge, values in answer.scores.items():
+        known = [(value, prompt) for value, prompt in zip(values, prompts, strict=True) if value is not None]
+        if known:
+            means = prompt_means([value for value, _ in known], [prompt for _, prompt in known])
+            scores[judge] = _mean(means)
+            intervals[judge] = bootstrap_interval(means)
+    return scores, intervals
+
+
+def _of_texts(texts: Sequence[str]) -> TextMeasures:
+    """Measures of the completions as texts."""
+    words = [text.split() for text in texts]
+    return {
+        "completions": len(texts),
+        "length_words": _mean([len(row) for row in words]),
+        "empty_share": _mean([not text.strip() for text in texts]),
+        "distinct_1": distinct_ngrams(words, 1),
+        "distinct_2": distinct_ngrams(words, 2),
+        "distinct_completions": len(set(texts)) / max(1, len(texts)),
+    }
+
+
+def _of_tokens(samples: Sequence[Sample]) -> TokenMeasures:
+    """Measures of the completions that a model of this run sampled; empty if there are none."""
+    if not samples:
+        return {}
+    return {
+        "length_tokens": _mean([len(sample.response_ids) for sample in samples]),
+        "stopped_share": _mean([sample.stopped for sample in samples]),
+        "distinct_2_tokens": distinct_ngrams([sample.response_ids for sample in samples], 2),
+    }
 
 
 def _mean(values: Sequence[float]) -> float:

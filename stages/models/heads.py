@@ -73,14 +73,21 @@ class ScalarModel(nn.Module):
         """Load a saved scalar model with its head and bias. Raises ModelError if the checkpoint has no such head."""
         model = as_resolved(model)
         weight, bias = read_head(model)
-        tokenizer = load_tokenizer(model)
-        backbone = load_backbone(model, dtype=dtype, lora=lora, trainable=trainable, tokenizer=tokenizer, dropout=dropout)
-        made = cls(backbone, tokenizer)
+        made = cls._with_new_head(model, dtype=dtype, lora=lora, trainable=trainable, dropout=dropout)
         if weight.shape != made.score_head.weight.shape:
             raise ModelError(f"the head of {model.ref!r} has shape {tuple(weight.shape)}; expected {tuple(made.score_head.weight.shape)}")
         made.set_head(weight, bias)
         made.score_head.requires_grad_(trainable)
         return made.train(trainable)
+
+    @classmethod
+    def _with_new_head(
+        cls, model: ResolvedModel | str | Path, *, dtype: torch.dtype, lora: LoraSettings | None, trainable: bool, dropout: bool
+    ) -> Self:
+        """The transformer of a causal language model with a head of zeros."""
+        model = as_resolved(model)
+        tokenizer = load_tokenizer(model)
+        return cls(load_backbone(model, dtype=dtype, lora=lora, trainable=trainable, tokenizer=tokenizer, dropout=dropout), tokenizer)
 
     @torch.no_grad()
     def set_head(self, weight: Tensor, bias: float) -> None:
@@ -262,10 +269,7 @@ class RewardModel(ScalarModel):
         This is the initialization of Stiennon et al. 2020 (https://arxiv.org/abs/2009.01325, appendix B.1), drawn from ``seed``. Raises
         ModelError for an encoder, whose last token has no special meaning.
         """
-        model = as_resolved(model)
-        tokenizer = load_tokenizer(model)
-        backbone = load_backbone(model, dtype=dtype, lora=lora, trainable=trainable, tokenizer=tokenizer, dropout=dropout)
-        made = cls(backbone, tokenizer)
+        made = cls._with_new_head(model, dtype=dtype, lora=lora, trainable=trainable, dropout=dropout)
         made.draw_head(seed)
         return made.train(trainable)
 
@@ -337,10 +341,7 @@ class ValueModel(ScalarModel):
         dropout: bool = False,
     ) -> Self:
         """A policy's transformer with a zero-initialized head, so that the initial values are 0."""
-        model = as_resolved(model)
-        tokenizer = load_tokenizer(model)
-        backbone = load_backbone(model, dtype=dtype, lora=lora, trainable=trainable, tokenizer=tokenizer, dropout=dropout)
-        return cls(backbone, tokenizer).train(trainable)
+        return cls._with_new_head(model, dtype=dtype, lora=lora, trainable=trainable, dropout=dropout).train(trainable)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Values at all positions. Inputs [B, T]; returns [B, T] fp32."""

@@ -9,7 +9,7 @@ import importlib
 import random
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -253,6 +253,12 @@ class Runtime:
         _ = self.state  # joins the process group
         gathered: list[T] = gather_object([value])
         return gathered
+
+    def distribute(self, count: int, work: Callable[[list[int]], Sequence[T]]) -> list[T]:
+        """Apply ``work`` to the indices 0 to ``count`` - 1, divided among the processes. Every process gets all results, in order."""
+        own = list(range(self.process_index, count, self.num_processes))
+        shares = self.gather(list(zip(own, work(own), strict=True)))
+        return [result for _, result in sorted((pair for share in shares for pair in share), key=lambda pair: pair[0])]
 
     def leave(self) -> None:
         """Shut down the communication between processes in order; otherwise its threads outlive the interpreter and abort it."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stages.errors import DataError, ModelError, TrainingError
-from stages.evaluation import answers
+from stages.evaluation import scoring
 from stages.evaluation.agreement import agreement
 from stages.evaluation.answers import Question
 from stages.evaluation.judging import Judged
@@ -58,7 +58,7 @@ def test_texts_that_a_judge_or_a_selecting_reward_cut_are_counted(prompts, step_
     def cut_first(source: Any, asked: Any, completions: list[str], details: Any) -> Judgement:
         return Judgement(torch.zeros(len(completions)), cut=torch.arange(len(completions)) < 3)
 
-    monkeypatch.setattr(answers, "judge", cut_first)
+    monkeypatch.setattr(scoring, "judge", cut_first)
     best_of = {"n": 2, "reward": {"function": LENGTHS, "name": "chooser"}}
     context = step_context(models=models)
     result = run(config(prompts, candidates={"base": "b", "aligned": {"model": "a", "best_of": best_of}}), context)
