@@ -251,7 +251,7 @@ def plan(
 
     For steps with a preset, it also shows the source of each value.
     """
-    from stages.chain import run as chain
+    from stages.chain import planning
     from stages.chain.pins import pinned, resolve_commits
     from stages.planning.plan import advice_lines, memory_table, plan_memory
     from stages.recipe.schema import load_recipe
@@ -260,14 +260,14 @@ def plan(
     loaded = load_recipe(recipe, overrides or [], _registry(home))
     commits = resolve_commits(loaded, needs_hub=False)
     loaded = pinned(loaded, commits)
-    plans = chain.plan(loaded, _home(home), download=False)
+    plans = planning.plan(loaded, _home(home), download=False)
     machine = _machine(device_memory)
     reused = {step.name: step.record.path for step in plans if step.action == "reuse" and step.record is not None}
     memory = plan_memory(loaded, _registry(home), machine, reused=reused, processes=_processes())
     shown = {step.name: (settings_of_step if all_settings else preset_settings)(loaded, step) for step in loaded.steps}
     if as_json:
         settings = {name: [setting.as_json() for setting in values] for name, values in shown.items() if values}
-        content = json.loads(chain.plans_json(loaded, plans, settings))
+        content = json.loads(planning.plans_json(loaded, plans, settings))
         _print_json(
             {
                 **content,
@@ -278,12 +278,12 @@ def plan(
         )
         return
     console = _runtime().console
-    console.print(chain.plan_table(plans, f"{loaded.name}: {len(plans)} steps"))
+    console.print(planning.plan_table(plans, f"{loaded.name}: {len(plans)} steps"))
     for notice in loaded.notices():
         console.print(notice, markup=False, soft_wrap=True)
     for message in commits.unreached:
         console.print(f"Not checked: {message}", markup=False, soft_wrap=True)
-    unseen = [step.name for step in loaded.steps if chain.on_hub(step)]
+    unseen = [step.name for step in loaded.steps if planning.on_hub(step)]
     if unseen:
         console.print(f"Not checked, because the data is on the Hub: the rows of {', '.join(unseen)}.", markup=False)
     if memory:

@@ -293,6 +293,7 @@ STARTS_FAST = {
     "stages.api.results",
     "stages.api.running",
     "stages.api.steps",
+    "stages.chain.planning",
     "stages.chain.run",
     "stages.labelling.command",
     "stages.planning.plan",

@@ -11,7 +11,7 @@ from stages.api.functions import unchanged_by_the_run
 from stages.api.inputs import as_field
 from stages.api.results import Model, Results
 from stages.chain import run as chain
-from stages.chain.run import open_registry
+from stages.chain.planning import open_registry
 from stages.errors import Stopped
 from stages.process.environment import default_home
 from stages.process.runtime import Runtime
@@ -55,7 +55,7 @@ def run(
             file = recipe if isinstance(recipe, str | Path) else write_recipe(recipe, name, seed, home_folder / "inputs")
             plain = {path: as_field(path.rpartition(".")[2], value, home_folder / "inputs") for path, value in (overrides or {}).items()}
             changes = [f"{path}={json.dumps(value)}" for path, value in plain.items()]
-            summary = chain.run(load_recipe(file, changes, chain.open_registry(home_folder)), home_folder, runtime)
+            summary = chain.run(load_recipe(file, changes, open_registry(home_folder)), home_folder, runtime)
     except Stopped as stop:
         raise KeyboardInterrupt(f"stopped by {stop.name}; completed steps are kept, and the same call continues") from stop
     return results_of(summary, home_folder)

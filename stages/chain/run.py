@@ -1,4 +1,4 @@
-"""The chain: plan a recipe; run, reuse or resume each step; write the run folder with its summary.
+"""Run, reuse or resume each step of a recipe, and write the run folder with its summary.
 
 <home>/registry/                          models made by steps
 <home>/runs/<recipe>/<UTC time>/<step>/   metrics and samples of a step; next to them summary.json and report.html;
@@ -12,224 +12,44 @@ from __future__ import annotations
 
 import fcntl
 import gc
-import json
 import os
 import platform
 import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from rich.table import Table
-
-from stages.chain.fingerprints import fingerprint_of, parts_of, settings_of, why
-from stages.chain.fitness import ModelChecks
-from stages.chain.pins import Commits, apart_from_folders, hub_inputs, is_known, pinned, resolve_commits
-from stages.chain.resolving import content_of, resolve
-from stages.chain.results import StoredResult, last_result, load_result, restore_files, save_result
-from stages.chain.texts import check_texts, tokenizer_digests
+from stages.chain.fingerprints import settings_of
+from stages.chain.pins import Commits, apart_from_folders, pinned, resolve_commits
+from stages.chain.planning import StepPlan, open_registry, plan, plan_step, plan_table, work_folder
+from stages.chain.results import StoredResult, load_result, restore_files, save_result
 from stages.config import StepConfig
-from stages.corpora.files import WORLD_ROWS, first_rows_of_world
-from stages.corpora.world.parts import PREFIX
-from stages.engines.checks import check_installed
-from stages.errors import DataError, RecipeError, doing
+from stages.errors import doing
 from stages.json_types import JsonObject
-from stages.labelling.waiting import WAITING
-from stages.models.adapters.stacks import check_folder
 from stages.models.precision import auto_precision, width_of
 from stages.process.console import announcing
 from stages.process.environment import launched_processes, wants_cpu
 from stages.process.gpus import peak_gpu_memory, visible_gpus
 from stages.process.hardware import cpu_name
-from stages.process.logs import held_log, without_repeats
-from stages.process.packages import missing_attention_package, missing_quantization_package
+from stages.process.logs import without_repeats
 from stages.process.runtime import AutoPrecision, Runtime
-from stages.process.storage import check_home, make_home, write_json
-from stages.recipe.schema import STAGES, Recipe, RecipeStep, data_inputs, imported, model_inputs
+from stages.process.storage import make_home, write_json
+from stages.recipe.schema import STAGES, Recipe, RecipeStep, imported
 from stages.registry.contents import remembered_hashes
-from stages.registry.ledger import Registry, installed_packages
-from stages.registry.record import FingerprintParts, ModelRecord
-from stages.registry.references import ResolvedModel
+from stages.registry.ledger import installed_packages
+from stages.registry.record import ModelRecord
 from stages.report.run_folder import read_run
 from stages.run_summary import Environment, RunSummary
 from stages.step import StepContext, StepResult
 from stages.tokens.dates import templates_at
 
 T = TypeVar("T")
-ACTION_STYLES = {"reuse": "green", "run": "yellow", "resume": "cyan"}
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """The plan for one step: whether it runs, resumes or is reused, and why."""
-
-    name: str
-    stage: str
-    action: str  # reuse | run | resume
-    reason: str
-    fingerprint: str | None  # None until all inputs exist
-    inputs: dict[str, str]  # field path -> model reference, if known
-    hub: dict[str, str] = field(default_factory=dict)  # field path -> owner/name@commit of Hub inputs
-    parts: FingerprintParts = field(default_factory=lambda: FingerprintParts())
-    models: dict[str, ResolvedModel] = field(default_factory=dict)
-    record: ModelRecord | None = None  # the reused version
-
-    def as_json(self) -> JsonObject:
-        return {key: getattr(self, key) for key in ("name", "stage", "action", "reason", "fingerprint", "inputs", "hub")}
-
-
-def open_registry(home: Path) -> Registry:
-    """The registry of a home. Raises StorageError if the home cannot be a folder."""
-    check_home(home)
-    return Registry(home / "registry")
-
-
-# Planning
-
-
-def plan(recipe: Recipe, home: Path, *, download: bool = True) -> list[StepPlan]:
-    """Plan every step of the recipe, and check the data of every step that would run. Loads no model.
-
-    Hub inputs are first resolved to commits and checked from metadata, unless the recipe is already pinned. ``download=False`` does not
-    download Hub data sets, so steps that read them are not checked.
-    """
-    if not recipe.is_pinned:
-        recipe = pinned(recipe, resolve_commits(recipe))
-    registry = open_registry(home)
-    models = ModelChecks(registry)
-    made: dict[str, ModelRecord | None] = {}
-    plans = []
-    with without_repeats(), remembered_hashes(home / "cache" / "plan.json") as memo:
-        for step in recipe.steps:
-            with doing(f"planning step {step.name!r} ({step.stage})"):
-                check_folders(step)
-                plans.append(plan_step(recipe, step, home, registry, made))
-            made[step.name] = plans[-1].record
-            if plans[-1].action != "reuse":
-                check_attention(step)
-                check_quantization(step)
-                check_installed(step.config)
-                if is_known(step):
-                    with doing(f"checking the models of step {step.name!r} ({step.stage})"):
-                        models.check(recipe, step)
-            if plans[-1].action != "reuse" and is_known(step) and (download or not on_hub(step)):
-                with doing(f"checking the data of step {step.name!r} ({step.stage})"):
-                    checked = fingerprint_of(parts_of(step, tokenizer_digests(recipe, step, registry)))
-                    memo.check_once(checked, partial(_check_data, recipe, step, registry))
-    return plans
-
-
-def _check_data(recipe: Recipe, step: RecipeStep, registry: Registry) -> None:
-    """Raise RecipeError or DataError for data that a step or one of its models cannot read.
-
-    Of the embedded world, the first rows are enough to see that they can be read. If they fail, all rows decide. Warnings of the failed
-    check are not shown, because the second one repeats them.
-    """
-    if not any(source.path.startswith(PREFIX) for sources in data_inputs(step.config).values() for source in sources):
-        _check_rows(recipe, step, registry)
-        return
-    try:
-        with first_rows_of_world(WORLD_ROWS), held_log():
-            _check_rows(recipe, step, registry)
-    except (DataError, RecipeError):
-        _check_rows(recipe, step, registry)
-
-
-def _check_rows(recipe: Recipe, step: RecipeStep, registry: Registry) -> None:
-    recipe.check_data(step)
-    check_texts(recipe, step, registry)
-
-
-def check_folders(step: RecipeStep) -> None:
-    """Raise ModelError if a folder that the step reads contains an adapter that cannot be loaded."""
-    for model in step.models.values():
-        if model.kind == "folder":
-            check_folder(ResolvedModel(model.input.ref, "folder", model.target, "", model.input))
-
-
-def check_attention(step: RecipeStep) -> None:
-    """Raise RecipeError if a model of the step needs an attention package that is not installed."""
-    for field_path, model in model_inputs(step.config).items():
-        if missing := missing_attention_package(model.attention):
-            raise RecipeError(
-                f"step {step.name}: {field_path}.attention={model.attention} cannot be used: {missing}. Write attention: auto"
-            )
-
-
-def check_quantization(step: RecipeStep) -> None:
-    """Raise RecipeError if the step quantizes a model, or has an optimizer, whose package is not installed."""
-    optimizer = getattr(getattr(step.config, "training", None), "optimizer", "adamw")
-    needed = {"training": ("none", optimizer)} | {name: (model.quantization, "adamw") for name, model in model_inputs(step.config).items()}
-    for field_path, (quantization, own) in needed.items():
-        if missing := missing_quantization_package(quantization, own):
-            raise RecipeError(f"step {step.name}: {field_path}: {missing}")
-
-
-def on_hub(step: RecipeStep) -> bool:
-    """Whether the step reads data from the Hub."""
-    return any(source.on_hub for sources in data_inputs(step.config).values() for source in sources)
-
-
-def plan_step(recipe: Recipe, step: RecipeStep, home: Path, registry: Registry, made: Mapping[str, ModelRecord | None]) -> StepPlan:
-    """Plan one step. ``made``: the models of earlier steps (None: not made yet)."""
-    read_on_hub = hub_inputs(step)
-    waiting = sorted({model.target for model in step.models.values() if model.kind == "step" and made[model.target] is None})
-    if waiting:
-        known = {field_path: model.target for field_path, model in step.models.items()}
-        subject = f"its input {waiting[0]} is" if len(waiting) == 1 else f"its inputs {', '.join(waiting)} are"
-        return StepPlan(step.name, step.stage, "run", f"{subject} made in this run", None, known, read_on_hub)
-    if not is_known(step):
-        known = {field_path: model.input.ref for field_path, model in step.models.items()}
-        return StepPlan(step.name, step.stage, "run", "its inputs on the Hub could not be looked up", None, known, read_on_hub)
-    models = {field_path: resolve(model, registry, made) for field_path, model in step.models.items()}
-    parts = parts_of(step, {field_path: content_of(model) for field_path, model in models.items()})
-    fingerprint = fingerprint_of(parts)
-    inputs = {field_path: model.record.ref if model.record is not None else model.ref for field_path, model in models.items()}
-
-    def planned(action: str, reason: str, record: ModelRecord | None = None) -> StepPlan:
-        return StepPlan(step.name, step.stage, action, reason, fingerprint, inputs, read_on_hub, parts, models, record)
-
-    name, damage = recipe.model_name(step), ""
-    if STAGES[step.stage].makes_model:
-        # A model that another recipe or sweep made with the same fingerprint is adopted under this step's name.
-        record = registry.find_fingerprint(fingerprint, name) or registry.find_fingerprint(fingerprint)
-        damage = "; ".join(registry.verify(record.ref)) if record is not None else ""
-        if record is not None and not damage:
-            return planned("reuse", f"{record.ref} was made with the same settings, inputs, data and code", record)
-        versions = [version.manifest["fingerprint_parts"] for version in registry.versions(name) if version.manifest["fingerprint"]]
-        last = versions[-1] if versions else None
-    else:
-        if load_result(home, fingerprint) is not None:
-            return planned("reuse", "its result exists with the same settings, inputs, data and code")
-        stored = last_result(home, name)
-        last = stored["fingerprint_parts"] if stored is not None else None
-    reason = why(last, parts) if last is not None else "never completed before"
-    if damage:
-        reason = f"{name} is damaged: {damage}"
-    work = _work_folder(home, fingerprint)
-    if (note := work / WAITING).is_file():
-        return planned("resume", f"it waits for annotators: {note.read_text(encoding='utf-8')}")
-    if work.is_dir() and any(work.iterdir()):
-        return planned("resume", f"an earlier run was interrupted; {reason}")
-    return planned("run", reason)
-
-
-def plan_table(plans: list[StepPlan], title: str) -> Table:
-    """The plan as a terminal table."""
-    table = Table("step", "stage", "action", "why", title=title, title_justify="left")
-    for step in plans:
-        table.add_row(step.name, step.stage, f"[{ACTION_STYLES[step.action]}]{step.action}[/]", step.reason)
-    return table
-
-
-# Running
 
 
 def run(recipe: Recipe, home: Path, runtime: Runtime, *, command: str | None = None) -> RunSummary:
@@ -330,7 +150,7 @@ class _Run:
     def _reuse(self, step: RecipeStep, planned: StepPlan) -> StepResult:
         assert planned.fingerprint is not None
         if self.runtime.is_main:  # left over if a run was interrupted between publishing and cleanup
-            self._clear(_work_folder(self.home, planned.fingerprint))
+            self._clear(work_folder(self.home, planned.fingerprint))
         if self.runtime.is_main:
             restore_files(self.home, planned.fingerprint, self.folder / step.name)
         kept = self.runtime.decide(lambda: load_result(self.home, str(planned.fingerprint)))
@@ -346,7 +166,7 @@ class _Run:
     def _run_alone(self, step: RecipeStep, planned: StepPlan) -> tuple[StepPlan, StepResult]:
         """Run a step under its lock. If another ``stages`` process has just finished the same step, reuse its result."""
         assert planned.fingerprint is not None
-        work = _work_folder(self.home, planned.fingerprint)
+        work = work_folder(self.home, planned.fingerprint)
         with self._held(work):
             # Decide again without the cache: every byte of the inputs is read.
             planned = self.runtime.decide(lambda: plan_step(self.recipe, step, self.home, self.registry, self.made))
@@ -546,10 +366,6 @@ def environment() -> Environment:
     }
 
 
-def _work_folder(home: Path, fingerprint: str) -> Path:
-    return home / "work" / fingerprint
-
-
 def _beside(work: Path, suffix: str) -> Path:
     """A file next to a step's work folder: a work folder with files means that there is something to resume."""
     return work.with_suffix(suffix)
@@ -571,9 +387,3 @@ def _point(link: Path, target: str) -> None:
 
 def _shown(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def plans_json(recipe: Recipe, plans: list[StepPlan], settings: Mapping[str, object] | None = None) -> str:
-    """The plan as JSON. ``settings`` are added per step."""
-    steps = [{**step.as_json(), **({"settings": settings[step.name]} if settings and step.name in settings else {})} for step in plans]
-    return json.dumps({"recipe": recipe.name, "seed": recipe.seed, "steps": steps}, indent=2)

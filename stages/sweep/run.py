@@ -19,6 +19,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from stages.chain import planning
 from stages.chain import run as chain
 from stages.chain.pins import Commits, pinned, resolve_commits
 from stages.errors import RecipeError, StagesError
@@ -100,7 +101,7 @@ class Sweep:
 
 def load_sweep(path: str, arguments: Sequence[str], home: Path, name: str | None = None, until: str | None = None) -> Sweep:
     """Validate every combination before anything runs. Steps after ``until`` are removed. Raises RecipeError for the first invalid one."""
-    registry = chain.open_registry(home)
+    registry = planning.open_registry(home)
     grid = read_grid(path, arguments, registry)
     name = name or grid.name
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) is None:
@@ -124,7 +125,7 @@ def plan_table(sweep: Sweep, home: Path) -> Table:
     table = Table("run", "makes", "reuses", title=f"{sweep.name}: {len(sweep.recipes)} runs", title_justify="left")
     commits = Commits()
     for point, recipe in sweep.recipes:
-        plans = chain.plan(pinned(recipe, resolve_commits(recipe, commits)), home)
+        plans = planning.plan(pinned(recipe, resolve_commits(recipe, commits)), home)
         made = [plan.name for plan in plans if plan.action != "reuse"]
         table.add_row(str(point), ", ".join(made) or "nothing", str(len(plans) - len(made)))
     return table
@@ -180,7 +181,7 @@ def _run_point(
 
 def _finished(recipe: Recipe, home: Path, earlier: Mapping[str, str]) -> tuple[RunSummary, str] | None:
     """(summary, run folder) of an earlier run of this sweep with the same result; None if there is none."""
-    plans = chain.plan(recipe, home)
+    plans = planning.plan(recipe, home)
     if any(plan.action != "reuse" for plan in plans):
         return None
     folder = earlier.get(_key({plan.name: plan.fingerprint for plan in plans}))

@@ -179,7 +179,7 @@ def test_role_that_the_template_refuses_gives_one_message_before_a_model_is_load
 
 def test_plan_refuses_a_role_that_the_template_of_a_later_step_refuses(folder) -> None:
     """The prompts of the last step are refused before the first one trains."""
-    from stages.chain.run import plan
+    from stages.chain.planning import plan
     from stages.errors import DataError
     from stages.recipe.schema import load_recipe
 
@@ -198,7 +198,7 @@ def test_plan_refuses_a_role_that_the_template_of_a_later_step_refuses(folder) -
 
 
 def test_the_plan_checks_the_data_again_after_the_template_of_a_local_model_changed(folder) -> None:
-    from stages.chain.run import plan
+    from stages.chain.planning import plan
     from stages.errors import DataError
     from stages.recipe.schema import load_recipe
 

@@ -19,7 +19,7 @@ from transformers import (
 
 from stages.chain import fitness
 from stages.chain.fitness import read_config
-from stages.chain.run import plan
+from stages.chain.planning import plan
 from stages.errors import RecipeError
 from stages.recipe.schema import load_recipe
 

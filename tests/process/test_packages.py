@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from stages.chain.run import check_attention, check_quantization
+from stages.chain.planning import check_attention, check_quantization
 from stages.config import ModelInput
 from stages.errors import RecipeError
 from stages.process import packages

@@ -102,7 +102,7 @@ def test_an_adapter_trained_on_a_merged_quantized_stack_loads_as_it_was_trained(
 @pytest.fixture
 def plan_of(tmp_path: Path, tiny_llama_folder: Path) -> Any:
     """plan_of(folder) -> plans of a recipe whose last step reads the model in ``folder`` as its reference."""
-    from stages.chain.run import plan
+    from stages.chain.planning import plan
     from stages.recipe.schema import load_recipe
 
     (tmp_path / "sft.jsonl").write_text('{"prompt": "a b", "completion": "c"}\n' * 4)
