@@ -175,7 +175,7 @@ main() {
         local argument
         for argument in "$@"; do
             if [[ ($argument == *.yaml || $argument == *.yml) && $argument != *=* && ! -f $argument && $argument != recipes/accelerate/* ]]; then
-                fail "no recipe at $argument; shipped recipes: $(cd "$repository" && echo recipes/*.yaml)"
+                fail "no recipe at $argument; included recipes: $(cd "$repository" && echo recipes/*.yaml)"
             fi
         done
         ensure_environment

@@ -36,7 +36,7 @@ def run(
 ) -> Results:
     """Run a recipe and return its results. Completed steps are reused.
 
-    ``recipe`` is a file, the name of a shipped recipe, or a list of steps: mappings as in a recipe, whose values may also be models, data
+    ``recipe`` is a file, the name of an included recipe, or a list of steps: mappings as in a recipe, whose values may also be models, data
     sets and functions in memory. ``name`` and ``seed`` are then the recipe's. ``overrides`` maps paths to values: ``{"aligned.kl.coef":
     0.1}``. ``home`` is the folder for all results (default: STAGES_HOME, else ``outputs``).
 

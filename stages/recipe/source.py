@@ -254,7 +254,7 @@ def _opened(child: object, key: str | int, field: str) -> object:
 
 
 def find_recipe(path: Path | str) -> Path:
-    """The file at ``path``, else the shipped recipe of that name (``quickstart``). Any other path is returned unchanged."""
+    """The file at ``path``, else the included recipe of that name (``quickstart``). Any other path is returned unchanged."""
     path = Path(path)
     return path if path.exists() else shipped_recipes().get(str(path), path)
 
@@ -280,13 +280,13 @@ def read(path: Path | str) -> RecipeSource:
 
 
 def _recipes_near(path: Path) -> str:
-    """The recipe that ``path`` may mean, else some of the recipes in its folder and the shipped ones."""
+    """The recipe that ``path`` may mean, else some of the recipes in its folder and the included ones."""
     nearby = [str(item) for item in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
     shipped = sorted(shipped_recipes())
     if (advice := nearest(path, [*nearby, *shipped])).startswith("did you mean"):
         return advice
     listed = f"{', '.join(nearby[:MOST_LISTED])}{f' and {len(nearby) - MOST_LISTED} more' if len(nearby) > MOST_LISTED else ''}"
-    return f"known: {listed}; shipped: {', '.join(shipped)}" if nearby else f"known: {', '.join(shipped)}"
+    return f"known: {listed}; included: {', '.join(shipped)}" if nearby else f"known: {', '.join(shipped)}"
 
 
 def parse_value(text: str, location: str) -> object:

@@ -279,12 +279,12 @@ def test_missing_recipe_lists_recipes_nearby() -> None:
         load_recipe("recipes/y.yaml")
 
 
-def test_a_shipped_recipe_is_suggested_next_to_those_of_the_folder() -> None:
+def test_an_included_recipe_is_suggested_next_to_those_of_the_folder() -> None:
     for number in range(12):
         Path(f"mine{number:02}.yaml").write_text(GOOD)
     with pytest.raises(RecipeError, match=re.escape("quikstart: no such recipe; did you mean 'quickstart'?")):
         load_recipe("quikstart")
-    with pytest.raises(RecipeError, match=r"known: mine00.yaml, .*, mine07.yaml and 4 more; shipped: assistant, "):
+    with pytest.raises(RecipeError, match=r"known: mine00.yaml, .*, mine07.yaml and 4 more; included: assistant, "):
         load_recipe("zzz")
 
 
