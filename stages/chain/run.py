@@ -3,7 +3,7 @@
 <home>/registry/                          models made by steps
 <home>/runs/<recipe>/<UTC time>/<step>/   metrics and samples of a step; next to them summary.json and report.html;
                                           ``latest`` links to the newest run
-<home>/work/<fingerprint>/                checkpoints of a running step; removed when it is done
+<home>/work/<fingerprint>/                checkpoints of a running step (work.py)
 <home>/results/<fingerprint>/             results and logs of steps, for runs that reuse them
 <home>/cache/plan.json                    cached results of planning; may be deleted
 """
@@ -14,12 +14,11 @@ import fcntl
 import gc
 import os
 import platform
-import shutil
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -27,8 +26,9 @@ from typing import TypeVar
 
 from stages.chain.fingerprints import settings_of
 from stages.chain.pins import Commits, apart_from_folders, pinned, resolve_commits
-from stages.chain.planning import StepPlan, open_registry, plan, plan_step, plan_table, work_folder
+from stages.chain.planning import StepPlan, open_registry, plan, plan_step, plan_table
 from stages.chain.results import StoredResult, load_result, restore_files, save_result
+from stages.chain.work import beside, clear, first_start_time, note_step, other_attempt, work_folder
 from stages.config import StepConfig
 from stages.errors import doing
 from stages.json_types import JsonObject
@@ -44,6 +44,7 @@ from stages.recipe.schema import STAGES, Recipe, RecipeStep, imported
 from stages.registry.contents import remembered_hashes
 from stages.registry.ledger import installed_packages
 from stages.registry.record import ModelRecord
+from stages.report.circumstances import bytes_text
 from stages.report.run_folder import read_run
 from stages.run_summary import Environment, RunSummary
 from stages.step import StepContext, StepResult
@@ -102,7 +103,7 @@ class _Run:
         self._write_summary()
         if self.runtime.is_main:
             _point(self.folder.parent / "latest", self.folder.name)
-        self.runtime.console.print(plan_table(self.plans, f"{self.recipe.name}: {len(self.plans)} steps"))
+        self.runtime.console.print(plan_table(self.plans, self.recipe.name))
 
     def do(self, step: RecipeStep, planned: StepPlan) -> None:
         began = time.monotonic()
@@ -150,7 +151,7 @@ class _Run:
     def _reuse(self, step: RecipeStep, planned: StepPlan) -> StepResult:
         assert planned.fingerprint is not None
         if self.runtime.is_main:  # left over if a run was interrupted between publishing and cleanup
-            self._clear(work_folder(self.home, planned.fingerprint))
+            clear(work_folder(self.home, planned.fingerprint))
         if self.runtime.is_main:
             restore_files(self.home, planned.fingerprint, self.folder / step.name)
         kept = self.runtime.decide(lambda: load_result(self.home, str(planned.fingerprint)))
@@ -173,12 +174,24 @@ class _Run:
             if planned.action == "reuse":
                 return planned, self._reuse(step, planned)
             self.runtime.console.rule(f"[bold]{step.name}[/] ({step.stage}): {planned.action}, {planned.reason}", align="left")
+            if self.runtime.is_main and planned.action == "run":
+                self._report_other_attempt(step, work)
             result = self._run_stage(step, planned, work)
             if self.runtime.is_main:
                 self._keep(step, planned, result)
-                self._clear(work)
+                clear(work)
             self.runtime.wait_for_everyone()
         return planned, result
+
+    def _report_other_attempt(self, step: RecipeStep, work: Path) -> None:
+        """Print where the checkpoints of an interrupted run with other settings are: they can be large, and nothing removes them."""
+        if (other := other_attempt(work, self.recipe.model_name(step))) is None:
+            return
+        self._announce(
+            step,
+            f"an interrupted run with other settings, data or code left {bytes_text(other.size())} of checkpoints in {_shown(other.work)}. "
+            "They are used again only with exactly those; otherwise delete the folder",
+        )
 
     def _run_stage(self, step: RecipeStep, planned: StepPlan, work: Path) -> StepResult:
         began = time.monotonic()
@@ -186,6 +199,7 @@ class _Run:
         if self.runtime.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             work.mkdir(parents=True, exist_ok=True)
+            note_step(work, self.recipe.model_name(step), planned.parts)
         self.runtime.begin_step(step.seed, self._auto_precision(step, planned, work))
         self.runtime.wait_for_everyone()
         context = StepContext(
@@ -205,7 +219,7 @@ class _Run:
         )
         try:
             at, announced = (
-                templates_at(self.runtime.decide(lambda: first_start_time(_beside(work, ".began")))),
+                templates_at(self.runtime.decide(lambda: first_start_time(work))),
                 announcing(partial(self._announce, step)),
             )
             with doing(f"step {step.name!r} ({step.stage})", folder), announced, at:
@@ -227,7 +241,7 @@ class _Run:
             return None
         trained = [planned.models[name] for name in ("policy", "model") if name in planned.models]
         architecture = getattr(step.config, "architecture", None)
-        kept = _beside(work, ".precision.json")
+        kept = beside(work, ".precision.json")
         return self.runtime.decide(
             lambda: auto_precision(lambda: width_of(trained or planned.models.values(), architecture), self.home / "cache", kept=kept)
         )
@@ -249,13 +263,6 @@ class _Run:
             "packages": installed_packages(),
         }
 
-    def _clear(self, work: Path) -> None:
-        shutil.rmtree(work, ignore_errors=True)
-        # A process that waits for the lock will find the step done, so removing the lock file is safe.
-        _beside(work, ".lock").unlink(missing_ok=True)
-        _beside(work, ".precision.json").unlink(missing_ok=True)
-        _beside(work, ".began").unlink(missing_ok=True)
-
     def _keep(self, step: RecipeStep, planned: StepPlan, result: StepResult) -> None:
         kept: StoredResult = {
             "name": self.recipe.model_name(step),
@@ -274,7 +281,7 @@ class _Run:
             yield
             return
         work.parent.mkdir(parents=True, exist_ok=True)
-        lock = _beside(work, ".lock")
+        lock = beside(work, ".lock")
         with lock.open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -337,15 +344,6 @@ class _Run:
                 suffix += 1
 
 
-def first_start_time(kept: Path) -> datetime:
-    """The time at which a step began for the first time, for chat templates that write the date. It is stored in the file ``kept``."""
-    with suppress(OSError, ValueError):
-        return datetime.fromisoformat(kept.read_text(encoding="utf-8"))
-    now = datetime.now().replace(microsecond=0)
-    kept.write_text(now.isoformat(), encoding="utf-8")
-    return now
-
-
 def run_function(stage: str) -> Callable[[StepConfig, StepContext], StepResult]:
     """The function that runs a step of a stage. Imports its module."""
     function: Callable[[StepConfig, StepContext], StepResult] = imported(STAGES[stage].run)
@@ -364,11 +362,6 @@ def environment() -> Environment:
         "gpus": visible_gpus(),
         "packages": installed_packages(),
     }
-
-
-def _beside(work: Path, suffix: str) -> Path:
-    """A file next to a step's work folder: a work folder with files means that there is something to resume."""
-    return work.with_suffix(suffix)
 
 
 def _free_memory() -> None:

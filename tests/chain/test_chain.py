@@ -48,10 +48,10 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stages.report.page.write_report", lambda run: Written(run.path / "report.html", 0, []))
 
 
-def run(*overrides: str, home: str = "home") -> dict[str, Any]:
+def run(*overrides: str, home: str = "home", quiet: bool = True) -> dict[str, Any]:
     path = Path(home)
     recipe = load_recipe("quick.yaml", overrides, Registry(path / "registry"))
-    return chain.run(recipe, path, Runtime(quiet=True))
+    return chain.run(recipe, path, Runtime(quiet=quiet))
 
 
 def plan(*overrides: str, home: str = "home") -> dict[str, tuple[str, str]]:
@@ -270,6 +270,23 @@ def test_interrupted_step_is_resumed_from_its_checkpoint() -> None:
     summary = run("sft.stop_after=2")
     assert actions(summary)["sft"] == "resume"
     assert summary["steps"][1]["metrics"]["first_step"] == 2
+    assert list(Path("home/work").iterdir()) == []
+
+
+def test_interrupted_run_with_other_settings_is_named_with_its_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError, match="the machine failed"):
+        run("sft.stop_after=2", "sft.rate=2.0")
+    left = next(path for path in Path("home/work").iterdir() if path.is_dir())
+    expected = (
+        "run",
+        "never completed before. Not continued: an interrupted run (setting changed: rate (2.0 -> 3.0), stop_after (2 -> None))",
+    )
+    assert plan("sft.rate=3.0")["sft"] == expected
+    run("sft.rate=3.0", quiet=False)
+    assert f"of checkpoints in {left}" in " ".join(capsys.readouterr().out.split())
+    # The earlier settings continue the earlier run; then nothing is left.
+    assert plan("sft.stop_after=2", "sft.rate=2.0")["sft"][0] == "resume"
+    assert run("sft.stop_after=2", "sft.rate=2.0")["steps"][1]["metrics"]["first_step"] == 2
     assert list(Path("home/work").iterdir()) == []
 
 
