@@ -278,7 +278,7 @@ def plan(
         )
         return
     console = _runtime().console
-    console.print(planning.plan_table(plans, f"{loaded.name}: {len(plans)} steps"))
+    console.print(planning.plan_table(plans, loaded.name))
     for notice in loaded.notices():
         console.print(notice, markup=False, soft_wrap=True)
     for message in commits.unreached:

@@ -161,18 +161,22 @@ class RecipeSource:
         self.former[new] = str(old[-1])
 
     def override(self, text: str, rename: Callable[[Steps], Steps] = lambda path: path) -> None:
-        """Apply ``step.field=value`` (or ``seed=8``). ``rename``: the path today of a path. Raises RecipeError that names the override."""
+        """Apply ``step.field=value`` (or ``seed=8``), or ``step.field+=value``, which adds to a list.
+
+        ``rename``: the path today of a path. Raises RecipeError that names the override.
+        """
         target, separator, written = text.partition("=")
         if not separator:
             raise RecipeError(f"override {text!r}: expected step.field=value, e.g. sft.training.epochs=2 or seed=8")
+        adds, target = target.rstrip().endswith("+"), target.strip().removesuffix("+").rstrip()
         try:
-            written_path = self._locate(parse_path(target.strip()), target.strip())
+            written_path = self._locate(parse_path(target), target)
             path = rename(written_path)
             value, _ = _parse(written, "value")
         except (ValueError, RecipeError) as error:
             raise RecipeError(f"override {text!r}: {error}") from error
         try:
-            self._assign(path, value)
+            self._assign(path, [*self._items(path), *(value if isinstance(value, list) else [value])] if adds else value)
         except (KeyError, IndexError, TypeError) as error:
             raise RecipeError(f"override {text!r}: {error.args[0]}") from error
         for known in (self.lines, self.overrides):
@@ -199,6 +203,21 @@ class RecipeSource:
         known = [name for name in names if name] + list(HEADER)
         raise ValueError(f"the recipe has no step {parts[0]!r}; {nearest(parts[0], known)}")
 
+    def _items(self, path: Steps) -> list[object]:
+        """The items of the list at ``path``; one if a single data source is written there.
+
+        Raises TypeError for another value, and for a field that the recipe does not write: its default or its preset may have items.
+        """
+        value: object = self.content
+        for depth, key in enumerate(path):
+            value = _child(value, key, show(path[:depth])) if value is not None else None
+        if value is None:
+            raise TypeError(f"the recipe does not write {show(path)}, so += has no list to add to; write the complete list with =")
+        items = _opened(value, 0, "")
+        if not isinstance(items, list):
+            raise TypeError(f"{show(path)} is {items!r:.80}, not a list; += adds to a list, and = replaces a value")
+        return items
+
     def _assign(self, path: Steps, value: object) -> None:
         node: object = self.content
         for depth, key in enumerate(path):
@@ -221,7 +240,8 @@ def _child(node: object, key: str | int, here: str) -> object:
         if not isinstance(node, list):
             raise TypeError(f"{here} is not a list, so it has no item [{key}]")
         if key >= len(node):
-            raise IndexError(f"{here} has {len(node)} items; there is no item [{key}]")
+            count = f"{len(node)} item{'s' if len(node) != 1 else ''}"
+            raise IndexError(f"{here} has {count}; there is no item [{key}]. Count from [0]; += adds an item")
         return node[key]
     if not isinstance(node, dict):
         raise TypeError(f"{here} is {node!r}, not a block of fields, so it has no field {key!r}")
@@ -281,7 +301,8 @@ def read(path: Path | str) -> RecipeSource:
 
 def _recipes_near(path: Path) -> str:
     """The recipe that ``path`` may mean, else some of the recipes in its folder and the included ones."""
-    nearby = [str(item) for item in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
+    files = path.parent.glob("*.yaml") if path.parent.is_dir() else []
+    nearby = [str(item) for item in sorted(files) if not item.name.startswith(".")]
     shipped = sorted(shipped_recipes())
     if (advice := nearest(path, [*nearby, *shipped])).startswith("did you mean"):
         return advice

@@ -43,6 +43,7 @@ def write_page(html: str, path: Path) -> int:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise StorageError(
-            f"the page cannot be written to {path}: {error.strerror or error}; free some space, or choose another path"
+            f"the page cannot be written to {path}: {error.strerror or error}; free some space, or choose another file "
+            "(stages report RUN --out FILE)"
         ) from error
     return len(content)

@@ -4,6 +4,7 @@ aligned.kl.coef=[0.01,0.1]              an axis with two values
 small.kl.coef+large.kl.coef=[0.01,0.1]  one axis; both fields get the same value
 sft.data=[[a.jsonl],[a.jsonl,b.jsonl]]  values that are lists
 aligned.rollout_batch_size=32           the same in every run
+aligned.monitors+={model: judge}        an item that is added to a list in every run
 seeds=3   seeds=[7,11]   aligned.seeds=3   a number of seeds, starting at the recipe's (or step's), or a list; for all steps, or one step
 """
 
@@ -89,13 +90,16 @@ def read_grid(path: str, arguments: Sequence[str], registry: Registry | None = N
     axes: list[Axis] = []
     counts: dict[str, int | list[int]] = {}
     fixed: list[str] = []
+    added: list[str] = []
     for argument in arguments:
         target, separator, written = argument.partition("=")
         target = target.strip()
         if not separator:
             raise RecipeError(f"{argument!r}: expected field=[value, value], field=value or seeds=3")
         value = parse_value(written, argument)
-        if target.rpartition(".")[2] == SEEDS:
+        if target.endswith("+"):
+            added.append(argument)
+        elif target.rpartition(".")[2] == SEEDS:
             counts[target.removesuffix(SEEDS) + "seed"] = _checked_seeds(value, argument)
         elif isinstance(value, list):
             if not value:
@@ -104,8 +108,9 @@ def read_grid(path: str, arguments: Sequence[str], registry: Registry | None = N
         else:
             fixed += [f"{part.strip()}={written}" for part in target.split("+")]
     varied = [part for axis in axes for part in axis.fields]
-    _check_once([*varied, *(text.partition("=")[0] for text in fixed)])
+    _check_once([*varied, *(text.partition("=")[0] for text in fixed), *{text.partition("+=")[0].strip() for text in added}])
     _check_once([*varied, *counts])  # seed=5 seeds=3 is allowed: three seeds starting at 5
+    fixed += added
     base = load_recipe(path, fixed, registry)
     seeds = {target: _seeds(target, count, base) for target, count in counts.items()}
     if len({len(values) for values in seeds.values()}) > 1:

@@ -155,6 +155,17 @@ def test_good_recipe_is_read_completely(tmp_path: Path) -> None:
         ("sft.data.train[0].revision=v1", lambda recipe: recipe.steps[1].config.data.train[0].revision, "v1"),
         ("aligned.policy.revision=v1", lambda recipe: recipe.steps[2].config.policy.revision, "v1"),
         ("sft.data.train[0].limit=10", lambda recipe: recipe.steps[1].config.data.train[0].limit, 10),
+        (
+            "aligned.reward+={model: sft, weight: 2}",
+            lambda recipe: [item.weight for item in recipe.steps[2].config.reward],
+            [1.0, 0.3, 2.0],
+        ),
+        ("aligned.reward += [{model: sft}]", lambda recipe: [item.weight for item in recipe.steps[2].config.reward], [1.0, 0.3, 1.0]),
+        (
+            "base.data.train+=world:more",
+            lambda recipe: [item.path for item in recipe.steps[0].config.data.train],
+            ["world:raw", "world:more"],
+        ),
     ],
 )
 def test_an_override_sets_one_field(override: str, read: object, expected: object) -> None:
@@ -257,6 +268,10 @@ def test_a_wrong_recipe_gets_one_clear_message(text: str, message: str) -> None:
         ("sft=2", "'sft' is a step; add the field to set"),
         ("sft.training.epochs", "expected step.field=value"),
         ("aligned.reward[2].weight=1", "steps[2].reward has 2 items; there is no item [2]"),
+        ("aligned.reward[2].weight=1", "Count from [0]; += adds an item"),
+        ("sft.training.epochs+=1", "steps[1].training.epochs is 2, not a list; += adds to a list, and = replaces a value"),
+        ("sft.training+=1", "not a list; += adds to a list"),
+        ("sft.labels+=a", "the recipe does not write steps[1].labels, so += has no list to add to; write the complete list with ="),
         ("sft.training[0]=1", "steps[1].training is not a list"),
         ("sft.training.epochs.more=1", "steps[1].training.epochs is 2, not a block of fields"),
         ("sft.training=[1", "override 'sft.training=[1': value:1"),

@@ -91,6 +91,15 @@ def test_fields_that_vary_together_seeds_of_a_step_and_lists_as_values() -> None
     assert overrides() == [()]
 
 
+def test_an_item_is_added_to_a_list_in_every_run() -> None:
+    assert overrides("sft.data+=[a.txt]", "sft.rate=[1.0,2.0]") == [
+        ("sft.data+=[a.txt]", "sft.rate=1.0"),
+        ("sft.data+=[a.txt]", "sft.rate=2.0"),
+    ]
+    with pytest.raises(RecipeError, match="sft.data is given more than once"):
+        overrides("sft.data+=a.txt", "sft.data=[[a.txt],[b.txt]]")
+
+
 def test_sweep_name_contains_the_varied_fields() -> None:
     assert read_grid("quick.yaml", ["base.rate+sft.rate=[1.0]", "side.rate=[2.0]"]).name == "base.rate-sft.rate-side.rate"
     assert read_grid("quick.yaml", ["seeds=2"]).name == "seeds"
