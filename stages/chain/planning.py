@@ -15,7 +15,9 @@ from stages.chain.fitness import ModelChecks
 from stages.chain.pins import hub_inputs, is_known, pinned, resolve_commits
 from stages.chain.resolving import content_of, resolve
 from stages.chain.results import last_result, load_result
+from stages.chain.roles import check_roles
 from stages.chain.texts import check_texts, tokenizer_digests
+from stages.chain.work import is_begun, other_attempt, work_folder
 from stages.corpora.files import WORLD_ROWS, first_rows_of_world
 from stages.corpora.world.parts import PREFIX
 from stages.engines.checks import check_installed
@@ -60,11 +62,6 @@ def open_registry(home: Path) -> Registry:
     return Registry(home / "registry")
 
 
-def work_folder(home: Path, fingerprint: str) -> Path:
-    """The folder for the checkpoints of the step with this fingerprint."""
-    return home / "work" / fingerprint
-
-
 def plan(recipe: Recipe, home: Path, *, download: bool = True) -> list[StepPlan]:
     """Plan every step of the recipe, and check the data of every step that would run. Loads no model.
 
@@ -86,6 +83,7 @@ def plan(recipe: Recipe, home: Path, *, download: bool = True) -> list[StepPlan]
             made[step.name] = planned.record
             if planned.action == "reuse":
                 continue
+            check_roles(recipe, step, registry)
             check_attention(step)
             check_quantization(step)
             check_installed(step.config)
@@ -206,13 +204,16 @@ def _action(before: _Before, name: str, parts: FingerprintParts, work: Path) -> 
         reason = f"{name} is damaged: {before.damage}"
     if (note := work / WAITING).is_file():
         return "resume", f"it waits for annotators: {note.read_text(encoding='utf-8')}"
-    if work.is_dir() and any(work.iterdir()):
+    if is_begun(work):
         return "resume", f"an earlier run was interrupted; {reason}"
+    if (other := other_attempt(work, name)) is not None:
+        return "run", f"{reason}. Not continued: an interrupted run ({why(other.parts, parts)})"
     return "run", reason
 
 
-def plan_table(plans: list[StepPlan], title: str) -> Table:
-    """The plan as a terminal table."""
+def plan_table(plans: list[StepPlan], recipe: str) -> Table:
+    """The plan as a terminal table. ``recipe`` is its name."""
+    title = f"{recipe}: {len(plans)} step{'s' if len(plans) != 1 else ''}"
     table = Table("step", "stage", "action", "why", title=title, title_justify="left")
     for step in plans:
         table.add_row(step.name, step.stage, f"[{ACTION_STYLES[step.action]}]{step.action}[/]", step.reason)

@@ -123,8 +123,13 @@ def load_language_model(
     ``tokenizer``: grow the embedding if the tokenizer has more tokens than the embedding has rows; with ``lora`` the new rows are trained.
     ``trainable=False`` freezes all weights and sets evaluation mode. ``dropout=False`` disables dropout, because PPO needs
     log-probabilities that are equal in every forward pass.
+
+    Raises ModelError for a version of the registry that predicts scores: its weights would load, but it was not trained to write texts.
     """
     model = as_resolved(model)
+    if model.record is not None and model.record.role in ("reward_model", "value_model", "classifier"):
+        role = model.record.role.replace("_", " ")
+        raise ModelError(f"{model.ref!r} is a {role}, which predicts scores; expected a language model")
     loaded, new_rows = _load(AutoModelForCausalLM, model, dtype, tokenizer, trainable, lora)
     require_causal(loaded, model.ref)
     return _finish(loaded, new_rows, model, lora, "CAUSAL_LM", trainable, dropout)

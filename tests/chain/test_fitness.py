@@ -94,3 +94,67 @@ def test_the_config_of_a_model_is_read_once_for_all_steps(tiny_llama_folder: Pat
     last = f"stage: evaluation, candidates: {{a: sft, b: {tiny_llama_folder}, c: {tiny_llama_folder}}}, data: rows.jsonl, "
     planned(tmp_path, tiny_llama_folder, f"{last} judges: [{{function: 'os:getcwd'}}]")
     assert read == [str(tiny_llama_folder)]
+
+
+# Roles: which kind of model a field reads
+
+CHAIN = """
+name: roles
+steps:
+  - {{stage: sft, name: sft, model: {llama}, data: {{train: rows.jsonl}}}}
+  - {{stage: reward_model, name: judge, model: sft, data: {{train: rows.jsonl}}}}
+  - {{stage: sentiment, name: taste, model: {bert}, data: {{train: reviews.jsonl}}}}
+  - {{name: last, {last}}}
+"""
+
+
+def planned_after_all(tmp_path: Path, llama: Path, bert: Path, last: str) -> Any:
+    """Plan a recipe whose step ``last`` can read a language model, a reward model and a classifier of earlier steps."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b", "chosen": "b", "rejected": "c"}\n' * 20)
+    (tmp_path / "reviews.jsonl").write_text('{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n' * 10)
+    path = tmp_path / "roles.yaml"
+    path.write_text(CHAIN.format(llama=llama, bert=bert, last=last))
+    return plan(load_recipe(path), tmp_path / "home")
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        ("stage: ppo, policy: judge, reward: [{model: judge}], data: rows.jsonl", "policy: 'judge' is a reward model; expected a language"),
+        ("stage: ppo, policy: taste, reward: [{model: judge}], data: rows.jsonl", "policy: 'taste' is a classifier; expected a language"),
+        (
+            "stage: ppo, policy: sft, reward: [{model: sft}], data: rows.jsonl",
+            r"reward\[0\].model: 'sft' is a language model; a reward needs",
+        ),
+        ("stage: ppo, policy: sft, reward: [{model: taste}], data: rows.jsonl", "'taste' is a classifier; set label to the class"),
+        (
+            "stage: ppo, policy: sft, reward: [{model: judge, label: 1}], data: rows.jsonl",
+            "'judge' is a reward model; expected a classifier",
+        ),
+        ("stage: sft, model: judge, data: {train: rows.jsonl}", "model: 'judge' is a reward model; expected a language model"),
+        ("stage: dpo, model: sft, reference: judge, data: {train: rows.jsonl}", "reference: 'judge' is a reward model"),
+        ("stage: reward_model, model: taste, data: {train: rows.jsonl}", "model: 'taste' is a classifier; expected a language model or a"),
+        (
+            "stage: evaluation, candidates: {a.b: sft, c: judge}, data: rows.jsonl, judges: [{model: judge}]",
+            "candidates.c: 'judge' is a reward model",
+        ),
+    ],
+)
+def test_a_model_in_the_field_of_another_role_is_refused_at_the_plan(
+    last: str, message: str, models: Path, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=rf"roles.yaml:7: steps\[3\] \(last\): .*{message}"):
+        planned_after_all(tmp_path, tiny_llama_folder, models / "bert", last)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        "stage: ppo, policy: sft, value: judge, reward: [{model: judge}, {model: taste, label: 1}], data: rows.jsonl",
+        "stage: reward_model, model: judge, data: {train: rows.jsonl}",
+        "stage: evaluation, candidates: {a.b: {model: sft, best_of: {n: 2, reward: {model: judge}}}, c: sft}, data: rows.jsonl, "
+        "judges: [{model: judge}]",
+    ],
+)
+def test_models_of_the_expected_roles_are_planned(last: str, models: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    assert len(planned_after_all(tmp_path, tiny_llama_folder, models / "bert", last)) == 4

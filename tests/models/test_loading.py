@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -283,3 +285,10 @@ def test_mixture_of_experts_is_loaded_without_its_router_loss(family: str, tmp_p
             with torch.no_grad():
                 assert token == int(model(input_ids=torch.tensor([prompt])).logits[0, -1].argmax())
             prompt = [*prompt, token]
+
+
+@pytest.mark.parametrize("role", ["reward_model", "value_model", "classifier"])
+def test_a_model_that_predicts_scores_is_not_loaded_as_a_language_model(role: str, resolve_folder: Any, tiny_llama_folder: Path) -> None:
+    model = replace(resolve_folder(tiny_llama_folder), record=SimpleNamespace(role=role))
+    with pytest.raises(ModelError, match=f"is a {role.replace('_', ' ')}, which predicts scores; expected a language model"):
+        load_language_model(model, dtype=torch.float32)
