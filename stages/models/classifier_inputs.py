@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stages.sampling.support import PASS_FAILURES, plain_model
 from stages.tokens.positions import readable_length
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from stages.model_types import TransformersModel
 
@@ -72,7 +73,6 @@ def padding_of(model: TransformersModel, tokenizer: PreTrainedTokenizerBase) -> 
     rows = [row_of(tokenizer(text, verbose=False, **cut), arguments_of(model)) for text in TEXTS]
     if pad is None or any(not row.get("input_ids") or row["input_ids"][-1] == pad for row in rows):
         return "right"
-    # The first token is repeated, not the last one: T5 and BART need the same number of end tokens in all rows.
     longest: Row = {name: [*[values[0]] * COLUMNS, *values] for name, values in rows[-1].items()}
     sides: tuple[Padding, Padding] = ("right", "left")
     try:
@@ -98,17 +98,32 @@ def _logits(model: TransformersModel, rows: Sequence[Row], pad: int, padding: Pa
     return logits
 
 
-def readable_groups(groups: Sequence[Sequence[int]], rows: Sequence[Row], config: PretrainedConfig) -> list[list[int]]:
-    """``groups`` of indices of ``rows``, divided where the classifier needs the same number of end tokens in all rows of a pass (BART, T5).
+def allow_end_tokens(model: PreTrainedModel) -> None:
+    """Let an encoder-decoder classifier (BART, T5) read rows with different numbers of end tokens. The name of its class stays the same.
 
-    A text may contain the end token.
+    It reads its class at the last end token, and transformers refuses such rows, because it selects all end tokens first. Here the head
+    sees only the last one of each row; the transformer gets the ids of the texts.
     """
-    end = getattr(config, "eos_token_id", None) if getattr(config, "is_encoder_decoder", False) else None
-    parts: dict[tuple[int, int], list[int]] = {}
-    for number, group in enumerate(groups):
-        for index in group:
-            parts.setdefault((number, rows[index]["input_ids"].count(end) if isinstance(end, int) else 0), []).append(index)
-    return list(parts.values())
+    kind, end = type(model), model.config.eos_token_id
+    if not model.config.is_encoder_decoder or not isinstance(end, int):
+        return
+
+    @wraps(kind.forward)
+    def forward(self: Any, input_ids: Tensor, **named: Any) -> Any:
+        def with_ids_of_the_texts(_: nn.Module, inputs: tuple[Any, ...], others: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return (), {**others, "input_ids": input_ids}
+
+        ends = input_ids == end
+        earlier = ends & (ends.flip(1).cumsum(1).flip(1) > 1)
+        if hasattr(self, "_shift_right"):  # T5 makes the ids of the decoder outside its transformer
+            named = {"decoder_input_ids": self._shift_right(input_ids), **named}
+        hook = getattr(self, self.base_model_prefix).register_forward_pre_hook(with_ids_of_the_texts, with_kwargs=True)
+        try:
+            return kind.forward(self, input_ids.masked_fill(earlier, int(end == 0)), **named)
+        finally:
+            hook.remove()
+
+    model.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
 def same_length_groups(lengths: Sequence[int], most: int) -> list[list[int]]:

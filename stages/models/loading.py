@@ -21,6 +21,7 @@ from stages.models.adapters.saved import SavedAdapter, head_size, read_adapter
 from stages.models.adapters.stacks import Stack, is_adapter, stack_of, tokenizer_source, trained_on
 from stages.models.causality import require_causal
 from stages.models.classes import order_classes
+from stages.models.classifier_inputs import allow_end_tokens
 from stages.models.embeddings import resize_embedding, vocabulary_size
 from stages.models.failures import explained
 from stages.models.families import no_linear_layers, refuse_quantization, refuse_unfit, unquantized_modules
@@ -179,6 +180,7 @@ def load_classifier(
     )
     if labels is not None:
         order_classes(loaded, classes_of(model), labels, model.ref)
+    allow_end_tokens(plain_model(loaded))
     return _finish(loaded, rows, model, lora, "SEQ_CLS", trainable, dropout)
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 from stages.corpora.conversations.messages import Prompt
 from stages.errors import ModelError
 from stages.kernels.transfers import moved_together
-from stages.models.classifier_inputs import Row, arguments_of, padded_rows, padding_of, readable_groups, row_of, same_length_groups
+from stages.models.classifier_inputs import Row, arguments_of, padded_rows, padding_of, row_of, same_length_groups
 from stages.models.loading import load_classifier, load_tokenizer
 from stages.models.parts import moved_to
 from stages.models.passes.budget import each_group
@@ -134,7 +134,7 @@ class ClassifierSource:
         batches = (
             same_length_groups(lengths, self.batch_size) if self._padding == "none" else similar_length_batches(lengths, self.batch_size)
         )
-        each_group(f"scoring by {self.name}", readable_groups(batches, rows, self.model.config), score, model=self.model)
+        each_group(f"scoring by {self.name}", batches, score, model=self.model)
         return scores
 
     def _logits(self, rows: Sequence[Row]) -> Tensor:
@@ -162,7 +162,8 @@ class ClassifierSource:
 def _label_number(label: str | int | None, known: dict[int, str], ref: str) -> int:
     """The index of the class ``label``: an index, or a name. If no name is equal, names are compared without regard to case.
 
-    Raises ModelError if the model has no such class, and for a number that is the index of one class and the name of another.
+    Raises ModelError if the model has no such class, if several classes have the name, and for a number that is the index of one class
+    and the name of another.
     """
     shown = ", ".join(f"{number} ({name})" for number, name in known.items())
     if isinstance(label, int):
@@ -175,6 +176,9 @@ def _label_number(label: str | int | None, known: dict[int, str], ref: str) -> i
             return label
     elif label is not None:
         for same in (str.__eq__, lambda name, label: name.casefold() == label.casefold()):
-            if (numbers := [number for number, name in known.items() if same(name, label)]) != []:
+            numbers = [number for number, name in known.items() if same(name, label)]
+            if len(numbers) > 1:
+                raise ModelError(f"{ref!r} has several classes with the name {label!r} ({shown}); set label to the index of one")
+            if numbers:
                 return numbers[0]
     raise ModelError(f"{ref!r} has no label {label!r}; expected one of {shown}")

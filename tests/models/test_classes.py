@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelF
 
 from stages.config import LoraSettings
 from stages.errors import ModelError
-from stages.models.classifier_inputs import ended, padded_rows, same_length_groups
+from stages.models.classifier_inputs import arguments_of, ended, padded_rows, same_length_groups
 from stages.models.loading import load_classifier
 from stages.models.saving import save_model
 from stages.training.microbatches import chosen_rows
@@ -41,6 +41,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32,
         "init_std": 0.3,
         "eos_token_id": 39,
+    },
+    "t5": {
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+        "vocab_size": 40,
+        "eos_token_id": 39,
+        "pad_token_id": 0,
+        "decoder_start_token_id": 0,
+        "initializer_factor": 3.0,
     },
 }
 IDS = torch.tensor([[5, 6, 7, 8, 39]])
@@ -99,6 +111,22 @@ def test_a_head_that_does_not_fit_the_config_says_so(tmp_path: Path) -> None:
 def test_a_classifier_that_reads_the_end_token_gets_one_in_short_rows() -> None:
     bart, bert = (AutoConfig.for_model(kind, **FAMILIES[kind]) for kind in ("bart", "bert"))
     assert ended([5, 6, 7], bart) == [5, 6, 39] and ended([5, 39, 7], bart) == [5, 39, 7] and ended([5, 6, 7], bert) == [5, 6, 7]
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_rows_with_different_numbers_of_end_tokens_are_read_at_their_last_one(tmp_path: Path, kind: str) -> None:
+    """transformers alone refuses such a pass. The expected logits are those of one row per pass, which it computes."""
+    folder = saved(tmp_path / kind, kind, num_labels=3)
+    plain, model = AutoModelForSequenceClassification.from_pretrained(folder).eval(), load_classifier(str(folder), dtype=torch.float32)
+    rows = [[5, 39], [6, 39, 7, 8, 39], [9, 39, 39]]
+    expected = torch.cat([plain(input_ids=torch.tensor([row])).logits for row in rows])
+    batch = padded_rows([{"input_ids": row} for row in rows], 0)
+    with pytest.raises(ValueError, match="same number of <eos> tokens"):
+        plain(**batch)
+    logits = model.eval()(**batch).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    logits.sum().backward()
+    assert type(model).__name__ == type(plain).__name__ and arguments_of(model) == arguments_of(plain)
 
 
 def test_rows_are_padded_on_either_side_and_trimmed() -> None:

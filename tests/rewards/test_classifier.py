@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BartConfig, BertConfig
 
 from stages.errors import ModelError
-from stages.models.classifier_inputs import readable_groups
 from stages.rewards.classifier import ClassifierSource, label_output
 from stages.rewards.config import RewardInput
 
@@ -189,15 +187,16 @@ def test_families_that_padding_on_the_right_would_change(make_classifier, resolv
 
 def test_a_label_is_an_exact_name_before_one_without_regard_to_case(make_classifier, resolve_folder) -> None:
     folder = make_classifier("bert", word_tokenizer(special=True), id2label={0: "Fine", 1: "fine", 2: "1"})
-    labels = [source(folder, resolve_folder, label=label).label for label in ("fine", "Fine", "FINE", "1", 0)]
-    assert labels == [1, 0, 0, 2, 0]
+    labels = [source(folder, resolve_folder, label=label).label for label in ("fine", "Fine", "1", 0)]
+    assert labels == [1, 0, 2, 0]
     with pytest.raises(ModelError, match="label: 1 is the index of one class and the name of another.*label: '1'"):
         source(folder, resolve_folder, label=1)
 
 
-def test_bart_scores_texts_with_different_numbers_of_end_tokens() -> None:
-    """BART reads its class at the last end token, and a pass fails if its rows have different numbers of them."""
-    config: Any = BartConfig(eos_token_id=3)
-    rows = [{"input_ids": ids} for ids in ([5, 3], [5, 3, 6, 3], [6, 3], [7, 3, 8, 3])]
-    assert readable_groups([[0, 1, 2], [3]], rows, config) == [[0, 2], [1], [3]]
-    assert readable_groups([[0, 1, 2], [3]], rows, BertConfig()) == [[0, 1, 2], [3]]
+def test_a_name_of_several_classes_is_refused(make_classifier, resolve_folder) -> None:
+    folder = make_classifier("bert", word_tokenizer(special=True), id2label={0: "other", 1: "fine", 2: "other"})
+    with pytest.raises(
+        ModelError, match=r"several classes with the name 'other' \(0 \(other\), 1 \(fine\), 2 \(other\)\); set label to the"
+    ):
+        source(folder, resolve_folder, label="other")
+    assert source(folder, resolve_folder, label=2).label == 2
