@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from stages.errors import ModelError
 from stages.sampling.support import weight_of
 
 if TYPE_CHECKING:
@@ -18,9 +19,12 @@ if TYPE_CHECKING:
 def grow_embedding(model: TransformersModel, size: int) -> range:
     """Grow the embedding (and the output matrix) to at least ``size`` rows. Returns the new rows; each one is the mean of the old rows.
 
-    The mean is deterministic and gives no new token an extreme logit.
+    The mean is deterministic and gives no new token an extreme logit. Raises ModelError for a family that reads characters or bytes.
     """
-    rows = weight_of(model.get_input_embeddings()).shape[0]
+    try:
+        rows = weight_of(model.get_input_embeddings()).shape[0]
+    except (NotImplementedError, AttributeError) as error:  # CANINE, Perceiver
+        raise ModelError(f"{type(model).__name__} has no embedding with one row per token; use a family that has one, such as BERT") from error
     if size <= rows:
         return range(0)
     model.resize_token_embeddings(size, mean_resizing=False)

@@ -28,11 +28,12 @@ from stages.models.families import no_linear_layers, refuse_quantization, refuse
 from stages.models.layers.attention import attention_of
 from stages.models.layers.dropout import disable_dropout
 from stages.models.layers.longrope import choose_frequencies_by_sequence
-from stages.models.layers.replacing import use_own_layers
+from stages.models.layers.replacing import leave_autocast, use_own_layers
 from stages.models.parts import moved_to
 from stages.models.quiet import quiet_transformers
+from stages.models.verification import outputs_of, rows_for
 from stages.registry.references import ResolvedModel
-from stages.sampling.support import plain_model
+from stages.sampling.support import PASS_FAILURES, plain_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -167,7 +168,8 @@ def load_classifier(
 
     ``labels`` names the classes (default: the checkpoint's). If the checkpoint has the same names in another order, its head is reordered;
     other names and other numbers of classes are logged. ``require_head=True`` raises ModelError if the checkpoint has no head weights or a
-    different number of classes. ``False`` creates a new head, for training.
+    different number of classes. ``False`` creates a new head, for training. A family that cannot compute in ``dtype`` gets fp32 weights, and
+    a warning.
     """
     model = as_resolved(model)
     options: dict[str, object] = {}
@@ -175,13 +177,28 @@ def load_classifier(
         options["num_labels"] = len(labels)
         options["id2label"] = dict(enumerate(labels))
         options["label2id"] = {label: index for index, label in enumerate(labels)}
-    loaded, rows = _load(
-        AutoModelForSequenceClassification, model, dtype, tokenizer, trainable, lora, require_head=require_head, options=options
-    )
+    auto = AutoModelForSequenceClassification
+    for used in dict.fromkeys((dtype, torch.float32)):
+        loaded, rows = _load(auto, model, used, tokenizer, trainable, lora, require_head=require_head, options=options)
+        leave_autocast(loaded)
+        if (reason := _failure(loaded)) is None:
+            break
+        logger.warning("%s: %s cannot compute in %s (%s)", model.ref, type(loaded).__name__, str(used).removeprefix("torch."), reason)
+    else:
+        raise ModelError(f"{model.ref!r} cannot compute the classes of a text: {reason}. Correct its config.json, or use another model")
+    allow_end_tokens(plain_model(loaded))
     if labels is not None:
         order_classes(loaded, classes_of(model), labels, model.ref)
-    allow_end_tokens(plain_model(loaded))
     return _finish(loaded, rows, model, lora, "SEQ_CLS", trainable, dropout)
+
+
+def _failure(classifier: TransformersModel) -> str | None:
+    """Why the classifier cannot compute a short text; None if it can. FNet and XLNet mix dtypes, and XMOD needs a language."""
+    try:
+        outputs_of(classifier, rows_for(classifier, None))
+    except PASS_FAILURES as error:
+        return " ".join(str(error).split())[:200]
+    return None
 
 
 def classes_of(model: ResolvedModel) -> list[str] | None:
@@ -308,6 +325,9 @@ def _from_pretrained(
         config = AutoConfig.from_pretrained(path, **code)
         if auto is not AutoModelForSequenceClassification:
             refuse_unfit(config, model.ref)
+        elif getattr(config, "attention_type", None) == "block_sparse":
+            logger.warning("%s computes with full attention: BigBird itself changes to it for good at the first short text", model.ref)
+            options = {**options, "attention_type": "original_full"}
         if quantization is not None:
             refuse_quantization(config, model.input.quantization, model.ref)
             quantization.llm_int8_skip_modules = unquantized_modules(auto, config)

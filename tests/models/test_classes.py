@@ -42,6 +42,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "init_std": 0.3,
         "eos_token_id": 39,
     },
+    "deberta": {**BERT, "pooler_hidden_size": 16, "relative_attention": True, "pos_att_type": ["p2c"]},
+    "big_bird": {**BERT, "max_position_embeddings": 128, "block_size": 4, "num_random_blocks": 1},
+    "fnet": {name: value for name, value in BERT.items() if name != "num_attention_heads"},
+    "canine": {name: value for name, value in BERT.items() if name != "vocab_size"},
+    "xmod": {**BERT, "vocab_size": 400},
     "t5": {
         "d_model": 16,
         "d_kv": 8,
@@ -127,6 +132,43 @@ def test_rows_with_different_numbers_of_end_tokens_are_read_at_their_last_one(tm
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     logits.sum().backward()
     assert type(model).__name__ == type(plain).__name__ and arguments_of(model) == arguments_of(plain)
+
+
+@pytest.mark.parametrize("kind", ["xlnet", "fnet"])
+@pytest.mark.parametrize("lora", [None, LoraSettings(r=2)], ids=["full", "LoRA"])
+def test_a_family_that_cannot_compute_in_half_precision_gets_fp32_weights(tmp_path: Path, kind: str, lora: Any, caplog: Any) -> None:
+    folder = saved(tmp_path / kind, kind, num_labels=3)
+    expected = AutoModelForSequenceClassification.from_pretrained(folder).eval()(input_ids=IDS).logits
+    model = load_classifier(str(folder), dtype=torch.bfloat16, lora=lora).eval()
+    torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    assert "cannot compute in bfloat16" in caplog.text
+
+
+def test_deberta_computes_in_half_precision(tmp_path: Path) -> None:
+    """Its attention works with bf16 weights after one of its classes was replaced (models/layers/replacing.py)."""
+    folder = saved(tmp_path / "deberta", "deberta")
+    assert next(load_classifier(str(folder), dtype=torch.bfloat16).parameters()).dtype == torch.bfloat16
+
+
+def test_the_outputs_of_bigbird_do_not_depend_on_earlier_texts(tmp_path: Path, caplog: Any) -> None:
+    """transformers computes a long text with sparse attention until the first short one, and then with full attention."""
+    folder = saved(tmp_path / "big_bird", "big_bird")
+    long = torch.randint(1, 39, (1, 96), generator=torch.Generator().manual_seed(0))
+    full = AutoModelForSequenceClassification.from_pretrained(folder, attention_type="original_full").eval()
+    model = load_classifier(str(folder), dtype=torch.float32).eval()
+    torch.testing.assert_close(model(input_ids=long).logits, full(input_ids=long).logits)
+    model(input_ids=IDS)
+    torch.testing.assert_close(model(input_ids=long).logits, full(input_ids=long).logits)
+    assert "computes with full attention" in caplog.text
+
+
+@pytest.mark.parametrize(("kind", "problem"), [("canine", "no embedding with one row per token"), ("xmod", "Input language unknown")])
+def test_a_classifier_that_reads_something_else_than_token_ids_is_refused(
+    tmp_path: Path, kind: str, problem: str, tokenizer_of: Any
+) -> None:
+    folder = saved(tmp_path / kind, kind)
+    with pytest.raises(ModelError, match=problem):
+        load_classifier(str(folder), dtype=torch.float32, tokenizer=tokenizer_of("wordpiece"))
 
 
 def test_rows_are_padded_on_either_side_and_trimmed() -> None:

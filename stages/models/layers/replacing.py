@@ -33,7 +33,7 @@ def use_own_layers(model: nn.Module) -> Counter[str]:
     switched: Counter[str] = Counter()
     if wants_own_layers():
         switched = use_fast_matmuls(model, {Conv1D: FastConv1D}) + use_lean_layers(model)
-    switched += _leave_autocast(model)
+    switched += leave_autocast(model)
     _say("replaced layers", model, switched)
     return switched
 
@@ -81,7 +81,8 @@ class PlainDebertaAttention(DisentangledSelfAttention):
             return super().forward(*map(cast, inputs), **{name: cast(value) for name, value in named.items()})
 
 
-def _leave_autocast(model: nn.Module) -> Counter[str]:
+def leave_autocast(model: nn.Module) -> Counter[str]:
+    """Let DeBERTa v1 compute with bf16 weights and under autocast. Returns the number of replaced modules."""
     switched: Counter[str] = Counter()
     for module in model.modules():
         if type(module) is DisentangledSelfAttention:
