@@ -24,7 +24,9 @@ def grow_embedding(model: TransformersModel, size: int) -> range:
     try:
         rows = weight_of(model.get_input_embeddings()).shape[0]
     except (NotImplementedError, AttributeError) as error:  # CANINE, Perceiver
-        raise ModelError(f"{type(model).__name__} has no embedding with one row per token; use a family that has one, such as BERT") from error
+        raise ModelError(
+            f"{type(model).__name__} has no embedding with one row per token; use a family that has one, such as BERT"
+        ) from error
     if size <= rows:
         return range(0)
     model.resize_token_embeddings(size, mean_resizing=False)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypedDict
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import cached_file
 
 from stages.config import LoraSettings, ModelInput
@@ -24,12 +24,13 @@ from stages.models.classes import order_classes
 from stages.models.classifier_inputs import allow_end_tokens
 from stages.models.embeddings import resize_embedding, vocabulary_size
 from stages.models.failures import explained
-from stages.models.families import no_linear_layers, refuse_quantization, refuse_unfit, unquantized_modules
+from stages.models.families import refuse_quantization, refuse_unfit, unquantized_modules
 from stages.models.layers.attention import attention_of
 from stages.models.layers.dropout import disable_dropout
 from stages.models.layers.longrope import choose_frequencies_by_sequence
 from stages.models.layers.replacing import leave_autocast, use_own_layers
 from stages.models.parts import moved_to
+from stages.models.quantizing import keep_4bit_layout, quantization_config, refuse_unquantized, weights_quantized_as_stored
 from stages.models.quiet import quiet_transformers
 from stages.models.verification import outputs_of, rows_for
 from stages.registry.references import ResolvedModel
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _warned: set[str] = set()
-QUANTIZED_LAYERS = ("Linear4bit", "Linear8bitLt")
-REPACKS = "support_avx512bf16_for_cpu"  # attribute of bitsandbytes' 4-bit layers
 
 
 def as_resolved(model: ResolvedModel | str | Path) -> ResolvedModel:
@@ -168,8 +167,8 @@ def load_classifier(
 
     ``labels`` names the classes (default: the checkpoint's). If the checkpoint has the same names in another order, its head is reordered;
     other names and other numbers of classes are logged. ``require_head=True`` raises ModelError if the checkpoint has no head weights or a
-    different number of classes. ``False`` creates a new head, for training. A family that cannot compute in ``dtype`` gets fp32 weights, and
-    a warning.
+    different number of classes. ``False`` creates a new head, for training. A family that cannot compute in ``dtype`` gets fp32
+    weights, and a warning.
     """
     model = as_resolved(model)
     options: dict[str, object] = {}
@@ -321,7 +320,7 @@ def _from_pretrained(
     path = model.path
     _refuse_pickle(model, path)
     code = {"revision": model.input.revision, "trust_remote_code": model.input.trust_remote_code}
-    with explained(model, "model"), quiet_transformers():
+    with explained(model, "model"), quiet_transformers(), weights_quantized_as_stored():
         config = AutoConfig.from_pretrained(path, **code)
         if auto is not AutoModelForSequenceClassification:
             refuse_unfit(config, model.ref)
@@ -342,56 +341,11 @@ def _from_pretrained(
             **options,
         )
     if quantization is not None:
-        _refuse_unquantized(loaded, model)
-        _keep_4bit_layout(loaded)
+        refuse_unquantized(loaded, model)
+        keep_4bit_layout(loaded, dtype)
     new = _refuse_missing(loaded, report, model, require_head, supplied, by_config="num_labels" not in options)
     setattr(loaded, NEW_MODULES, sorted({name.rpartition(".")[0] for name in new}))
     return loaded
-
-
-def quantization_config(model: ModelInput, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """The bitsandbytes settings of a model input (None: not quantized). Matrix products use ``dtype``."""
-    if model.quantization == "none":
-        return None
-
-    if model.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=model.double_quantization,
-    )
-
-
-def _refuse_unquantized(loaded: nn.Module, model: ResolvedModel) -> None:
-    """Raise ModelError if bitsandbytes quantized no layer. Warn if it left most weights unquantized.
-
-    It quantizes only plain linear layers. Falcon has its own layer class, and experts are often one tensor.
-    """
-    layers = [module for module in loaded.modules() if type(module).__name__ in QUANTIZED_LAYERS]
-    taken = sum(layer.in_features * layer.out_features for layer in layers if isinstance(layer, nn.Linear))
-    if taken == 0:
-        raise ModelError(no_linear_layers(type(loaded).__name__, model.input.quantization, model.ref))
-    left = sum(parameter.numel() for parameter in loaded.parameters() if parameter.is_floating_point() and parameter.ndim > 2)
-    if left > taken:
-        logger.warning(
-            "quantization: %s covers %.0f %% of the large weights of %s; its experts are not linear layers and stay unquantized",
-            model.input.quantization,
-            100 * taken / (taken + left),
-            model.ref,
-        )
-
-
-def _keep_4bit_layout(model: nn.Module) -> None:
-    """Disable the repacking of 4-bit weights on a CPU.
-
-    bitsandbytes repacks them at the first evaluation. This fails for widths that are not a multiple of 32, and training cannot read the
-    result.
-    """
-    for module in model.modules():
-        if hasattr(module, REPACKS):
-            setattr(module, REPACKS, False)
 
 
 def _own_device() -> torch.device:

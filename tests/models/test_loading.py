@@ -203,6 +203,25 @@ def test_quantized_models_answer_and_train_an_adapter(
         load_language_model(source, dtype=torch.float32)
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_quantized_weights_are_the_same_in_every_dtype(tiny_llama_folder: Path, resolve_folder: Any, quantization: str) -> None:
+    """An adapter is trained in bf16 on a GPU, and merged in fp32. The expected weights are those of transformers from a load in fp32."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if quantization == "nf4" else {"load_in_8bit": True}
+    plain = AutoModelForCausalLM.from_pretrained(
+        tiny_llama_folder, dtype=torch.float32, quantization_config=BitsAndBytesConfig(**options), device_map={"": "cpu"}
+    )
+    source = resolve_folder(tiny_llama_folder, quantization=quantization, double_quantization=False)
+    half = load_language_model(source, dtype=torch.bfloat16, trainable=False)
+    name = "model.layers.1.mlp.down_proj"
+    assert half.model.norm.weight.dtype == half.lm_head.weight.dtype == torch.bfloat16
+    assert torch.equal(half.get_submodule(name).weight, plain.get_submodule(name).weight)
+    assert half(input_ids=IDS).logits.dtype == torch.bfloat16
+    if quantization == "nf4":
+        assert half.get_submodule(name).weight.quant_state.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(("quantization", "tolerance"), [("nf4", 1e-5), ("int8", 2e-2)])
 def test_merge_into_quantized_base_preserves_logprobs(
     tiny_llama_folder: Path,
