@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -109,15 +109,16 @@ def allow_end_tokens(model: PreTrainedModel) -> None:
         return
 
     @wraps(kind.forward)
-    def forward(self: Any, input_ids: Tensor, **named: Any) -> Any:
-        def with_ids_of_the_texts(_: nn.Module, inputs: tuple[Any, ...], others: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def forward(self: PreTrainedModel, input_ids: Tensor, **named: object) -> object:
+        def with_ids_of_the_texts(_: nn.Module, inputs: object, others: dict[str, object]) -> tuple[tuple[()], dict[str, object]]:
             return (), {**others, "input_ids": input_ids}
 
         ends = input_ids == end
         earlier = ends & (ends.flip(1).cumsum(1).flip(1) > 1)
-        if hasattr(self, "_shift_right"):  # T5 makes the ids of the decoder outside its transformer
-            named = {"decoder_input_ids": self._shift_right(input_ids), **named}
-        hook = getattr(self, self.base_model_prefix).register_forward_pre_hook(with_ids_of_the_texts, with_kwargs=True)
+        shift = getattr(self, "_shift_right", None)  # T5 makes the ids of the decoder outside its transformer
+        if shift is not None:
+            named = {"decoder_input_ids": shift(input_ids), **named}
+        hook = self.base_model.register_forward_pre_hook(with_ids_of_the_texts, with_kwargs=True)
         try:
             return kind.forward(self, input_ids.masked_fill(earlier, int(end == 0)), **named)
         finally:
