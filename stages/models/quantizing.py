@@ -50,8 +50,8 @@ def weights_quantized_as_stored() -> Iterator[None]:
 
     def plan(self: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
         names = [re.escape(name) for name, module in self.named_modules() if type(module).__name__ in QUANTIZED_LAYERS]
-        exact = {rf"^(?:{'|'.join(names)})\.weight$": torch.float32} if names else {}
-        return {**exact, **own(self, dtype)}
+        unrounded = {rf"^(?:{'|'.join(names)})\.weight$": torch.float32} if names else {}
+        return {**unrounded, **own(self, dtype)}
 
     PreTrainedModel._get_dtype_plan = plan  # type: ignore[method-assign]
     try:
