@@ -57,7 +57,7 @@ def test_quantized_weights_have_the_bytes_of_what_bitsandbytes_stores(quantizati
     from transformers.quantizers.base import get_keys_to_not_convert
 
     from stages.config import ModelInput
-    from stages.models.loading import quantization_config
+    from stages.models.quantizing import quantization_config
 
     kind, double = quantization.partition(",")[0], quantization.endswith("double")
     shape = llama(intermediate_size=168)  # 168 x 64 weights are no multiple of 256 blocks
