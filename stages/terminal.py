@@ -114,7 +114,7 @@ def read_prompts(texts: Sequence[str], file: Path | None, piped: Callable[[], st
 def score(ref: str, registry: Registry, runtime: Runtime, prompts: Sequence[Prompt], columns: Sequence[Sequence[str]]) -> list[list[float]]:
     """A reward model's score of every completion, by column."""
     from stages.rewards.building import build_source
-    from stages.rewards.checking import checked
+    from stages.rewards.details import checked
 
     model = resolve_model(ref, registry)
     source = build_source(RewardInput(model=ModelInput(ref=ref)), model, device=runtime.device, dtype=_dtype(model, registry, runtime))

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from rich.table import Table
 
+from stages.chain.conversations import check_texts, tokenizer_digests
 from stages.chain.fingerprints import fingerprint_of, parts_of, why
 from stages.chain.fitness import ModelChecks
 from stages.chain.pins import hub_inputs, is_known, pinned, resolve_commits
 from stages.chain.resolving import content_of, resolve
 from stages.chain.results import last_result, load_result
 from stages.chain.roles import check_roles
-from stages.chain.texts import check_texts, tokenizer_digests
 from stages.chain.work import is_begun, other_attempt, work_folder
 from stages.corpora.files import WORLD_ROWS, first_rows_of_world
 from stages.corpora.world.parts import PREFIX

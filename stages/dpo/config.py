@@ -77,6 +77,6 @@ class DPOStepConfig(TrainingStepConfig):
         load_comparisons(self.data, preferred=self.preferred, curator=Curator(self.curation))
 
     def conversations(self) -> list[tuple[Prompt, Sequence[Completion], str]]:
-        """Rows (prompt, completions, location) that the models of this step read; see ``chain/texts.py``."""
+        """Rows (prompt, completions, location) that the models of this step read; see ``chain/conversations.py``."""
         loaded = load_comparisons(self.data, preferred=self.preferred)
         return [(item.prompt, item.completions, item.location) for side in (loaded.train, loaded.validation) for item in side]

@@ -227,7 +227,7 @@ class EvaluationConfig(StepConfig):
         return [text_of(row, "text") for row in read_rows(self.perplexity, split="test")] if self.perplexity is not None else []
 
     def conversations(self) -> list[tuple[Prompt, Sequence[Completion], str]]:
-        """Rows (prompt, completions, location) that the models of this step read; see ``chain/texts.py``."""
+        """Rows (prompt, completions, location) that the models of this step read; see ``chain/conversations.py``."""
         return [(row.prompt, [], location_of(row.prompt)) for row in self.load_heldout(run=False)[0]]
 
     def check_data(self) -> None:

@@ -453,7 +453,7 @@ class PPOStepConfig(CheckpointedStepConfig):
         return inputs if self.pretraining_mix is None else {**inputs, "pretraining_mix.data": self.pretraining_mix.data}
 
     def conversations(self) -> list[tuple[Prompt, list[Completion], str]]:
-        """Rows of (prompt, its completions, the row's location) that the models of this step read; see ``chain/texts.py``."""
+        """Rows of (prompt, its completions, the row's location) that the models of this step read; see ``chain/conversations.py``."""
         return [(prompt, [], location_of(prompt)) for prompt in load_prompts(self.data, prompt_words=self.prompt_words)]
 
     def check_data(self) -> None:

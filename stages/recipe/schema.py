@@ -21,9 +21,9 @@ from stages.json_types import JsonObject
 from stages.process.redaction import find_secret
 from stages.process.trackers import Tracker, check_trackers
 from stages.recipe.functions import addresses, check_function
-from stages.recipe.messages import Block, validate
 from stages.recipe.presets import Applied, apply_preset
 from stages.recipe.source import RecipeSource, Steps, find_recipe, named, nearest, parse_path, read, show
+from stages.recipe.validation import Block, validate
 from stages.registry.ledger import DIGEST, REFERENCE, Registry, check_name
 
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst", ".bz2", ".xz")

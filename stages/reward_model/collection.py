@@ -34,9 +34,8 @@ from stages.models.loading import load_language_model, load_tokenizer
 from stages.models.parts import moved_to
 from stages.reward_model.collection_config import Collection
 from stages.rewards.building import build_source
-from stages.rewards.checking import checked
 from stages.rewards.config import RewardInput
-from stages.rewards.details import Details, columns_of
+from stages.rewards.details import Details, checked, columns_of
 from stages.rewards.signature import columns_asked_for
 from stages.rewards.source import judge
 from stages.sampling.generation import decode_completions, episode_seed

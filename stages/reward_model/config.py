@@ -186,7 +186,7 @@ class RewardModelConfig(TrainingStepConfig):
             self.collect.check_data()
 
     def conversations(self) -> list[tuple[Prompt, Sequence[Completion], str]]:
-        """Rows (prompt, completions, location) that the models of this step read; see ``chain/texts.py``."""
+        """Rows (prompt, completions, location) that the models of this step read; see ``chain/conversations.py``."""
         loaded = load_comparisons(self.data, preferred=self.preferred, group_by=self.group_by)
         compared = [(item.prompt, item.completions, item.location) for side in (loaded.train, loaded.validation) for item in side]
         return [*compared, *((prompt, [completion], "") for prompt, completion in self.load_demonstrations())]

@@ -14,7 +14,7 @@ from stages.rewards.config import RewardInput
 from stages.rewards.endpoint import EndpointSource, open_cache
 from stages.rewards.function import FunctionSource, SpanFunctionSource
 from stages.rewards.learned import RewardModelLoader, load_source
-from stages.rewards.prompted import RubricSource
+from stages.rewards.rubric import RubricSource
 from stages.rewards.source import CombinedReward, Ensemble, RewardSource
 
 

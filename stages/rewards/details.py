@@ -1,4 +1,4 @@
-"""The additional inputs of a reward source (``Details``) and its result (``Judgement``). N completions."""
+"""The additional inputs of a reward source (``Details``), its result (``Judgement``), and the check of its scores. N completions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from stages.errors import TrainingError
 from stages.metric_names import COMPLETION_CUT_SHARE, CUT_SHARE, scoring_name
 
 Spans = list[list[tuple[int, float]]]
@@ -67,3 +68,20 @@ class Judgement:
 def applies(scores: Tensor) -> Tensor:
     """Whether a source applies to each completion [N] bool, that is, whether its score is not NaN."""
     return ~torch.isnan(scores)
+
+
+def checked(scores: Tensor, name: str, completions: Sequence[str]) -> Tensor:
+    """Return ``scores`` as [N] fp32 on the CPU.
+
+    Raises TrainingError if the shape is not [N] or a score is not finite; it names the source and the first bad completion.
+    """
+    scores = torch.as_tensor(scores, dtype=torch.float32).cpu()
+    if scores.shape != (len(completions),):
+        expected = f"expected one number per completion ({len(completions)})"
+        raise TrainingError(f"reward {name!r} returned scores of shape {tuple(scores.shape)}; {expected}")
+    bad = torch.nonzero(~torch.isfinite(scores)).flatten()
+    if len(bad):
+        row = int(bad[0])
+        value, text = float(scores[row]), completions[row][:80]
+        raise TrainingError(f"reward {name!r} returned {value} for the completion {text!r}; expected a finite number")
+    return scores

@@ -23,8 +23,7 @@ from torch import Tensor
 from stages.corpora.conversations.messages import Prompt, transcript
 from stages.errors import TrainingError
 from stages.json_types import JsonObject
-from stages.rewards.checking import checked
-from stages.rewards.details import NOTHING, Details, Judgement, Spans
+from stages.rewards.details import NOTHING, Details, Judgement, Spans, checked
 from stages.rewards.signature import GIVEN, Signature, load_function, signature_of
 from stages.rewards.texts import conversation
 

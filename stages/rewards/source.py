@@ -18,8 +18,7 @@ from torch import Tensor
 
 from stages.corpora.conversations.messages import Prompt
 from stages.errors import TrainingError
-from stages.rewards.checking import checked
-from stages.rewards.details import NOTHING, Details, Judgement, Spans, applies
+from stages.rewards.details import NOTHING, Details, Judgement, Spans, applies, checked
 from stages.rl.combining import Combine, combine_scores
 
 

@@ -109,6 +109,6 @@ class SFTStepConfig(TrainingStepConfig):
             load_prompt_rows(self.selection.data, split="validation", columns=columns)
 
     def conversations(self) -> list[tuple[Prompt, Sequence[Completion], str]]:
-        """Rows (prompt, completions, location) that the models of this step read; see ``chain/texts.py``."""
+        """Rows (prompt, completions, location) that the models of this step read; see ``chain/conversations.py``."""
         loaded = load_demonstrations(self.data)
         return [(row["prompt"], [row["completion"]], row.location) for side in (loaded.train, loaded.validation) for row in side]

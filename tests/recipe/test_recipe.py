@@ -13,9 +13,9 @@ from pydantic import Field, model_validator
 
 from stages.config import DataInput, DataSource, ModelField, ModelInput, OptimizerSettings, StepConfig, Strict, TrainingStepConfig
 from stages.errors import DataError, RecipeError
-from stages.recipe.messages import PATTERNS
 from stages.recipe.schema import STAGES, Recipe, Stage, load_recipe
 from stages.recipe.source import parse_path, show
+from stages.recipe.validation import PATTERNS
 from stages.registry.ledger import Registry
 
 REPOSITORY = Path(__file__).resolve().parents[2]

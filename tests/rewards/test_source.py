@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from stages.errors import ModelError, RecipeError, TrainingError
 from stages.rewards.building import build_reward, build_source
-from stages.rewards.checking import checked
 from stages.rewards.config import RewardInput, reward_model_inputs
+from stages.rewards.details import checked
 from stages.rewards.function import FunctionSource, load_function
 from stages.rewards.source import CombinedReward
 

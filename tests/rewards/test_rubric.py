@@ -13,7 +13,7 @@ from stages.errors import RecipeError, TrainingError
 from stages.judges.config import EndpointJudge
 from stages.process.remote import AnswerCache
 from stages.rewards.config import RewardInput, check_rubrics, rubric_inputs
-from stages.rewards.prompted import RubricSource, read_grade
+from stages.rewards.rubric import RubricSource, read_grade
 from stages.rewards.source import CombinedReward
 from tests.rewards.conftest import TURNS, Server
 
