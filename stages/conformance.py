@@ -392,14 +392,14 @@ DETAILS = (
     _detail(
         "P19",
         "PPO-ptx: pretraining gradients are added to the policy's gradients",
-        "ppo/update/updater.py:Updater",
+        "ppo/update/gradients.py:Gradients",
         "ppo/test_update.py::test_pretraining_gradient_is_added_with_its_coefficient "
         "ppo/test_details.py::test_a_coefficient_of_zero_is_plain_ppo_to_the_bit",
     ),
     _detail(
         "P20",
         "PPO-ptx reduces forgetting",
-        "ppo/update/updater.py:Updater",
+        "ppo/update/gradients.py:Gradients",
         "ppo/test_details.py::test_pretraining_mix_halves_the_loss_increase",
     ),
     _detail(

@@ -14,7 +14,7 @@ from stages.models.layers import compiled as compiled_layers
 from stages.ppo.data import load_pretraining_rows
 from stages.ppo.roles import load_roles
 from stages.ppo.rollout.measuring import measure, measuring_budget
-from stages.ppo.update import updater as module
+from stages.ppo.update import gradients as module
 from stages.ppo.update.minibatch import Minibatch
 from stages.ppo.update.optimizers import make_optimizer
 from stages.ppo.update.targets import targets

@@ -203,7 +203,7 @@ def test_sums_of_a_minibatch_are_read_once_for_any_number_of_microbatches(
 
 
 def test_totals_are_sums_in_double_precision_and_the_largest_number() -> None:
-    from stages.ppo.update.updater import Totals
+    from stages.ppo.update.totals import Totals
 
     draw = torch.Generator().manual_seed(0)
     values = torch.randn(50, generator=draw) * 1e4
