@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from stages.metric_names import KL, SCORE_MEAN, is_monitor, is_reward, monitor_name, reward_name, source_of
@@ -14,6 +14,7 @@ from stages.report.figures import (
     SOFT,
     Canvas,
     Figure,
+    Panel,
     drawn,
     drawn_text,
     interval_points,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TABLE_ROWS = 12  # rows of the table next to a curve
+Measured = tuple[float, float | None, float | None]  # a value and the ends of its interval, if it has one
 
 
 def series_of(candidates: Sequence[str]) -> dict[str, int]:
@@ -64,27 +66,14 @@ def frontier(
         return None
     digest = evaluation["candidates"][reference]["digest"]
     curves = {name: curve for name, curve in evaluation.get("best_of_n", {}).items() if evaluation["candidates"][name]["digest"] == digest}
+    ways = {name: step for name, step in (trained or {}).items() if name in points}
+    judges = [judge["name"] for judge in evaluation["judges"] if any(judge["name"] in row["scores"] for row in points.values())]
     panels, rows = [], []
-    has_way = False
-    for judge in [judge["name"] for judge in evaluation["judges"] if any(judge["name"] in row["scores"] for row in points.values())]:
-        canvas = Canvas()
-        known = {name: [point for point in curve if judge in point["scores"]] for name, curve in curves.items()}
-        for name, curve in known.items():
-            rows += _draw_best_of_n(canvas.axes, judge, name, curve, SERIES[colors[name]])
-        for name, row in points.items():
-            if judge in row["scores"] and name not in curves:
-                rows.append(_draw_candidate(canvas.axes, judge, name, row, SERIES[colors[name]]))
-        for name, step in (trained or {}).items():
-            if name in points and (path := _way(step, judge)) is not None:
-                has_way = True
-                canvas.axes.plot(*drawn(*path), color=SERIES[colors[name]], linewidth=1, alpha=0.7)
-        canvas.axes.set_xlabel(f"KL to {reference}, nats per completion")
-        canvas.axes.set_ylabel("mean score")
-        canvas.axes.margins(x=0.08, y=0.15)
-        root_scale(canvas.axes)
-        numbered = [point for curve in known.values() for point in curve[1:]]
-        _number(canvas.axes, [(point["n"], point["kl"], point["scores"][judge]["mean"]) for point in numbered])
-        panels.append(canvas.panel(f"by {judge}"))
+    for judge in judges:
+        panel, texts = _draw_frontier(judge, reference, points, curves, ways, colors)
+        panels.append(panel)
+        rows += texts
+    has_way = any(_way(step, judge) is not None for step in ways.values() for judge in judges)
     best = " The line is best-of-n for several n, computed from one set of samples (unbiased; KL = log n - (n - 1)/n)." if curves else ""
     way = " Thin lines are PPO iterations on the training prompts, as running means." if has_way else ""
     caption = (
@@ -93,6 +82,35 @@ def frontier(
     )
     legend = [(name, colors[name]) for name in points]
     return Figure("frontier", "Reward against KL", caption, panels, legend, ["judge", "candidate", "KL", "mean score"], rows)
+
+
+def _draw_frontier(
+    judge: str,
+    reference: str,
+    points: Mapping[str, Candidate],
+    curves: Mapping[str, Sequence[BestOfPoint]],
+    ways: Mapping[str, StepFolder],
+    colors: Mapping[str, int],
+) -> tuple[Panel, list[list[str]]]:
+    """(the panel of one judge, its rows of the table: judge, candidate, KL, mean score)."""
+    rows = []
+    canvas = Canvas()
+    known = {name: [point for point in curve if judge in point["scores"]] for name, curve in curves.items()}
+    for name, curve in known.items():
+        rows += _draw_best_of_n(canvas.axes, judge, name, curve, SERIES[colors[name]])
+    for name, row in points.items():
+        if judge in row["scores"] and name not in curves:
+            rows.append(_draw_candidate(canvas.axes, judge, name, row, SERIES[colors[name]]))
+    for name, step in ways.items():
+        if (path := _way(step, judge)) is not None:
+            canvas.axes.plot(*drawn(*path), color=SERIES[colors[name]], linewidth=1, alpha=0.7)
+    canvas.axes.set_xlabel(f"KL to {reference}, nats per completion")
+    canvas.axes.set_ylabel("mean score")
+    canvas.axes.margins(x=0.08, y=0.15)
+    root_scale(canvas.axes)
+    numbered = [point for curve in known.values() for point in curve[1:]]
+    _number(canvas.axes, [(point["n"], point["kl"], point["scores"][judge]["mean"]) for point in numbered])
+    return canvas.panel(f"by {judge}"), rows
 
 
 def _draw_best_of_n(axes: Axes, judge: str, name: str, curve: Sequence[BestOfPoint], color: str) -> list[list[str]]:
@@ -235,39 +253,11 @@ def distributions(step: StepFolder, colors: Mapping[str, int]) -> Figure | None:
 
 def alignment_tax(evaluation: EvaluationFile, colors: Mapping[str, int]) -> Figure | None:
     """The price of alignment: held-out bits per byte and the recipe's tasks, for each candidate."""
-    candidates = evaluation["candidates"]
     panels, rows = [], []
-    measures: list[tuple[str, dict[str, tuple[float, float | None, float | None]], str]] = []
-    bits: dict[str, tuple[float, float | None, float | None]] = {
-        name: (value, None, None) for name, row in candidates.items() if (value := row.get("bits_per_byte")) is not None
-    }
-    if len(set(candidates[name]["digest"] for name in bits)) > 1:
-        measures.append(("held-out text", bits, "bits per byte (less is better)"))
-    for task in dict.fromkeys(task for row in candidates.values() for task in row.get("tasks", {})):
-        task_values = {name: _task_value(row["tasks"][task]) for name, row in candidates.items() if task in row.get("tasks", {})}
-        measures.append((task, {name: value for name, value in task_values.items() if value is not None}, "accuracy (more is better)"))
-    for title, values, unit in measures:
-        if not values:
-            continue
-        canvas = Canvas(3.4, 0.55 + 0.3 * len(values) + 0.35)
-        chances = {row["tasks"][title].get("chance") for row in candidates.values() if isinstance(row.get("tasks", {}).get(title), dict)}
-        for chance in chances:
-            if chance is None:
-                continue
-            canvas.axes.axvline(chance, color=LINE, linewidth=1.6, linestyle=":")
-        names = list(values)[::-1]
-        for height, name in enumerate(names):
-            value, low, high = values[name]
-            color = SERIES[colors[name]]
-            if low is not None and high is not None:
-                canvas.axes.hlines([height], [low], [high], color=color, linewidth=1.4)
-            canvas.axes.plot([value], [height], "o", color=color, markersize=7, markeredgecolor=PAPER)
-            rows.append([title, name, number_text(value), f"{low:.3f} to {high:.3f}" if low is not None and high is not None else ""])
-        canvas.axes.set_yticks(range(len(names)), [short(name) for name in names])
-        canvas.axes.set_ylim(-0.6, len(names) - 0.4)
-        canvas.axes.margins(x=0.12)
-        canvas.axes.set_xlabel(unit)
-        panels.append(canvas.panel(title))
+    for title, values, unit, chances in _abilities(evaluation["candidates"]):
+        panel, texts = _draw_ability(title, values, unit, chances, colors)
+        panels.append(panel)
+        rows += texts
     if not panels:
         return None
     caption = (
@@ -277,7 +267,45 @@ def alignment_tax(evaluation: EvaluationFile, colors: Mapping[str, int]) -> Figu
     return Figure("tax", "Alignment tax", caption, panels, [], ["measure", "candidate", "value", "interval"], rows, small=True)
 
 
-def _task_value(task: object) -> tuple[float, float | None, float | None] | None:
+def _abilities(candidates: Mapping[str, Candidate]) -> Iterator[tuple[str, dict[str, Measured], str, set[float]]]:
+    """(title, value of each candidate, unit, results of guessing) of each measure that has a value."""
+    bits: dict[str, Measured] = {
+        name: (number, None, None) for name, row in candidates.items() if (number := row.get("bits_per_byte")) is not None
+    }
+    if len({candidates[name]["digest"] for name in bits}) > 1:
+        yield "held-out text", bits, "bits per byte (less is better)", set()
+    for task in dict.fromkeys(task for row in candidates.values() for task in row.get("tasks", {})):
+        results = {name: row["tasks"][task] for name, row in candidates.items() if task in row.get("tasks", {})}
+        values = {name: value for name, result in results.items() if (value := _task_value(result)) is not None}
+        chances = {result["chance"] for result in results.values() if isinstance(result, dict) and result.get("chance") is not None}
+        if values:
+            yield task, values, "accuracy (more is better)", chances
+
+
+def _draw_ability(
+    title: str, values: Mapping[str, Measured], unit: str, chances: Iterable[float], colors: Mapping[str, int]
+) -> tuple[Panel, list[list[str]]]:
+    """(the panel of one measure, its rows of the table: measure, candidate, value, interval)."""
+    rows = []
+    canvas = Canvas(3.4, 0.55 + 0.3 * len(values) + 0.35)
+    for chance in chances:
+        canvas.axes.axvline(chance, color=LINE, linewidth=1.6, linestyle=":")
+    names = list(values)[::-1]
+    for height, name in enumerate(names):
+        value, low, high = values[name]
+        color = SERIES[colors[name]]
+        if low is not None and high is not None:
+            canvas.axes.hlines([height], [low], [high], color=color, linewidth=1.4)
+        canvas.axes.plot([value], [height], "o", color=color, markersize=7, markeredgecolor=PAPER)
+        rows.append([title, name, number_text(value), f"{low:.3f} to {high:.3f}" if low is not None and high is not None else ""])
+    canvas.axes.set_yticks(range(len(names)), [short(name) for name in names])
+    canvas.axes.set_ylim(-0.6, len(names) - 0.4)
+    canvas.axes.margins(x=0.12)
+    canvas.axes.set_xlabel(unit)
+    return canvas.panel(title), rows
+
+
+def _task_value(task: object) -> Measured | None:
     """(value, low, high) of a task's result, which is a number or a dict with a number. None if it has no number."""
     if isinstance(task, int | float):
         return float(task), None, None
