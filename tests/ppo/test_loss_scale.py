@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.ppo.roles import load_roles
 from stages.ppo.update.loss_scale import FIRST, STEPS_TO_GROW, LossScale
@@ -42,6 +43,22 @@ def test_the_factor_grows_again_from_the_smallest_one() -> None:
     for _ in range(STEPS_TO_GROW):
         assert scale.unscale([network])
     assert scale.factor == 2.0 and scale.state == (2.0, 0)
+
+
+def test_the_gradients_of_all_networks_are_checked_by_one_read() -> None:
+    class Reads(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+            self.number += function is torch.ops.aten._local_scalar_dense.default
+            return function(*arguments, **(options or {}))
+
+    scale, networks = LossScale(torch.float16), [torch.nn.Linear(1, 1, bias=False) for _ in range(2)]
+    for network, gradient in zip(networks, (1.0, torch.inf), strict=True):
+        network.weight.grad = torch.full((1, 1), gradient)
+    with Reads() as reads:
+        assert not scale.unscale(networks)
+    assert reads.number == 1
 
 
 def test_a_resumed_run_continues_with_the_factor_of_the_checkpoint() -> None:

@@ -7,7 +7,6 @@ changes no other gradient. bf16 has the range of fp32 and needs no factor.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -43,12 +42,13 @@ class LossScale:
         """Divide the gradients of ``networks`` by the factor. If one has overflowed, halve the factor instead, and return False.
 
         With the smallest factor, gradients that have overflowed are left as they are. Call it on every process, with the gradients of all
-        processes. On a GPU the CPU waits in fp16.
+        processes. In fp16 the device is read once.
         """
         if not self.is_used:
             return True
         parameters = [list(trainable(network).values()) for network in networks]
-        if not all(math.isfinite(float(gradient_norm(own))) for own in parameters):
+        norms = torch.stack([gradient_norm(own).double() for own in parameters])
+        if not bool(torch.isfinite(norms).all()):
             self._steps = 0
             if self.factor == LEAST:
                 return True
