@@ -33,6 +33,7 @@ class Commits:
     unreached: list[str] = field(default_factory=list)  # messages; only if the caller continues without the Hub
 
     def look_up(self, kind: Kind, identifier: str, revision: str | None) -> Repository:
+        """The repository at the commit of ``revision``. Asks the Hub once. Raises an error for a model that cannot be loaded."""
         key: Key = (kind, identifier, revision)
         if key not in self.repositories:
             repository = look_up(kind, identifier, revision)

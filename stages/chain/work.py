@@ -38,6 +38,7 @@ def is_begun(work: Path) -> bool:
 
 
 def clear(work: Path) -> None:
+    """Remove the work folder of a step that is done, and the files next to it."""
     shutil.rmtree(work, ignore_errors=True)
     # A process that waits for the lock will find the step done, so removing the lock file is safe.
     for suffix in (".lock", ".precision.json", ".began", ".step.json"):

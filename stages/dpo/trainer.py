@@ -73,6 +73,7 @@ class TokenizedDPOTrainer(reproducible(DPOTrainer)):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
+        """The loss of a pass [scalar], divided by the number of pairs of its step; TRL divides by those of the pass."""
         own = pairs_in(inputs)
         with without_masks(self.model, self.ref_model), _gathering_unequal_shares(self.accelerator, own):
             if self.precompute_ref_logps:

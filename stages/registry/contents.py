@@ -48,6 +48,7 @@ class Memo:
             pass  # it is only a cache
 
     def sha256(self, path: Path) -> str:
+        """Hex SHA-256 of the file. It is computed again if size, times or inode changed."""
         stat = path.stat()
         state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         kept = self.hashes.get(str(path.absolute()))

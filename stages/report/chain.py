@@ -21,6 +21,7 @@ from stages.run_summary import EvaluationFile
 
 
 def diagram(run: RunFolder) -> Diagram:
+    """The diagram of a run's steps, each with its stage and its main result."""
     lines, reads = {}, {}
     for step in run.steps:
         lines[step.name] = (step.stage, _key_result(step))

@@ -58,6 +58,7 @@ def usable(comparisons: list[EncodedComparison]) -> tuple[list[EncodedComparison
 
 
 def say_lost(context: StepContext, which: str, lost: Lost, max_length: int) -> None:
+    """Print what the length limit removed. ``which``: ``"held-out "``, or empty. Raises DataError if no comparison is left."""
     console = context.runtime.console
     if lost.cut:
         console.print(f"{context.name}: truncated the beginning of {lost.cut} of {lost.rows} {which}texts to {max_length} tokens")

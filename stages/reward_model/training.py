@@ -39,6 +39,7 @@ class Attempt:
 
 
 def new_model(config: RewardModelConfig, context: StepContext, seed: int) -> RewardModel:
+    """The model before training: a reward model that is trained further, or a language model with a new head drawn from ``seed``."""
     source, dtype = context.models["model"], weights_dtype(config, context)
     if source.record is not None and source.record.role == "reward_model":
         return RewardModel.from_pretrained(source, dtype=dtype, lora=config.lora, trainable=True)

@@ -110,6 +110,7 @@ def examples_of(reviews: Sequence[Review], before: torch.Tensor, after: torch.Te
 
 
 def show(examples: list[dict[str, str]], after: Measured, before: Measured, context: StepContext) -> None:
+    """Print the examples, and the held-out measures before and after training."""
     table = Table("review", "truth", "before", "after", title=f"{context.name}: held-out reviews", title_justify="left")
     for row in examples:
         right = "green" if row["after"] == row["truth"] else "red"

@@ -37,23 +37,31 @@ if TYPE_CHECKING:
 def tokenizer_and_model(
     config: SentimentConfig, context: StepContext, texts: list[str]
 ) -> tuple[PreTrainedTokenizerBase, TransformersModel]:
-    if config.model is not None:
-        tokenizer = load_tokenizer(context.models["model"])
-        tokenizer.model_max_length = min(config.max_length, tokenizer.model_max_length)
-        context.runtime.seed_everything(context.seed)  # for the new head
-        model = load_classifier(
-            context.models["model"],
-            dtype=weights_dtype(config, context),
-            labels=config.labels,
-            require_head=False,
-            lora=config.lora,
-            tokenizer=tokenizer,
-            dropout=True,
-        )
-        _limit_length(tokenizer, model)
-        # Labels are mutually exclusive here, so the published config must say so even if the checkpoint was trained differently.
-        model.config.problem_type = "single_label_classification"
-        return tokenizer, model
+    """The tokenizer and the classifier before training. ``texts``: those from which a new tokenizer is trained."""
+    tokenizer, model = _pretrained(config, context) if config.model is not None else _random(config, context, texts)
+    # Labels are mutually exclusive here, so the published config must say so even if the checkpoint was trained differently.
+    model.config.problem_type = "single_label_classification"
+    return tokenizer, model
+
+
+def _pretrained(config: SentimentConfig, context: StepContext) -> tuple[PreTrainedTokenizerBase, TransformersModel]:
+    tokenizer = load_tokenizer(context.models["model"])
+    tokenizer.model_max_length = min(config.max_length, tokenizer.model_max_length)
+    context.runtime.seed_everything(context.seed)  # for the new head
+    model = load_classifier(
+        context.models["model"],
+        dtype=weights_dtype(config, context),
+        labels=config.labels,
+        require_head=False,
+        lora=config.lora,
+        tokenizer=tokenizer,
+        dropout=True,
+    )
+    _limit_length(tokenizer, model)
+    return tokenizer, model
+
+
+def _random(config: SentimentConfig, context: StepContext, texts: list[str]) -> tuple[PreTrainedTokenizerBase, TransformersModel]:
     assert config.architecture is not None
     if config.masked is not None and config.masked.data is not None:
         texts = [*texts, *(text_of(row, "text") for row in read_rows(config.masked.data))]
@@ -63,7 +71,6 @@ def tokenizer_and_model(
     context.runtime.seed_everything(context.seed)
     labels = {"id2label": dict(enumerate(config.labels)), "label2id": {label: index for index, label in enumerate(config.labels)}}
     model = random_model(AutoModelForSequenceClassification, architecture, tokenizer, num_labels=len(config.labels), **labels)
-    model.config.problem_type = "single_label_classification"
     _limit_length(tokenizer, model)
     if body is not None:
         getattr(model, model.base_model_prefix).load_state_dict(body, strict=False)

@@ -36,6 +36,7 @@ class DemonstrationTrainer(reproducible(SFTTrainer)):  # type: ignore[misc]
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], *arguments: object, **named: object
     ) -> torch.Tensor | tuple[torch.Tensor, object]:
+        """TRL's loss of a pass. Counts the pass's tokens, on all processes, for the means of its metrics."""
         counted = self.accelerator.gather((inputs["labels"][..., 1:] != IGNORED).sum().reshape(1)).sum()
         with ExitStack() as stack:
             if "position_ids" not in inputs:  # rows that are not packed

@@ -54,6 +54,7 @@ class WeightedMetrics(StepTrainer):
                 values[index] = number
 
     def log(self, logs: dict[str, float], *arguments: object, **named: object) -> None:
+        """Log the means since the last call, with the metrics of ``weighed_by`` weighted by the counts of their passes."""
         self.read_counts()
         kept = self._metrics["train"] if self.weighed_by else {}
         counts = {name.removeprefix(COUNT): kept.pop(name) for name in list(kept) if name.startswith(COUNT)}

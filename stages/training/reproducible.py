@@ -59,7 +59,7 @@ class BatchesByRow(StepTrainer):
     """The rows of an optimizer step are the same for any number of processes (training/batching.py)."""
 
     def get_train_dataloader(self) -> DataLoader[dict[str, list[int]]]:
-
+        """The rows of this process, in the order of a ``BatchPlan``."""
         dataset, collate = cast("Rows[dict[str, list[int]]]", self.train_dataset), self.data_collator
         if isinstance(dataset, datasets.Dataset):
             dataset = self._remove_unused_columns(dataset, description="training")

@@ -74,6 +74,10 @@ def _bytes(path: Path, shown: str) -> bytes:
 
 
 def file_text(path: Path, shown: str) -> str:
+    """The text of a file, unpacked if it is packed. ``shown`` is its name in messages.
+
+    Raises DataError with the line of the first byte that is not valid UTF-8, and for NUL bytes.
+    """
     data = _bytes(path, shown)
     try:
         text = data.decode("utf-8-sig")
@@ -152,6 +156,7 @@ def _refused(name: str) -> NoReturn:
 
 
 def row_at(value: object, location: str, *, has_escapes: bool = False) -> Row:
+    """A parsed object as a row. ``has_escapes``: its texts may have characters that are not valid. Raises DataError for anything else."""
     if not isinstance(value, dict):
         raise DataError(f"{location}: expected an object, got {type(value).__name__}")
     if has_escapes:

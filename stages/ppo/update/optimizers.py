@@ -36,6 +36,7 @@ class TensorFlowAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # PyTorch returns the loss of a closure; there is none here
+        """Update every parameter that has a gradient."""
         assert closure is None, "closures are not supported: compute gradients before the step"
         for group in self.param_groups:
             trained = [parameter for parameter in group["params"] if parameter.grad is not None]

@@ -40,6 +40,7 @@ class Totals:
     _largest: Tensor | None = None
 
     def add(self, **values: Tensor | float) -> None:
+        """Add scalars to the sums of these names. Tensors stay on their device until ``read``."""
         for name, value in values.items():
             if isinstance(value, Tensor):
                 value = value.detach().double()
