@@ -6,7 +6,7 @@ B sequences, T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,45 +63,57 @@ def measure_likelihood(
     state = PartialState()
     order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))  # batches of similar lengths need little padding
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    nats, tokens = 0.0, 0
+    measured: list[tuple[float, int]] = []  # (nats, counted tokens) of each pass of this process
 
     def one_pass(indices: Sequence[int]) -> tuple[float, int]:
-        """(nats, counted tokens) of some rows. The CPU waits for a GPU once."""
-        padded = _padded([rows[index] for index in indices], pad_token_id)
-        columns = [mask.nonzero()[:, 0] for mask in padded[2][:, 1:]]  # before the target token of each counted prediction
-        input_ids, attention_mask, flat = moved_together([*padded[:2], torch.cat(columns)], device)
-        sizes = [len(own) for own in columns]
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32), without_masks(model):
-            logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        return _summed_loss(logits, input_ids, flat.split(sizes)), sum(sizes)
-
-    def add(sums: tuple[float, int]) -> None:
-        nonlocal nats, tokens
-        nats, tokens = nats + sums[0], tokens + sums[1]
+        return _of_rows(model, [rows[index] for index in indices], pad_token_id, device, dtype)
 
     training = model.training
     model.eval()
     try:
         if gathers_in_passes(model):
-            # Every process runs equally many forward passes, because all take part in each of them. Surplus passes do not count.
-            for turn in range(math.ceil(len(batches) / state.num_processes)):
-                index = turn * state.num_processes + state.process_index
-                try:
-                    sums = one_pass(batches[min(index, len(batches) - 1)])
-                except Exception as error:
-                    refuse_alone(error, "held-out likelihood", SHARDED_ADVICE)
-                    raise
-                if index < len(batches):
-                    add(sums)
+            measured += _in_equally_many_passes(batches, one_pass, state)
         else:
             own = batches[state.process_index :: state.num_processes]
-            each_group("held-out likelihood", own, lambda indices: add(one_pass(indices)), known_by=model)
+            each_group("held-out likelihood", own, lambda indices: measured.append(one_pass(indices)), known_by=model)
     finally:
         model.train(training)
+    nats, tokens = sum(nats for nats, _ in measured), sum(tokens for _, tokens in measured)
     if state.num_processes > 1:
         reduced = reduce(torch.tensor([nats, float(tokens)], dtype=torch.float64, device=device), "sum")
         nats, tokens = float(reduced[0]), int(reduced[1])
-    return Likelihood(nats, tokens)
+    return Likelihood(float(nats), tokens)
+
+
+def _of_rows(
+    model: torch.nn.Module, rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int, device: torch.device, dtype: torch.dtype
+) -> tuple[float, int]:
+    """(nats, counted tokens) of some rows, in one pass. The CPU waits for a GPU once."""
+    padded = _padded(rows, pad_token_id)
+    columns = [mask.nonzero()[:, 0] for mask in padded[2][:, 1:]]  # before the target token of each counted prediction
+    input_ids, attention_mask, flat = moved_together([*padded[:2], torch.cat(columns)], device)
+    sizes = [len(own) for own in columns]
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32), without_masks(model):
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    return _summed_loss(logits, input_ids, flat.split(sizes)), sum(sizes)
+
+
+def _in_equally_many_passes(
+    batches: Sequence[Sequence[int]], one_pass: Callable[[Sequence[int]], tuple[float, int]], state: PartialState
+) -> Iterator[tuple[float, int]]:
+    """The results of this process's batches. Every process makes equally many passes, because all take part in each of them.
+
+    Results of surplus passes are left out. Raises PassTooLarge if memory runs out.
+    """
+    for turn in range(math.ceil(len(batches) / state.num_processes)):
+        index = turn * state.num_processes + state.process_index
+        try:
+            result = one_pass(batches[min(index, len(batches) - 1)])
+        except Exception as error:
+            refuse_alone(error, "held-out likelihood", SHARDED_ADVICE)
+            raise
+        if index < len(batches):
+            yield result
 
 
 def _padded(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
