@@ -10,6 +10,7 @@ stages report RUN [RUN2 ...]      stages serve REF      stages conformance
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -387,7 +388,7 @@ def sweep(
 @reports_errors
 def list_models(home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
     """List every version of every model."""
-    from rich.table import Table
+    from stages.process.tables import Table
 
     records = _registry(home).records()
     if as_json:
@@ -415,7 +416,7 @@ def _row(record: ModelRecord) -> JsonObject:
 @reports_errors
 def show(ref: Ref, everything: All = False, home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
     """Show a version: origin, data, changed settings, metrics."""
-    from rich.table import Table
+    from stages.process.tables import Table
 
     record = _registry(home).get(ref)
     if as_json:
@@ -728,12 +729,12 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Complete prompts with one model, or two side by side."""
-    from rich.table import Table
     from rich.text import Text
 
     from stages import terminal
     from stages.config import GenerationSettings
     from stages.corpora.prompts import plain_text
+    from stages.process.tables import Table
 
     refs = list(dict.fromkeys([ref] if against is None else [ref, against]))
     runtime, registry = _runtime(), _registry(home)
@@ -956,4 +957,7 @@ def report(
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a locale without UTF-8: \u2603 is shown instead of an error for a character it lacks
+            stream.reconfigure(errors="backslashreplace")
     app()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -260,3 +261,12 @@ def test_import_prints_what_it_read_and_published(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error:") and "no such folder" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_terminal_without_a_character_shows_its_code(tmp_path: Path) -> None:
+    (tmp_path / "schön.jsonl").write_text('{"prompt": "a", "completions": ["b", "c"]}\n')
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "stages", "label", "schön.jsonl", "--report", "--home", "home"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "sch\\xf6n.jsonl: labels" in done.stdout

@@ -57,7 +57,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "tokens",
         "training",
     },
-    "sentiment": {"corpora", "kernels", "memory", "models", "stats", "step", "tokens", "training"},
+    "sentiment": {"corpora", "kernels", "memory", "models", "process", "stats", "step", "tokens", "training"},
     "dpo": {"corpora", "memory", "models", "stats", "step", "tokens", "training"},
     "ppo": {
         "corpora",
@@ -94,7 +94,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "conformance": set(),
     "chain": {"corpora", "engines", "hub", "labelling", "models", "process", "recipe", "registry", "report", "step", "tokens"},
     "sweep": {"chain", "process", "recipe", "registry", "stats"},
-    "planning": {"memory", "models", "recipe", "registry"},
+    "planning": {"memory", "models", "process", "recipe", "registry"},
     "importing": {"hub", "models", "registry"},
     "sharing": {"hub", "registry"},
     "api": {"chain", "models", "process", "recipe", "registry"},

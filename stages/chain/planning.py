@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from rich.table import Table
-
 from stages.chain.conversations import check_texts, tokenizer_digests
 from stages.chain.fingerprints import fingerprint_of, parts_of, why
 from stages.chain.fitness import ModelChecks
@@ -28,6 +26,7 @@ from stages.models.adapters.stacks import check_folder
 from stages.process.logs import held_log, without_repeats
 from stages.process.packages import missing_attention_package, missing_quantization_package
 from stages.process.storage import check_home
+from stages.process.tables import Table
 from stages.recipe.schema import STAGES, Recipe, RecipeStep, data_inputs, model_inputs
 from stages.registry.contents import remembered_hashes
 from stages.registry.ledger import Registry

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, cast
 
-from rich.table import Table
-
 from stages.evaluation.answers import Answers, Question, Sample
 from stages.evaluation.judging import Judged
 from stages.json_types import JsonObject
+from stages.process.tables import Table
 from stages.run_summary import Candidate, Interval, WinRate
 from stages.stats.best_of_n import best_of_n_kl, best_of_n_weights
 from stages.stats.comparing import distinct_ngrams, length_controlled_win_rate, prompt_means, win_rate

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object
-from rich.table import Table
 
 from stages.corpora.templates import encode_plain_pair
 from stages.evaluation.config import TaskInput
 from stages.models.passes.budget import each_group
 from stages.models.passes.responses import Policy, sequence_batch
+from stages.process.tables import Table
 from stages.run_summary import Candidate
 from stages.stats.intervals import wilson_interval
 from stages.tokens.positions import readable_length

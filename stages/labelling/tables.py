@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from stages.labelling.report import Quality, Share
+from stages.process.tables import Table
 
 
 def report_tables(content: Quality) -> RenderableType:

@@ -11,7 +11,6 @@ from math import prod
 from pathlib import Path
 
 from pydantic import ValidationError
-from rich.table import Table
 
 from stages.config import GenerationSettings, LoraSettings, ModelInput, StepConfig
 from stages.errors import ModelError, RecipeError
@@ -24,6 +23,7 @@ from stages.memory.passes import Adapter, Task
 from stages.memory.shapes import shape_of, shape_of_folder, shape_of_hub
 from stages.models.adapters.stacks import Stack, stack_of, weights_of
 from stages.planning.steps import lengths_of, memory_of
+from stages.process.tables import Table
 from stages.recipe.schema import Recipe, RecipeStep, Reference, model_inputs
 from stages.registry.ledger import Registry
 from stages.registry.references import ResolvedModel

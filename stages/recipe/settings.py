@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pydantic import BaseModel
-from rich.table import Table
 from rich.text import Text
 
 from stages.json_types import JsonObject
+from stages.process.tables import Table
 from stages.recipe.presets import PRESETS
 from stages.recipe.schema import Recipe, RecipeStep
 from stages.recipe.source import Steps, entry, show

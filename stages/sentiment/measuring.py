@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from rich.markup import escape
-from rich.table import Table
 
 from stages.config import SCORING_ROWS
 from stages.corpora.reviews import Review
@@ -15,6 +14,7 @@ from stages.kernels.transfers import moved_together
 from stages.models.classifier_inputs import Padding, same_length_groups
 from stages.models.passes.budget import each_group
 from stages.models.sharding import unsharded
+from stages.process.tables import Table
 from stages.sentiment.config import SentimentConfig
 from stages.sentiment.rows import Collator, EncodedReview
 from stages.stats.classification import calibration_bins, confusion_matrix, expected_calibration_error, f1_scores

@@ -17,8 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.table import Table
-
 from stages.chain import planning
 from stages.chain import run as chain
 from stages.chain.pins import Commits, pinned, resolve_commits
@@ -26,6 +24,7 @@ from stages.errors import RecipeError, StagesError
 from stages.json_types import JsonObject
 from stages.process.ending import explain, lost_the_others
 from stages.process.runtime import Runtime
+from stages.process.tables import Table
 from stages.recipe.schema import Recipe, RecipeStep, load_recipe
 from stages.recipe.source import nearest
 from stages.run_summary import RunSummary
