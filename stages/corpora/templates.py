@@ -128,7 +128,20 @@ def render_pair(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: 
         return shown, full_text[len(shown) :]
     if len(turns) == 1 and closes and turns[0].keys() <= {"role", "content"}:
         return shown, reply.removeprefix(form.opening).removeprefix(form.opening.strip()) + form.ending
+    if not isinstance(prompt, str) and len(prompt) > 1 and len(turns) == 1:
+        opening = shown.removeprefix(rendered(tokenizer, prompt, prompt, generation_prompt=False))
+        written = _after_a_question(tokenizer, turns)
+        if written and opening and full_text.endswith(opening + written):
+            return shown, written
     raise DataError(_at(prompt) + _unstable(shown, full_text, form))
+
+
+def _after_a_question(tokenizer: PreTrainedTokenizerBase, turns: list[Message]) -> str:
+    """The text that the template writes for a reply to a single question; empty if it does not continue the rendered question."""
+    try:
+        return render_pair(tokenizer, OTHER_WORDS, turns)[1]
+    except DataError:
+        return ""
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: Prompt, *, generation_prompt: bool) -> str:
@@ -196,8 +209,7 @@ def _lost(
         except DataError:
             return False
 
-    roles = () if is_plain(tokenizer) else ("system", "developer", "user")
-    asked = [turn for turn, message in enumerate(messages) if message["role"] in roles]
+    asked = [] if is_plain(tokenizer) else [turn for turn, message in enumerate(messages) if message["role"] != "assistant"]
     contents = {turn: content_text(messages[turn]).strip() for turn in asked}
     for turn, content in contents.items():
         needed = sum(content in other for other in contents.values())
@@ -207,18 +219,43 @@ def _lost(
     if tools and makes_no_difference(messages, ()):
         return f"the tools of the row ({', '.join(map(_name, tools))})"
     for turn, message in enumerate(messages):
-        calls = message.get("tool_calls")
-        if calls and makes_no_difference(_without(messages, turn, ("tool_calls",)), tools):
-            return f"tool calls ({', '.join(map(_name, calls))})"
+        calls = message.get("tool_calls") or []
+        missing = calls if calls and makes_no_difference(_without(messages, turn, ("tool_calls",)), tools) else []
+        if len(calls) > 1 and not missing:  # gpt-oss writes only the first one
+            others = ([*calls[:index], *calls[index + 1 :]] for index in range(len(calls)))
+            missing = [
+                call for call, kept in zip(calls, others, strict=True) if makes_no_difference(_with(messages, turn, tool_calls=kept), tools)
+            ]
+        if missing:
+            return f"tool calls ({', '.join(map(_name, missing))})"
+        if calls and (beside := _lost_beside_calls(tokenizer, messages[: turn + 1], tools, text)):
+            return f"the text {beside!r:.60} beside tool calls"
     last = len(messages) - 1
     thought = messages[last]["role"] == "assistant" and any(messages[last].get(name) for name in REASONING)
     return "the reasoning of the last reply" if thought and makes_no_difference(_without(messages, last, REASONING), tools) else ""
 
 
+def _lost_beside_calls(tokenizer: PreTrainedTokenizerBase, until: Sequence[Message], tools: Sequence[JsonObject], text: str) -> str:
+    """The text of the last turn of ``until``, which has tool calls, if the template drops it; else empty.
+
+    Later turns may remove it from ``text`` on purpose: gpt-oss takes it for reasoning.
+    """
+    content = content_text(until[-1]).rpartition("</think>")[2].strip()
+    if not content or content in text:
+        return ""
+    said = (until, _with_content(until, len(until) - 1, OTHER_WORDS))
+    return content if len({apply_template(tokenizer, one, generation_prompt=False, tools=tools) for one in said}) == 1 else ""
+
+
 def _with_content(messages: Sequence[Message], turn: int, text: str) -> list[Message]:
     """The messages, with another text in one of them, in the form of its content."""
     content = [{"type": "text", "text": text}] if isinstance(messages[turn].get("content"), list) else text
-    return [*messages[:turn], {**messages[turn], "content": content}, *messages[turn + 1 :]]
+    return _with(messages, turn, content=content)
+
+
+def _with(messages: Sequence[Message], turn: int, **fields: object) -> list[Message]:
+    """The messages, with other values of some fields in one of them."""
+    return [*messages[:turn], {**messages[turn], **fields}, *messages[turn + 1 :]]
 
 
 def _without(messages: Sequence[Message], turn: int, fields: Sequence[str]) -> list[Message]:

@@ -336,6 +336,54 @@ def test_dropped_tool_call_is_detected_although_its_name_is_in_the_tools(tokeniz
         training_rows(tokenizer, read, train_on="last_reply")
 
 
+CALLS = [{"type": "function", "function": {"name": name, "arguments": {"a": 1}}} for name in ("look_up", "add")]
+WRITES_CALLS = "{% for call in m.tool_calls or [] %}{{ '<tool_call>' + call.function | tojson }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("written", "problem"),
+    [
+        ("{% if m.role != 'tool' %}{{ m.content or '' }}" + WRITES_CALLS + "<|im_end|>{% endif %}", "drops the tool turn '22'"),
+        ("{% if not m.tool_calls %}{{ m.content }}{% endif %}" + WRITES_CALLS + "<|im_end|>", "drops the text 'wait' beside tool calls"),
+        (
+            "{{ m.content or '' }}{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% endif %}<|im_end|>",
+            r"drops tool calls \(add\)",
+        ),
+    ],
+    ids=["tool result", "text beside calls", "second call"],
+)
+@pytest.mark.parametrize("train_on", ["all_assistant_turns", "last_reply"])
+def test_what_a_template_drops_of_a_tool_conversation_is_named(tokenizer_of, written, problem, train_on) -> None:
+    tokenizer = tokenizer_of("byte_bpe")
+    tokenizer.chat_template = f"{{% for m in messages %}}{{{{ '<|' + m.role + '|>' }}}}{written}{{% endfor %}}" + (
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    called = {"role": ASSISTANT, "content": "wait", "tool_calls": CALLS}
+    answered = {"role": "tool", "content": "22"}
+    read = demonstration(row(messages=[{"role": USER, "content": "hello"}, called, answered, {"role": ASSISTANT, "content": "warm"}]))
+    with pytest.raises(DataError, match=f"chats.jsonl:7: the model's chat template {problem}"):
+        training_rows(tokenizer, read, train_on=train_on)
+
+
+def test_a_reply_trains_after_reasoning_that_the_template_drops_once_it_is_written(tokenizer_of) -> None:
+    """As gpt-oss: the text beside a tool call is reasoning, which the template writes until the conversation has a final reply."""
+    tokenizer = tokenizer_of("byte_bpe")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.tool_calls %}{% if m.content and messages[-1].role != 'assistant' or loop.last %}"
+        "{{ '<|assistant|>(' + m.content + ')' }}{% endif %}{{ '<|assistant|>' + m.tool_calls[0].function | tojson + '<|end|>' }}"
+        "{% else %}{{ '<|' + m.role + '|>' + ('=' if m.role == 'assistant' else '') + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    called = {"role": ASSISTANT, "content": "wait", "tool_calls": CALLS[1:]}
+    messages = [{"role": USER, "content": "hello"}, called, {"role": "tool", "content": "22"}, {"role": ASSISTANT, "content": "warm"}]
+    call = '<|assistant|>{"name": "add", "arguments": {"a": 1}}<|end|>'
+    made = training_rows(tokenizer, demonstration(row(messages=messages)), train_on="all_assistant_turns")
+    assert [trained_runs(tokenizer, one) for one in made] == [[f"(wait){call}"], ["=warm<|end|>"]]
+    assert tokenizer.decode(made[1].ids) == f"<|user|>hello<|end|><|assistant|>(wait){call}<|tool|>22<|end|><|assistant|>=warm<|end|>"
+    (alone,) = training_rows(tokenizer, demonstration(row(messages=messages)), train_on="last_reply")
+    assert alone.ids == made[1].ids and trained_runs(tokenizer, alone) == ["=warm<|end|>"]
+
+
 def test_think_block_that_the_template_rewrites_trains_or_is_refused(tokenizer_of) -> None:
     """The generation prompt and the replies of this template both begin with the mark and differ after it."""
     tokenizer = tokenizer_of("byte_bpe")
