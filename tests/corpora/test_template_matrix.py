@@ -366,7 +366,7 @@ def test_what_a_template_drops_of_a_tool_conversation_is_named(tokenizer_of, wri
 
 
 def test_a_reply_trains_after_reasoning_that_the_template_drops_once_it_is_written(tokenizer_of) -> None:
-    """As gpt-oss: the text beside a tool call is reasoning, which the template writes until the conversation has a final reply."""
+    """As gpt-oss: the text next to a tool call is reasoning, which the template writes until the conversation has a final reply."""
     tokenizer = tokenizer_of("byte_bpe")
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.tool_calls %}{% if m.content and messages[-1].role != 'assistant' or loop.last %}"
