@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported; no test of this process contacts the real Hub
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -20,6 +22,8 @@ import pytest
 
 from stages.config import ModelInput
 from stages.process.hardware import usable_cores
+from stages.recipe.schema import STAGES
+from stages.report.page import Written
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
@@ -174,6 +178,24 @@ KIND_SENTENCES = [
     "once upon a time there was a red ball. one two three four five.",
 ] * 3
 TOKENIZER_KINDS = ("byte_bpe", "sentencepiece", "metaspace", "unigram", "wordpiece")
+
+
+@pytest.fixture
+def fake_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder of the test, with the stages ``train`` and ``judge`` of fake_stages.py and the data a.txt and b.txt."""
+    shutil.copy(Path(__file__).with_name("fake_stages.py"), tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "fake_stages", raising=False)
+    for name in ("train", "judge"):
+        monkeypatch.setitem(STAGES, name, STAGES["sft"])  # so that what install() puts there is taken out again
+    importlib.import_module("fake_stages").install()
+    # Drawing the page takes a second for each run.
+    monkeypatch.setattr("stages.report.page.write_report", lambda run: Written(run.path / "report.html", 0, []))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("STAGES_HOME", raising=False)
+    for name in ("a", "b"):
+        Path(f"{name}.txt").write_text(name)
+    return tmp_path
 
 
 @cache

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -18,10 +16,8 @@ from typer.testing import CliRunner
 from stages import __version__
 from stages.cli import app
 from stages.process.environment import continue_command
-from stages.recipe.schema import STAGES
 from stages.registry.contents import digest_folder
 from stages.registry.ledger import Registry
-from stages.report.page import Written
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPE = """\
@@ -34,21 +30,9 @@ steps:
 
 
 @pytest.fixture
-def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copy(Path(__file__).with_name("fake_stages.py"), tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "fake_stages", raising=False)
-    for name in ("train", "judge"):
-        monkeypatch.setitem(STAGES, name, STAGES["sft"])  # so that what install() puts there is taken out again
-    importlib.import_module("fake_stages").install()
-    monkeypatch.setattr(
-        "stages.report.page.write_report", lambda run: Written(run.path / "report.html", 0, [])
-    )  # drawing takes a second for each run
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("STAGES_HOME", raising=False)
-    Path("a.txt").write_text("a")
+def workdir(fake_stages: Path) -> Path:
     Path("quick.yaml").write_text(RECIPE)
-    return tmp_path
+    return fake_stages
 
 
 def call(*arguments: str) -> Any:

@@ -16,9 +16,9 @@ from stages.chain import run as chain
 from stages.chain.fingerprints import code_version, why
 from stages.errors import DataError, RegistryError
 from stages.process.runtime import AutoPrecision, Runtime
-from stages.recipe.schema import STAGES, load_recipe
+from stages.recipe.schema import load_recipe
 from stages.registry.ledger import Registry
-from stages.report.page import Written, write_report
+from stages.report.page import write_report
 
 RECIPE = """\
 name: quick
@@ -32,20 +32,8 @@ steps:
 
 
 @pytest.fixture(autouse=True)
-def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copy(Path(__file__).parents[1] / "fake_stages.py", tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "fake_stages", raising=False)
-    monkeypatch.setattr("stages.recipe.schema.STAGES", STAGES)
-    for name in ("train", "judge"):
-        monkeypatch.setitem(STAGES, name, STAGES["sft"])  # so that what install() puts there is taken out again
-    importlib.import_module("fake_stages").install()
-    monkeypatch.chdir(tmp_path)
-    Path("a.txt").write_text("a")
-    Path("b.txt").write_text("b")
+def workdir(fake_stages: Path) -> None:
     Path("quick.yaml").write_text(RECIPE)
-    # Drawing the page takes a second for each run; one test below draws it.
-    monkeypatch.setattr("stages.report.page.write_report", lambda run: Written(run.path / "report.html", 0, []))
 
 
 def run(*overrides: str, home: str = "home", quiet: bool = True) -> dict[str, Any]:

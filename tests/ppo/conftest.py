@@ -11,6 +11,9 @@ import pytest
 import torch
 
 from stages.ppo.config import PPOStepConfig
+from stages.ppo.update.optimizers import make_optimizer
+from stages.ppo.update.updater import Updater
+from stages.training.checkpoints import trainable
 
 # A random model samples its 300 tokens with similar probabilities: with 62 stop tokens, responses differ in length.
 LETTERS = list(string.ascii_letters + string.digits)
@@ -77,3 +80,9 @@ def make_rollout() -> Any:
         return collect(roles, reward, CombinedReward([]), prompts, ids, [seed * 100 + row for row in range(len(ids))], config)
 
     return make
+
+
+def make_updater(roles: Any, config: Any, **options: Any) -> Updater:
+    """An updater with new optimizers of the config."""
+    optimizers = {name: make_optimizer(list(trainable(network).values()), config.training) for name, network in roles.networks().items()}
+    return Updater(roles, optimizers, config, **options)

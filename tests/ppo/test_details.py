@@ -15,15 +15,8 @@ from stages.ppo.data import load_prompts
 from stages.ppo.loop import run
 from stages.ppo.records.metrics import iteration_metrics
 from stages.ppo.roles import load_roles
-from stages.ppo.update.optimizers import make_optimizer
 from stages.ppo.update.targets import targets
-from stages.ppo.update.updater import Updater
-from stages.training.checkpoints import trainable
-
-
-def make_updater(roles: Any, config: Any, **options: Any) -> Updater:
-    optimizers = {name: make_optimizer(list(trainable(network).values()), config.training) for name, network in roles.networks().items()}
-    return Updater(roles, optimizers, config, **options)
+from tests.ppo.conftest import make_updater
 
 
 def prompts_file(folder: Path) -> str:

@@ -16,10 +16,10 @@ from stages.ppo.roles import load_roles
 from stages.ppo.rollout.measuring import measure, measuring_budget
 from stages.ppo.update import gradients as module
 from stages.ppo.update.minibatch import Minibatch
-from stages.ppo.update.optimizers import make_optimizer
 from stages.ppo.update.targets import targets
 from stages.ppo.update.updater import Updater
 from stages.training.checkpoints import trainable
+from tests.ppo.conftest import make_updater
 
 KINDS: dict[str, dict[str, Any]] = {
     "a value network": {},
@@ -27,11 +27,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "LoRA": {"lora": {"r": 4}},
     "LoRA, a shared head": {"lora": {"r": 4}, "value": "shared"},
 }
-
-
-def make_updater(roles: Any, config: Any, **options: Any) -> Updater:
-    optimizers = {name: make_optimizer(list(trainable(network).values()), config.training) for name, network in roles.networks().items()}
-    return Updater(roles, optimizers, config, **options)
 
 
 def taken_gradients(roles: Any) -> dict[str, torch.Tensor]:

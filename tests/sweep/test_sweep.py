@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import json
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +12,7 @@ from typer.testing import CliRunner
 
 from stages.cli import app
 from stages.errors import RecipeError
-from stages.recipe.schema import STAGES
 from stages.registry.ledger import Registry
-from stages.report.page import Written
 from stages.sweep.grid import read_grid
 from stages.sweep.metrics import chosen_numbers, default_patterns, numbers_of
 
@@ -32,22 +27,9 @@ steps:
 
 
 @pytest.fixture(autouse=True)
-def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copy(Path(__file__).parents[1] / "fake_stages.py", tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "fake_stages", raising=False)
-    for name in ("train", "judge"):
-        monkeypatch.setitem(STAGES, name, STAGES["sft"])  # so that what install() puts there is taken out again
-    importlib.import_module("fake_stages").install()
-    monkeypatch.setattr(
-        "stages.report.page.write_report", lambda run: Written(run.path / "report.html", 0, [])
-    )  # drawing takes a second for each run
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("STAGES_HOME", raising=False)
-    Path("a.txt").write_text("a")
-    Path("b.txt").write_text("b")
+def workdir(fake_stages: Path) -> Path:
     Path("quick.yaml").write_text(RECIPE)
-    return tmp_path
+    return fake_stages
 
 
 def sweep(*arguments: str) -> Any:
