@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from stages.errors import ModelError
+from stages.errors import ModelError, is_out_of_memory
 from stages.models.adapters.activation import adapted
 from stages.models.adapters.attaching import add_adapter
 from stages.models.adapters.merging import merge
@@ -41,9 +41,7 @@ def merged_stack(base: PreTrainedModel, adapters: Sequence[SavedAdapter], sizes:
         model = add_adapter(base, adapter, f"below-{index}")
         if model is base:  # no weight of the adapter applies to this kind of model
             continue
-        before = _probe(model)
-        base = plain_model(merge(adapted(model)))
-        _check_merge(before, _probe(base), adapter.ref)
+        base = plain_model(_merged(model, adapter.ref))
     return base
 
 
@@ -58,10 +56,24 @@ def unmerged_stack(base: PreTrainedModel, adapters: Sequence[SavedAdapter], size
         laid = add_adapter(model, adapter, f"below-{index}")
         if laid is model and not hasattr(model, "peft_config"):
             continue
-        before = _probe(laid)
-        model = merge(adapted(laid), where=is_unquantized)
-        _check_merge(before, _probe(model), adapter.ref)
+        model = _merged(laid, adapter.ref, where=is_unquantized)
     return model
+
+
+def _merged(model: TransformersModel, ref: str, *, where: Callable[[nn.Module], bool] | None = None) -> TransformersModel:
+    """``merge`` with a check of the outputs. Raises ModelError if peft cannot merge the adapter ``ref``, or if it changes the outputs."""
+    before = _probe(model)
+    try:
+        merged = merge(adapted(model), where=where)
+    except (ValueError, TypeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"peft cannot merge the adapter {ref!r} into the weights of its base: {error} Load it with quantization (nf4 or int8), which "
+            "keeps adapters unmerged, or train it again without that setting"
+        ) from error
+    _check_merge(before, _probe(merged), ref)
+    return merged
 
 
 def is_unquantized(layer: nn.Module) -> bool:

@@ -41,7 +41,8 @@ WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module."
 class SavedAdapter:
     """An adapter's config (peft's LoraConfig), and its weights by name: ``base_model.model.<module>...``.
 
-    ``changes_base``: names of base weights that the adapter replaces, e.g. trained biases or a fully saved embedding.
+    ``changes_base``: names of base weights that the adapter replaces, e.g. trained biases, a fully saved embedding, or the weights without
+    the part with which PiSSA starts.
     """
 
     ref: str
@@ -111,25 +112,36 @@ def fitted(saved: SavedAdapter, plain: PreTrainedModel) -> SavedAdapter:
     if (kind := str(getattr(saved.config.peft_type, "value", saved.config.peft_type))) != "LORA":
         raise ModelError(f"the adapter {saved.ref!r} is of peft type {kind}; only LORA can be stacked and merged here")
     body = f"{plain.base_model_prefix}." if plain.base_model_prefix else ""
+    task = str(saved.config.task_type or "")
+    beside = _beside_transformer(plain)
     here = body if body and hasattr(plain, plain.base_model_prefix) else ""
     there = body if body and any(name.startswith(body) for name in saved.names()) else ""
 
     def renamed(name: str) -> str:
-        if here == there:
+        if here == there or name.partition(".")[0] in beside:
             return name
         return here + name if here else name.removeprefix(there)
 
     modules = modules_of(plain)
-    same_head = str(saved.config.task_type or "").endswith("CAUSAL_LM") and plain.get_output_embeddings() is not None
+    had_head = bool(there) or task.endswith("CAUSAL_LM")
+    same_head = task.endswith("CAUSAL_LM") and plain.get_output_embeddings() is not None
     weights = {}
     for name, value in saved.weights.items():
         old = name.removeprefix(BEFORE)
-        if there and not old.startswith(there) and not same_head and module_of(old) not in modules:
+        if had_head and not (there and old.startswith(there)) and not same_head and module_of(old) not in modules:
             continue
         new = old if there and not old.startswith(there) else renamed(old)
         weights[BEFORE + new] = value
     config = _fitted_config(saved.config, weights, plain, renamed, modules)
     return _with_changes(replace(saved, config=config, weights=weights), plain)
+
+
+def _beside_transformer(plain: PreTrainedModel) -> set[str]:
+    """The names of the parts of a model with a head besides its transformer, such as lm_head. A bare transformer has none."""
+    body = getattr(plain, plain.base_model_prefix, None) if plain.base_model_prefix else None
+    if not isinstance(body, nn.Module):
+        return set()
+    return {name for name, _ in plain.named_children()} - {plain.base_model_prefix} - {name for name, _ in body.named_children()}
 
 
 def modules_of(plain: PreTrainedModel) -> dict[str, nn.Module]:
@@ -174,9 +186,12 @@ def _renamed_pattern(pattern: str, renamed: Callable[[str], str]) -> str:
 
 def _with_changes(saved: SavedAdapter, plain: PreTrainedModel) -> SavedAdapter:
     """``saved`` with ``changes_base`` set, and without base weights that equal the base's own."""
-    copies = saved.config.modules_to_save or []
+    copies, config = saved.config.modules_to_save or [], saved.config
     parameters = dict(plain.named_parameters(remove_duplicate=False))
     kept, changes = {}, []
+    if config.kasa_config is not None or str(config.init_lora_weights).lower() in ("pissa", "olora"):
+        # peft changes the base when it adds such an adapter, in the same way as before the training
+        changes += sorted({f"{module_of(name)}.weight" for name in saved.weights if ".lora_" in name})
     for name, value in saved.weights.items():
         module = module_of(name)
         is_copy = is_inside(module, copies)

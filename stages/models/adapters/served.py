@@ -107,8 +107,8 @@ def _layer_update(layer: LoraLayer, module_name: str, name: str) -> Update | Non
         raise ModelError(_refusal(f"the adapter {name!r} changes the embedding {module_name}"))
     if name not in layer.lora_A or name not in layer.lora_B:
         return None
-    if getattr(layer, "use_dora", {}).get(name) or getattr(layer, "lora_bias", {}).get(name):
-        raise ModelError(_refusal(f"the adapter {name!r} on {module_name} has DoRA magnitudes or a bias"))
+    if name in layer.lora_variant or getattr(layer, "lora_bias", {}).get(name):
+        raise ModelError(_refusal(f"the adapter {name!r} on {module_name} is a variant of LoRA (such as DoRA), or has a bias"))
     if getattr(layer, "parameter_name", None):
         raise ModelError(_refusal(f"the adapter {name!r} on {module_name} changes a parameter, not a linear layer"))
     return _update(weight_of(layer.lora_A[name]), weight_of(layer.lora_B[name]), float(layer.scaling[name]))
@@ -118,9 +118,12 @@ def _saved_updates(saved: SavedAdapter) -> Iterator[tuple[str, Update]]:
     """Updates of a saved adapter, with the module names of the model that it was fitted to."""
     config = saved.config
     if saved.changes_base or config.modules_to_save or any(name.endswith(TOKENS) or "lora_embedding" in name for name in saved.weights):
-        raise ModelError(_refusal(f"the adapter {saved.ref!r} has full modules, rows of the embedding or biases"))
-    if config.use_dora or config.target_parameters:
-        raise ModelError(_refusal(f"the adapter {saved.ref!r} is a DoRA adapter, or changes parameters other than linear layers"))
+        raise ModelError(_refusal(f"the adapter {saved.ref!r} has full modules or rows of the embedding, or changes weights of its base"))
+    is_plain = all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in saved.weights)
+    if not is_plain or config.target_parameters or config.use_qalora or config.use_bdlora is not None:
+        raise ModelError(
+            _refusal(f"the adapter {saved.ref!r} is a variant of LoRA (such as DoRA), or changes parameters other than linear layers")
+        )
     for name, a in saved.weights.items():
         if not name.endswith(".lora_A.weight"):
             continue

@@ -116,13 +116,38 @@ def trained_on(model: ResolvedModel) -> ModelInput:
     return below.input
 
 
+UNMERGEABLE = {
+    "alora_invocation_tokens": "it acts only after certain tokens (aLoRA)",
+    "arrow_config": "it chooses between adapters for each token (Arrow)",
+    "layer_replication": "it repeats layers of its base",
+    "monteclora_config": "its weights are drawn at random (MonteCLoRA)",
+}
+"""Fields of peft's LoraConfig for a LoRA that is no fixed update of its base's weights."""
+LOST_BASES = ("pissa_niter", "corda", "lora_ga", "loftq")
+"""Values of ``init_lora_weights`` that change the base by random numbers or training data, so that loading cannot repeat it."""
+
+
 def check_adapter(adapter: ResolvedModel) -> None:
-    """Raise ModelError for an external adapter that is not LoRA. Reads only its adapter_config.json."""
-    kind = str(read_adapter_config(adapter).get("peft_type", "LORA")).upper()
+    """Raise ModelError for an adapter that is not a fixed low-rank update of its base. Reads only its adapter_config.json."""
+    config = read_adapter_config(adapter)
+    kind = str(config.get("peft_type", "LORA")).upper()
     if kind != "LORA":
         raise ModelError(
             f"the adapter {adapter.ref!r} is of peft type {kind}; only LORA can be stacked and merged here. Merge it into its base with "
             "peft if possible, and use that folder"
+        )
+    for field, reason in UNMERGEABLE.items():
+        if config.get(field):
+            raise ModelError(
+                f"the adapter {adapter.ref!r} cannot be stacked or merged here: {reason}, as {field} in its {ADAPTER_CONFIG} says. Use "
+                "another adapter, or a full model"
+            )
+    initialization = str(config.get("init_lora_weights", True)).lower()
+    if initialization.startswith(LOST_BASES):
+        raise ModelError(
+            f"the adapter {adapter.ref!r} cannot be loaded: init_lora_weights={initialization!r} changed the weights of its base when the "
+            "training started, and these cannot be computed again. Convert it with peft in the program that trained it "
+            "(save_pretrained with path_initial_model_for_weight_conversion), or save the merged model there"
         )
 
 

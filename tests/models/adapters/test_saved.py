@@ -57,6 +57,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "embedding": {"target_modules": ["embed_tokens", "o_proj"]},
     "rows": {"trainable_token_indices": {"embed_tokens": [3, 250], "lm_head": [3]}},
     "full modules": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "only the output layer": {"target_modules": ["lm_head"]},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "OLoRA": {"init_lora_weights": "olora"},
 }
 
 
@@ -134,6 +137,33 @@ def test_classifier_adapter_loads_its_head(labels: int, tiny_llama_folder: Path,
         load_classifier(str(tmp_path / "headless"), dtype=torch.float32, trainable=False)
 
 
+def test_an_adapter_of_the_output_layer_does_not_change_a_reward_model(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    foreign(tiny_llama_folder, tmp_path / "adapter", **KINDS["only the output layer"])
+    ids, mask = IDS, torch.ones_like(IDS)
+    with torch.no_grad():
+        above, below = (
+            RewardModel.from_language_model(str(folder), dtype=torch.float32).eval().backbone(input_ids=ids, attention_mask=mask)
+            for folder in (tmp_path / "adapter", tiny_llama_folder)
+        )
+    torch.testing.assert_close(above.last_hidden_state, below.last_hidden_state)
+
+
+def test_a_bias_for_a_layer_without_a_bias_is_refused_in_a_merge(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    foreign(tiny_llama_folder, tmp_path, lora_bias=True)
+    with pytest.raises(ModelError, match="peft cannot merge the adapter .*because the base layer has no bias. Load it with quantization"):
+        load_language_model(str(tmp_path), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["dora", "PiSSA", "QALoRA"])
+def test_a_server_of_plain_adapters_refuses_other_adapters(kind: str, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """The update of a PiSSA adapter counts from changed base weights, so its two matrices are not its whole effect."""
+    from stages.models.adapters.served import updates_of
+
+    foreign(tiny_llama_folder, tmp_path, **{**KINDS, "QALoRA": {"use_qalora": True, "qalora_group_size": 8}}[kind])
+    with pytest.raises(ModelError, match="a vLLM server can load only low-rank updates"):
+        updates_of(load_language_model(str(tiny_llama_folder), dtype=torch.float32), [as_resolved(tmp_path)])
+
+
 def test_weights_in_a_pickle_file_are_refused(tiny_llama_folder: Path, tmp_path: Path) -> None:
     foreign(tiny_llama_folder, tmp_path)
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
@@ -180,6 +210,18 @@ def test_an_adapter_that_changes_the_base_is_refused_on_a_shared_backbone(tiny_l
     foreign(tmp_path / "base", tmp_path / "policy", **KINDS["trained biases"])
     backbone = backbone_of(as_resolved(tmp_path / "policy"))
     with pytest.raises(ModelError, match="changes weights of its base .*bias.* but other roles use that base"):
+        backbone.frozen(as_resolved(tmp_path / "policy"))
+
+
+@pytest.mark.parametrize("kind", ["PiSSA", "OLoRA"])
+def test_an_adapter_that_takes_its_start_from_the_base_is_refused_on_a_shared_backbone(
+    kind: str, tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """peft subtracts the initial update from the base, which the other roles would read, too."""
+    foreign(tiny_llama_folder, tmp_path / "policy", **KINDS[kind])
+    tiny_tokenizer.save_pretrained(tmp_path / "policy")
+    backbone = backbone_of(as_resolved(tmp_path / "policy"))
+    with pytest.raises(ModelError, match="changes weights of its base .*q_proj.weight.* but other roles use that base"):
         backbone.frozen(as_resolved(tmp_path / "policy"))
 
 
