@@ -20,8 +20,8 @@ from stages.models.adapters.attaching import NEW_MODULES, attach_lora
 from stages.models.adapters.saved import SavedAdapter, head_size, read_adapter
 from stages.models.adapters.stacks import Stack, is_adapter, stack_of, tokenizer_source, trained_on
 from stages.models.causality import require_causal
-from stages.models.classes import order_classes
-from stages.models.classifier_inputs import allow_end_tokens
+from stages.models.classifiers.classes import order_classes
+from stages.models.classifiers.inputs import allow_end_tokens
 from stages.models.embeddings import resize_embedding, vocabulary_size
 from stages.models.failures import explained
 from stages.models.families import refuse_quantization, refuse_unfit, unquantized_modules

@@ -23,7 +23,7 @@ from stages.errors import ModelError
 from stages.models.adapters.activation import activate, active_adapters, remove_adapter
 from stages.models.adapters.attaching import add_adapter, source_of
 from stages.models.adapters.saved import base_of
-from stages.models.classifier_inputs import ended
+from stages.models.classifiers.inputs import ended
 from stages.registry.references import ResolvedModel
 from stages.sampling.support import no_cache, plain_model, weight_of
 from stages.tokens.positions import readable_length

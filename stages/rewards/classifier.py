@@ -17,7 +17,7 @@ from torch.nn import functional
 from stages.corpora.conversations.messages import Prompt
 from stages.errors import ModelError
 from stages.kernels.transfers import moved_together
-from stages.models.classifier_inputs import Row, arguments_of, padded_rows, padding_of, row_of, same_length_groups
+from stages.models.classifiers.inputs import Row, arguments_of, padded_rows, padding_of, row_of, same_length_groups
 from stages.models.loading import load_classifier, load_tokenizer
 from stages.models.parts import moved_to
 from stages.models.passes.budget import each_group

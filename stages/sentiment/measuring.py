@@ -11,7 +11,7 @@ from rich.markup import escape
 from stages.config import SCORING_ROWS
 from stages.corpora.reviews import Review
 from stages.kernels.transfers import moved_together
-from stages.models.classifier_inputs import Padding, same_length_groups
+from stages.models.classifiers.inputs import Padding, same_length_groups
 from stages.models.passes.budget import each_group
 from stages.models.sharding import unsharded
 from stages.process.tables import Table

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from stages.corpora.reviews import Review
-from stages.models.classifier_inputs import Padding, Row, padded_rows, row_of
+from stages.models.classifiers.inputs import Padding, Row, padded_rows, row_of
 
 
 class EncodedReview(TypedDict):

@@ -21,7 +21,7 @@ from stages.metric_names import (
     NUM_REVIEWS,
     heldout_names,
 )
-from stages.models.classifier_inputs import Padding, arguments_of, padding_of
+from stages.models.classifiers.inputs import Padding, arguments_of, padding_of
 from stages.sentiment.config import SentimentConfig
 from stages.sentiment.measuring import examples_of, measure, predict, show
 from stages.sentiment.model import tokenizer_and_model

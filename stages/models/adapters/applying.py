@@ -13,7 +13,7 @@ from stages.errors import ModelError, is_out_of_memory
 from stages.models.adapters.activation import adapted
 from stages.models.adapters.attaching import add_adapter
 from stages.models.adapters.merging import merge
-from stages.models.classifier_inputs import ended
+from stages.models.classifiers.inputs import ended
 from stages.models.embeddings import grow_embedding
 from stages.models.parts import module_name
 from stages.models.quiet import quiet_transformers

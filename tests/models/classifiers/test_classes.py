@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelF
 
 from stages.config import LoraSettings
 from stages.errors import ModelError
-from stages.models.classifier_inputs import arguments_of, ended, padded_rows, same_length_groups
+from stages.models.classifiers.inputs import arguments_of, ended, padded_rows, same_length_groups
 from stages.models.loading import load_classifier
 from stages.models.saving import save_model
 from stages.training.microbatches import chosen_rows

@@ -1,0 +1,1 @@
+"""Sequence classifiers: the order of their classes, and the inputs that a family reads."""
