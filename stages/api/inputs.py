@@ -45,7 +45,7 @@ def as_field(name: str, value: object, folder: Path, tokenizer: PreTrainedTokeni
     if _is_model(value):
         return _save_model(value, tokenizer, folder)
     if (rows := _rows_in(value)) is not None:
-        return _save_rows(rows, folder)
+        return _save_table(value, folder) if _has_classes(value) else _save_rows(rows, folder)
     if isinstance(value, Mapping):
         return {key: as_field(str(key), item, folder, tokenizer) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -152,8 +152,31 @@ def _save_rows(rows: Iterable[Mapping[str, object]], folder: Path) -> str:
     lines = [_line(row, row_number) for row_number, row in enumerate(rows, 1)]
     if not lines:
         raise DataError("the data in memory has no rows")
-    content = ("\n".join(lines) + "\n").encode()
-    path = folder / f"rows-{hashlib.sha256(content).hexdigest()[:16]}.jsonl"
+    return _store(("\n".join(lines) + "\n").encode(), folder, "jsonl")
+
+
+def _has_classes(value: object) -> bool:
+    """Whether a data set has a column whose numbers have names (``ClassLabel``). JSON Lines cannot store them."""
+    features = getattr(value, "features", None)
+    return isinstance(features, Mapping) and any(type(feature).__name__ == "ClassLabel" for feature in features.values())
+
+
+def _save_table(dataset: Any, folder: Path) -> str:
+    """Write a data set as a Parquet file with the names of its classes. Returns the file."""
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = list(dataset.with_format(None))
+    if not rows:
+        raise DataError("the data in memory has no rows")
+    content = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.Table.from_pylist(rows, schema=dataset.features.arrow_schema), content)
+    return _store(content.getvalue().to_pybytes(), folder, "parquet")
+
+
+def _store(content: bytes, folder: Path, suffix: str) -> str:
+    """Write a file of rows under the digest of its content. Returns the file."""
+    path = folder / f"rows-{hashlib.sha256(content).hexdigest()[:16]}.{suffix}"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from stages.config import DataSource
 from stages.corpora.files import read_rows
 from stages.corpora.rows import Row, text_of
+from stages.corpora.tables.columnar import ClassIndex
 from stages.errors import DataError
 
 
@@ -38,6 +39,8 @@ def question(row: Row, form: str | None = None, fixed: Sequence[str] | None = No
         raise DataError(f"{row.location}: choices is {choices!r:.80}; expected a list of texts. The row has {', '.join(row)}")
     if len(choices) < 2 or len(set(choices)) < len(choices):
         raise DataError(f"{row.location}: choices is {choices!r:.80}; expected at least two texts, all different")
+    if isinstance(answer, ClassIndex) and answer.names[answer] in choices:  # the names of a data set may be in another order
+        answer = answer.names[answer]
     if isinstance(answer, str) and answer in choices:
         answer = choices.index(answer)
     elif isinstance(answer, str) and answer.isdigit():  # CSV has no numbers, and some data sets store them as text

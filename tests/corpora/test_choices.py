@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from stages.config import DataSource
-from stages.corpora.choices import Question, load_questions
+from stages.corpora.choices import Question, load_questions, question
+from stages.corpora.rows import Row
+from stages.corpora.tables.columnar import ClassIndex
 from stages.errors import DataError
 
 GOOD = {"context": "Silver Harbor stars", "choices": ["Ada Brandt", "Boris Abram"], "answer": 1}
@@ -56,3 +58,11 @@ def test_labelled_texts_become_a_task(tmp_path: Path) -> None:
 def test_bad_rows(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         load(tmp_path, {**GOOD, **change})
+
+
+def test_the_name_of_a_class_is_the_answer_if_it_is_a_choice() -> None:
+    """A data set may have its classes in another order than the recipe has the choices."""
+    answer = ClassIndex(0)
+    answer.names = ("positive", "negative")
+    assert question(Row(text="fine", answer=answer), "{text}", ["negative", "positive"]).answer == 1
+    assert question(Row(text="fine", answer=answer), "{text}", ["bad", "good"]).answer == 0

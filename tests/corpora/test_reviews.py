@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 
+from stages.api.inputs import as_field
 from stages.config import DataInput
 from stages.corpora.reviews import load_reviews
 from stages.errors import DataError
@@ -73,3 +75,37 @@ def test_held_out_rows_with_one_label_are_said(tmp_path, caplog) -> None:
     rows = [("good", 1)] * 10 + [("bad", 0)] * 20  # sorted by label; the last third is held out
     load(tmp_path, "text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
     assert "all 10 held-out rows" in caplog.text and "have the label negative" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "expected", "warning"),
+    [
+        (["positive", "negative"], LABELS, [1, 0, 1], ""),  # the names decide, not the numbers 0, 1, 0
+        (["NEG", "POS"], ["pos", "neg"], [1, 0, 1], ""),
+        (["bad", "good"], LABELS, [0, 1, 0], "the classes bad, good of the data"),
+    ],
+)
+@pytest.mark.parametrize("stored", ["parquet", "save_to_disk", "memory"])
+def test_named_classes_of_a_data_set(tmp_path, caplog, names, labels, expected, warning, stored) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+    table = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [0, 1, 0]}, features=features)
+    path = str(tmp_path / "reviews.parquet")
+    if stored == "parquet":
+        table.to_parquet(path)
+    elif stored == "save_to_disk":
+        path = str(tmp_path / "saved")
+        table.save_to_disk(path)
+    else:
+        path = str(as_field("train", table, tmp_path / "inputs"))
+    reviews = load_reviews(DataInput.model_validate({"train": path, "validation": path}), labels)
+    assert [review.label for review in reviews.train] == expected
+    assert warning in caplog.text and bool(warning) == ("the classes" in caplog.text)
+
+
+def test_a_named_class_without_a_label_is_refused(tmp_path) -> None:
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["negative", "neutral", "positive"])}
+    )
+    datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=features).to_parquet(tmp_path / "reviews.parquet")
+    with pytest.raises(DataError, match=r"row 2: label is 1 \(neutral\); expected one of 0 \(negative\), 1 \(positive\), or its name"):
+        load_reviews(DataInput.model_validate({"train": str(tmp_path / "reviews.parquet"), "validation_fraction": 0.5}), LABELS)

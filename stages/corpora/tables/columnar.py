@@ -1,4 +1,4 @@
-"""Objects in Parquet and Arrow tables: parse JSON columns, and drop the None fields that only the table schema added."""
+"""Values in Parquet and Arrow tables: JSON columns, class labels, and None fields that only the table schema added."""
 
 from __future__ import annotations
 
@@ -13,14 +13,38 @@ class JsonObject(dict[str, object]):
     """An object that the table stores as JSON text. Its None values come from the data."""
 
 
+class ClassIndex(int):
+    """The index of a class in a column of type ``ClassLabel``. ``names``: the names of all classes of the column."""
+
+    names: tuple[str, ...] = ()
+
+
 def plain_rows(batch: pyarrow.RecordBatch) -> list[dict[str, object]]:
-    """Convert a batch to rows. Parses values of type ``arrow.json``, which ``datasets`` writes for objects of mixed types."""
+    """Convert a batch to rows. Parses values of type ``arrow.json``, which ``datasets`` writes for objects of mixed types.
+
+    Values of a column with named classes become ``ClassIndex``.
+    """
     rows: list[dict[str, object]] = batch.to_pylist()
+    for column, names in class_names(batch.schema).items():
+        for row in rows:
+            value = row.get(column)
+            if isinstance(value, int) and 0 <= value < len(names):
+                row[column] = index = ClassIndex(value)
+                index.names = names
     for column in batch.schema:
         if _holds_json(column.type):
             for row in rows:
                 row[column.name] = _parsed(row[column.name], column.type)
     return rows
+
+
+def class_names(schema: pyarrow.Schema) -> dict[str, tuple[str, ...]]:
+    """The names of the classes of each column of type ``ClassLabel``, which ``datasets`` stores with the schema of a table."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {column: tuple(map(str, kind["names"])) for column, kind in features.items() if kind.get("_type") == "ClassLabel"}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def _is_json(kind: pyarrow.DataType) -> bool:
