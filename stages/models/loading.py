@@ -182,7 +182,9 @@ def load_classifier(
         leave_autocast(loaded)
         if (reason := _failure(loaded)) is None:
             break
-        logger.warning("%s: %s cannot compute in %s (%s)", model.ref, type(loaded).__name__, str(used).removeprefix("torch."), reason)
+        if used != torch.float32:
+            dtype_name = str(used).removeprefix("torch.")
+            logger.warning("%s uses fp32: %s cannot compute in %s (%s)", model.ref, type(loaded).__name__, dtype_name, reason)
     else:
         raise ModelError(f"{model.ref!r} cannot compute the classes of a text: {reason}. Correct its config.json, or use another model")
     allow_end_tokens(plain_model(loaded))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, cast
 from weakref import WeakKeyDictionary
 
-from stages.errors import DataError
+from stages.errors import DataError, ModelError
 from stages.tokens.continuation import segment_ids
 from stages.tokens.dates import dated
 from stages.tokens.plain import template_to_apply
@@ -37,11 +37,12 @@ def apply_template(
     location: str = "",
 ) -> str:
     """Apply the tokenizer's chat template to ``messages``. Raises DataError with ``location`` if the template rejects them."""
+    template = template_for(tokenizer, tools)
     try:
         text = tokenizer.apply_chat_template(
             cast("list[dict[str, str]]", list(messages)),  # the annotation of transformers omits parts and tool calls
             tools=[dict(tool) for tool in tools] or None,
-            chat_template=template_for(tokenizer, tools),
+            chat_template=template,
             tokenize=False,
             add_generation_prompt=generation_prompt,
         )
@@ -55,8 +56,16 @@ def apply_template(
 
 
 def template_for(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Mapping[str, object]]) -> str:
-    """The template that renders a conversation with ``tools``, with the date of the step."""
-    listed = [dict(tool) for tool in tools] or None
+    """The template that renders a conversation with ``tools``, with the date of the step.
+
+    Raises ModelError if the tokenizer has several named templates and no default one.
+    """
+    listed, own = [dict(tool) for tool in tools] or None, tokenizer.chat_template
+    if isinstance(own, dict) and "default" not in own:
+        raise ModelError(
+            f"the tokenizer of {tokenizer.name_or_path or 'the model'} has the chat templates {', '.join(own)}, but none with the name "
+            "default; save one as chat_template.jinja in its folder, or set template in the sft step"
+        )
     return dated(template_to_apply(tokenizer) or str(tokenizer.get_chat_template(None, listed)))
 
 

@@ -16,7 +16,7 @@ from stages.corpora.demonstrations import demonstration
 from stages.corpora.encoding.training_rows import training_rows
 from stages.corpora.rows import Row
 from stages.corpora.templates import encode_pair, encode_prompt, render_pair
-from stages.errors import DataError
+from stages.errors import DataError, ModelError
 from stages.tokens.turns import turn_end_ids, turn_form
 
 REFUSE_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns here') }}{% endif %}"
@@ -306,6 +306,19 @@ def test_a_template_that_drops_a_system_turn_is_refused(tokenizer_of) -> None:
     messages = [{"role": SYSTEM, "content": "be kind"}, {"role": USER, "content": "hello"}]
     with pytest.raises(DataError, match="drops the system turn 'be kind'"):
         encode_prompt(tokenizer, messages)
+
+
+def test_named_templates_need_a_default(tokenizer_of) -> None:
+    """Command R has the templates default, tool_use and rag. transformers uses tool_use for conversations with tools."""
+    tokenizer = tokenizer_of("byte_bpe")
+    tokenizer.chat_template = {"default": TEMPLATES["zephyr"], "tool_use": TEMPLATES["chatml"]}
+    messages = turns("zephyr", SINGLE)
+    for tools, expected in (([], "i am fine</s>\n"), (TOOLS, "i am fine<|im_end|>\n")):
+        (made,) = training_rows(tokenizer, demonstration(row(messages=messages, tools=tools)), train_on="last_reply")
+        assert trained_runs(tokenizer, made) == [expected]
+    tokenizer.chat_template = {"chat": TEMPLATES["zephyr"], "rag": TEMPLATES["phi"]}
+    with pytest.raises(ModelError, match="has the chat templates chat, rag, but none with the name default"):
+        training_rows(tokenizer, demonstration(row(messages=messages)), train_on="last_reply")
 
 
 def test_generation_markers_are_followed_to_the_token(tokenizer_of) -> None:
