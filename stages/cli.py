@@ -699,7 +699,7 @@ def remove(
 # Using models
 
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum tokens per completion.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="Lower: less variety; 0: always the most likely token.")]
 TopP = Annotated[
     float, typer.Option(min=0.0, max=1.0, help="Sample from the most likely tokens with this total probability; 1: all tokens.")
 ]
@@ -768,10 +768,12 @@ def generate(
 @reports_errors
 def serve(
     ref: AnyModel,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8000,
-    host: Annotated[str, typer.Option(help="Address to listen on; an address other than loopback needs a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: any free one.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Another one lets other machines connect, and needs a key.")
+    ] = "127.0.0.1",
     label: Annotated[str | None, typer.Option(help="Classifier: the class to score, by name or index.")] = None,
-    output: Annotated[str, typer.Option(help="Classifier: logit, probability or logprob.")] = "logit",
+    output: Annotated[str, typer.Option(help="Classifier: which output is the score: logit, probability or logprob.")] = "logit",
     api_key_variable: Annotated[str | None, typer.Option(metavar="NAME", help="Environment variable with the API key.")] = None,
     home: Home = None,
     debug: Debug = False,
@@ -843,25 +845,26 @@ def chat(
 def label(
     what: Annotated[str, typer.Argument(metavar="STEP_OR_FILE", help="RECIPE/STEP that waits for annotators, or a file of completions.")],
     annotator: Annotated[list[str] | None, typer.Option(help="Name of an annotator who gets a link; repeatable (default: you).")] = None,
-    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port (default: the first free port from 8770).")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on. An address other than loopback needs a password.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port (default: the first free one from 8770).")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Another one lets other machines connect, and needs a password.")
+    ] = "127.0.0.1",
     show_report: Annotated[bool, typer.Option("--report", help="Print agreement, rate and bias; do not serve the page.")] = False,
     export: Annotated[tuple[str, Path] | None, typer.Option(metavar="FORMAT FILE", help=LABEL_EXPORTS)] = None,
     import_from: Annotated[tuple[str, Path] | None, typer.Option("--import", metavar="FORMAT FILE", help=LABEL_IMPORTS)] = None,
-    questions: Annotated[Path | None, typer.Option(metavar="FILE", help="For a file: YAML with the questions.")] = None,
-    instructions: Annotated[Path | None, typer.Option(metavar="FILE", help="For a file: Markdown for the annotators.")] = None,
-    annotators: Annotated[int | None, typer.Option(min=1, help="For a file: annotators per overlap task (default 2).")] = None,
-    overlap: Annotated[float | None, typer.Option(min=0, max=1, help="For a file: share of overlap tasks (default 0.2).")] = None,
-    target: Annotated[int | None, typer.Option(min=1, help="For a file: number of tasks to label (default: all).")] = None,
-    gold: Annotated[Path | None, typer.Option(metavar="FILE", help="For a file: screening tasks with known ranks.")] = None,
+    questions: Annotated[Path | None, typer.Option(metavar="FILE", help="With a file: YAML with the questions.")] = None,
+    instructions: Annotated[Path | None, typer.Option(metavar="FILE", help="With a file: Markdown for the annotators.")] = None,
+    annotators: Annotated[int | None, typer.Option(min=1, help="With a file: people who rank each overlap task (default 2).")] = None,
+    overlap: Annotated[
+        float | None, typer.Option(min=0, max=1, help="With a file: share of overlap tasks, which several people rank (default 0.2).")
+    ] = None,
+    target: Annotated[int | None, typer.Option(min=1, help="With a file: number of tasks to rank (default: all).")] = None,
+    gold: Annotated[Path | None, typer.Option(metavar="FILE", help="With a file: tasks with known ranks, to screen annotators.")] = None,
     home: Home = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Serve the page where people rank completions.
-
-    It can also report on the answers, and exchange them with other tools. Loads no model.
-    """
+    """Serve the page where people rank completions. Loads no model."""
     from stages.labelling import command
 
     given = {

@@ -57,7 +57,10 @@ class DPOStepConfig(TrainingStepConfig):
     )
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Assumed share of wrong comparisons.")
     max_length: int | None = Field(
-        None, ge=2, description="Maximum tokens of prompt and completion; longer pairs are dropped and counted. null: the model's limit."
+        None,
+        ge=2,
+        description="Maximum tokens of prompt and completion; longer pairs are dropped and counted. null: the model's limit, or 1,024 "
+        "if it has none.",
     )
     training: DPOOptimizer = Field(DPOOptimizer(), description="Optimizer, learning rate and batch sizes, which count pairs.")
 

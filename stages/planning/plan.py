@@ -380,6 +380,7 @@ def memory_table(steps: Sequence[StepMemory], machine: Machine) -> Table:
         total = memory.total + PROCESS[machine.kind]
         share = f"{total / machine.bytes:.0%}" if total <= machine.bytes else f"[red]{total / machine.bytes:.0%}: does not fit[/]"
         table.add_row(step.name, *(_gib(part) for part in parts), f"[bold]{_gib(total)}[/]", share)
+    table.caption_justify = "left"
     table.caption = f"{machine.name}: {_gib(machine.bytes)} GiB; total includes {_gib(PROCESS[machine.kind])} GiB for the process itself"
     if machine.kind == "cpu":
         table.caption += ", and freed blocks that the allocator keeps"

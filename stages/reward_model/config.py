@@ -130,9 +130,14 @@ class RewardModelConfig(TrainingStepConfig):
     group_by: list[str] = Field(
         [], description="Columns; the held-out accuracy is also measured for each of their values, e.g. annotator, batch, confidence."
     )
-    prompt_fit: PromptFit | None = Field(None, description="Shorten prompts that are too long; null: max_length truncates their beginning.")
+    prompt_fit: PromptFit | None = Field(None, description="Shorten prompts that are too long; null: the beginning is cut at max_length.")
     curation: Curation = Field(Curation(), description="Filters of rows.")
-    max_length: int | None = Field(None, ge=2, description="Maximum tokens of prompt and completion; longer ones lose their beginning.")
+    max_length: int | None = Field(
+        None,
+        ge=2,
+        description="Maximum tokens of prompt and completion; longer ones lose their beginning. null: the model's limit, or 2,048 if it "
+        "has none.",
+    )
     training: RewardModelOptimizer = Field(
         RewardModelOptimizer(), description="Optimizer, learning rate and batch sizes, which count prompts with all their completions."
     )

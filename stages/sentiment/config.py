@@ -33,7 +33,7 @@ class WordPieceSettings(Strict):
 class MaskedSettings(Strict):
     """Masked-language modelling of the step's texts before the labels are learned (Devlin et al. 2018)."""
 
-    data: DataField | None = Field(None, description="Additional texts without labels.")
+    data: DataField | None = Field(None, description="Additional texts without labels; null: only the texts of data.")
     mask_probability: float = Field(0.15, gt=0, lt=1, description="Share of tokens that are masked.")
     training: OptimizerSettings = Field(
         OptimizerSettings(learning_rate=5e-4, warmup_fraction=0.05), description="Optimizer, learning rate and batch sizes of this part."

@@ -81,7 +81,8 @@ class SFTStepConfig(TrainingStepConfig):
     max_length: int | None = Field(
         None,
         ge=2,
-        description="Maximum tokens of a demonstration and of a row; longer ones are dropped and counted. null: the model's limit.",
+        description="Maximum tokens of a demonstration and of a row; longer ones are dropped and counted. null: the model's limit, "
+        "or 1,024 if it has none.",
     )
     training: SFTOptimizer = Field(SFTOptimizer(), description="Optimizer, learning rate and batch sizes.")
 
