@@ -15,7 +15,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages.config import DataInput
 from stages.corpora.conversations.messages import (
@@ -119,23 +119,14 @@ def _preferences(item: Comparison) -> Iterator[tuple[str, str]]:
 
 
 def comparison(row: Row, *, preferred: str | None = None) -> Comparison:
-    """Convert one row to ranked completions."""
+    """Convert one row to ranked completions. ``preferred``: the best key of completions that are an object.
+
+    Raises DataError with the row's location for a row of another form.
+    """
     annotator = row.get("annotator")
     name = annotator if isinstance(annotator, str) else None
     if "chosen" in row and "rejected" in row:
-        sides = {column: row[column] for column in ("chosen", "rejected")}
-        if any(holds_turns(side) for side in sides.values()) or open_conversation(row) is not None:
-            prompt, completions = split_answers(row, sides)
-            return Comparison(prompt, completions, [0, 1], name)
-        if "prompt" in row:
-            return Comparison(prompt_of(row), [text_of(row, column) for column in sides], [0, 1], name)
-        first, chosen = split_dialogue(text_of(row, "chosen"), row, "chosen")
-        other, rejected = split_dialogue(text_of(row, "rejected"), row, "rejected")
-        if first != other:
-            # A few hh-rlhf dialogues differ before the last turn: their common prefix is the prompt, the rest is compared.
-            common = _common(first + chosen, other + rejected)
-            first, chosen, rejected = common, (first + chosen)[len(common) :], (other + rejected)[len(common) :]
-        return Comparison(first, [chosen, rejected], [0, 1], name)
+        return Comparison(*_chosen_and_rejected(row), [0, 1], name)
     if is_comparison(row):
         worker = row.get("worker")
         return Comparison(compared_prompt(row), *compared_summaries(row), name or (worker if isinstance(worker, str) else None))
@@ -145,6 +136,34 @@ def comparison(row: Row, *, preferred: str | None = None) -> Comparison:
             f"{row.location}: columns {', '.join(row)} are not a comparison; expected prompt + completions + ranks, prompt + responses "
             "(+ scores), info + summaries + choice, or (prompt +) chosen + rejected"
         )
+    answers, ranks = _ranked(row, column, preferred)
+    if all(holds_turns(answer) for answer in answers):
+        prompt, completions = split_answers(row, {f"{column}, entry {index}": answer for index, answer in enumerate(answers, 1)})
+        return Comparison(prompt, completions, ranks, name)
+    for index, text in enumerate(answers, 1):
+        if not isinstance(text, str):
+            raise DataError(f"{row.location}: {column}, entry {index} is {type(text).__name__}; expected text")
+    return Comparison(prompt_of(row), answers, ranks, name)
+
+
+def _chosen_and_rejected(row: Row) -> tuple[Prompt, list[Completion]]:
+    """(the prompt, [chosen, rejected]) of a row with these columns: completions of a prompt, conversations, or dialogues as text."""
+    sides = {column: row[column] for column in ("chosen", "rejected")}
+    if any(holds_turns(side) for side in sides.values()) or open_conversation(row) is not None:
+        return split_answers(row, sides)
+    if "prompt" in row:
+        return prompt_of(row), [text_of(row, column) for column in sides]
+    first, chosen = split_dialogue(text_of(row, "chosen"), row, "chosen")
+    other, rejected = split_dialogue(text_of(row, "rejected"), row, "rejected")
+    if first != other:
+        # A few hh-rlhf dialogues differ before the last turn: their common prefix is the prompt, the rest is compared.
+        common = _common(first + chosen, other + rejected)
+        first, chosen, rejected = common, (first + chosen)[len(common) :], (other + rejected)[len(common) :]
+    return first, [chosen, rejected]
+
+
+def _ranked(row: Row, column: str, preferred: str | None) -> tuple[list[Any], list[int]]:
+    """(the completions in ``column``, not yet checked; their ranks)."""
     value = row[column]
     if isinstance(value, dict):
         if preferred not in value:
@@ -156,13 +175,7 @@ def comparison(row: Row, *, preferred: str | None = None) -> Comparison:
         raise DataError(f"{row.location}: {column} is {type(value).__name__}; expected a list of texts")
     if len(value) < 2:
         raise DataError(f"{row.location}: {len(value)} completion(s); a comparison needs at least 2")
-    if all(holds_turns(answer) for answer in value):
-        prompt, completions = split_answers(row, {f"{column}, entry {index}": answer for index, answer in enumerate(value, 1)})
-        return Comparison(prompt, completions, ranks, name)
-    for index, text in enumerate(value, 1):
-        if not isinstance(text, str):
-            raise DataError(f"{row.location}: {column}, entry {index} is {type(text).__name__}; expected text")
-    return Comparison(prompt_of(row), value, ranks, name)
+    return value, ranks
 
 
 def _groups(row: Row, columns: Sequence[str]) -> dict[str, str]:

@@ -91,19 +91,7 @@ class Registry:
         if role not in ROLES:
             raise RegistryError(f"role {role!r} of {name!r} is not one of {', '.join(ROLES)}")
         with self._staging_folder() as staging:
-            model = staging / "model"
-            model.mkdir()
-            fill(model)
-            _check_allowed(model, name)
-            if base is None and (model / "adapter_config.json").exists():
-                raise RegistryError(f"{name!r} contains an adapter, but its base model is unknown; pass base= to publish")
-            is_adapter = (model / "adapter_config.json").exists()
-            if is_adapter:
-                (model / "README.md").unlink(missing_ok=True)  # peft's model card, which contains only the local path of the base
-            normalise_folder(model, _portable_base(base))
-            files: list[FileEntry] = [
-                {"path": path, "size": file.stat().st_size, "sha256": file_sha256(file)} for path, file in files_of(model)
-            ]
+            files, is_adapter = _filled(staging / "model", fill, name, base)
             manifest: Manifest = {
                 "manifest_version": MANIFEST_VERSION,
                 "name": name,
@@ -472,6 +460,20 @@ def installed_packages() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def _filled(model: Path, fill: Callable[[Path], None], name: str, base: ResolvedModel | None) -> tuple[list[FileEntry], bool]:
+    """Let ``fill`` write the new folder ``model``, check and normalise it. Returns (its files, whether it contains an adapter)."""
+    model.mkdir()
+    fill(model)
+    _check_allowed(model, name)
+    is_adapter = (model / "adapter_config.json").exists()
+    if is_adapter and base is None:
+        raise RegistryError(f"{name!r} contains an adapter, but its base model is unknown; pass base= to publish")
+    if is_adapter:
+        (model / "README.md").unlink(missing_ok=True)  # peft's model card, which contains only the local path of the base
+    normalise_folder(model, _portable_base(base))
+    return [{"path": path, "size": file.stat().st_size, "sha256": file_sha256(file)} for path, file in files_of(model)], is_adapter
 
 
 def _check_allowed(model: Path, name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,19 +46,11 @@ def pull(
     """
     check_identifier(identifier)
     repository = look_up("model", identifier, revision)
-    if DESCRIPTION not in repository.files:
-        raise HubError(
-            f"{repository.ref} was not pushed by `stages models push`: it has no {DESCRIPTION}. A recipe can use any model of the Hub by "
-            f"its name, {{ref: {identifier}}}"
-        )
-    description = fetch(repository, DESCRIPTION).read_text(encoding="utf-8")
+    description = _description(repository, identifier)
     versions, evaluations = read_description(description, repository.ref), read_evaluations(description, repository.ref)
+    if not trust_remote_code:
+        _refuse_own_code(versions, repository.ref)
     model, *bases = versions
-    coded = [base["ref"] for version in versions if (base := version.manifest["base"]) is not None and base.get("trust_remote_code")]
-    if coded and not trust_remote_code:
-        raise HubError(
-            f"{repository.ref} is based on {coded[0]}, which runs its own code when it is loaded. If you trust it, add --trust-remote-code"
-        )
     check_name(name or model.name)
     here = {record.digest for record in registry.records()}
     known = [record for record in registry.versions(name or model.name) if record.digest == model.digest]
@@ -76,6 +68,23 @@ def pull(
     if known:
         return Pulled(known[-1], taken, was_here=True)
     return Pulled(taken[-1], taken[:-1], was_here=False)
+
+
+def _description(repository: Repository, identifier: str) -> str:
+    """The text of the repository's description. Raises HubError if it has none."""
+    if DESCRIPTION not in repository.files:
+        raise HubError(
+            f"{repository.ref} was not pushed by `stages models push`: it has no {DESCRIPTION}. A recipe can use any model of the Hub by "
+            f"its name, {{ref: {identifier}}}"
+        )
+    return fetch(repository, DESCRIPTION).read_text(encoding="utf-8")
+
+
+def _refuse_own_code(versions: Iterable[SharedVersion], ref: str) -> None:
+    """Raise HubError if a base of the model in the repository ``ref`` runs its own code."""
+    coded = [base["ref"] for version in versions if (base := version.manifest["base"]) is not None and base.get("trust_remote_code")]
+    if coded:
+        raise HubError(f"{ref} is based on {coded[0]}, which runs its own code when it is loaded. If you trust it, add --trust-remote-code")
 
 
 def _take(
