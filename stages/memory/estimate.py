@@ -172,16 +172,19 @@ def unchunked_logits(shape: Shape, positions: float) -> float:
     return 5 * positions * shape.vocabulary * FP32
 
 
-def full_logits(shape: Shape, tokens: float, positions: float, *, compute: int = FP32, capped: bool = True) -> float:
+def full_logits(
+    shape: Shape, tokens: float, positions: float, *, compute: int = FP32, capped: bool = True, with_entropy: bool = False
+) -> float:
     """The loss of a policy that makes the logits of all ``tokens`` of a pass: its model changes them, or an adapter its output layer.
 
-    ``positions``: those that the loss reads. At the peak of the backward pass of a cap there are three copies of the logits, and the
-    gradient of the positions in fp32. Without a cap (``capped``) the logits are freed; at the peak there are two copies of their gradient,
-    and two of that of the positions.
+    ``positions``: those that the loss reads, in fp32. ``capped``: a cap keeps a copy of the logits. ``with_entropy``: with an entropy
+    bonus. The result is the larger one of two peaks. At that of the loss there are four copies of the positions, with the bonus five. At
+    that of the backward pass there are two copies of the gradient of the logits, and one of that of the positions.
     """
-    if capped:
-        return (3 * tokens * compute + positions * FP32) * shape.vocabulary
-    return 2 * (tokens * compute + positions * FP32) * shape.vocabulary
+    kept = tokens * compute if capped else 0.0
+    loss = (4 + with_entropy) * positions * FP32
+    gradients = 2 * tokens * compute + positions * FP32
+    return (kept + max(loss, gradients)) * shape.vocabulary
 
 
 def tiled_logits(shape: Shape, positions: float, machine: Machine, *, trains_output: bool, compute: int = FP32) -> float:

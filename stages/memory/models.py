@@ -211,17 +211,19 @@ def policy_logits(
     compute: int,
     lora: LoraSettings | None = None,
     trains: bool = False,
+    with_entropy: bool = False,
 ) -> float:
     """Bytes of the logits in a pass of a policy over ``tokens``, of which the loss (or the measurement) reads ``positions``.
 
     They are made in chunks, unless the model changes them, or an adapter changes the output layer. ``lora``: the policy's new adapter.
+    ``with_entropy``: the loss has an entropy bonus.
     """
     shape, adapted = view.shape, changes_output(view, lora)
     is_plain = has_plain_logits(shape.config, shape.vocabulary)
     if is_plain and not adapted:
         return chunked_logits(shape, positions, machine, trains_output=trains and lora is None, compute=compute)
     if trains:
-        return full_logits(shape, tokens, positions, compute=compute, capped=not is_plain)
+        return full_logits(shape, tokens, positions, compute=compute, capped=not is_plain, with_entropy=with_entropy)
     return (2 * tokens * compute + 2 * positions * FP32) * shape.vocabulary
 
 

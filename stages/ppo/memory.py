@@ -52,7 +52,8 @@ def estimate(config: PPOStepConfig, models: Mapping[str, View], lengths: Lengths
     other = 0.0 if value is None or config.lora is not None else cast_bytes(min(shape.linear_weights, value.shape.linear_weights), compute)
 
     def trained_on(view: View, rows: float, columns: int, positions: float) -> Phase:
-        logits = policy_logits(policy, rows * columns, positions, machine, compute=compute, lora=config.lora, trains=True)
+        options = {"trains": True, "with_entropy": config.entropy_coef > 0}
+        logits = policy_logits(policy, rows * columns, positions, machine, compute=compute, lora=config.lora, **options)
         passed = training_phase(config, view, rows, columns, machine, logits=logits, masked=False)
         return replace(passed, cache=kept, activations=passed.activations + other)
 

@@ -138,28 +138,33 @@ def test_tiled_logits_take_what_the_loss_of_trl_takes(trains_output: bool, compu
 
 
 @pytest.mark.parametrize("capped", [True, False])
-def test_logits_of_all_tokens_take_what_the_loss_of_a_policy_takes(capped: bool) -> None:
-    """With Gemma 2's cap or without, and the log-probabilities and entropies of half of the positions, on real tensors."""
+@pytest.mark.parametrize("with_entropy", [True, False])
+@pytest.mark.parametrize(("half", "part"), [(False, 2), (False, 1), (True, 1)], ids=["half of the positions", "all positions", "bf16"])
+def test_logits_of_all_tokens_take_what_the_loss_of_a_policy_takes(capped: bool, with_entropy: bool, half: bool, part: int) -> None:
+    """With Gemma 2's cap or without, and the log-probabilities and entropies of some or all positions, on real tensors."""
     import torch
 
     from stages.memory.fake_passes import LiveBytes
     from stages.rl.logprobs import entropy, token_logprobs
 
     shape, rows, columns = llama(vocab_size=3000), 4, 60
-    hidden = torch.randn(rows, columns, shape.hidden, requires_grad=True)
-    weight = torch.randn(shape.vocabulary, shape.hidden, requires_grad=True)
+    dtype, read = torch.bfloat16 if half else torch.float32, columns // part
+    hidden = torch.randn(rows, columns, shape.hidden, dtype=dtype, requires_grad=True)
+    weight = torch.randn(shape.vocabulary, shape.hidden, dtype=dtype, requires_grad=True)
     weight.grad = torch.zeros_like(weight)
-    targets = torch.zeros(rows * columns // 2, dtype=torch.long)
-    with LiveBytes() as live:
+    targets = torch.zeros(rows * read, dtype=torch.long)
+
+    def loss() -> torch.Tensor:
         logits = hidden @ weight.T
         logits = torch.tanh(logits / 30) * 30 if capped else logits
-        if capped:
-            logits = logits[:, columns // 2 :].flatten(0, 1)[torch.arange(len(targets))]
-        else:
-            logits = logits[torch.arange(rows).repeat_interleave(columns // 2), torch.arange(columns // 2, columns).repeat(rows)]
-        (token_logprobs(logits, targets).sum() + entropy(logits).sum()).backward()
-    expected = full_logits(shape, rows * columns, rows * columns / 2, capped=capped)
-    assert live.peak == pytest.approx(expected, rel=0.02)
+        logits = logits[torch.arange(rows).repeat_interleave(read), torch.arange(columns - read, columns).repeat(rows)].float()
+        logprobs, entropies = token_logprobs(logits, targets), entropy(logits)
+        return logprobs.sum() + entropies.sum() if with_entropy else logprobs.sum()
+
+    with LiveBytes() as live:
+        loss().backward()
+    options = {"capped": capped, "with_entropy": with_entropy, "compute": 2 if half else 4}
+    assert live.peak == pytest.approx(full_logits(shape, rows * columns, rows * read, **options), rel=0.03)
 
 
 def test_phases_follow_each_other() -> None:

@@ -200,7 +200,7 @@ class Policy:
 
     def _loss_of_logits(self, batch: SequenceBatch, term: Term, tokens: Tensor, temperature: float) -> PolicyLoss:
         hidden = self.hidden(batch)[batch.rows, batch.columns] if self.value_head is not None else None
-        logits = self._logits(batch)[: len(tokens)]
+        logits = self._logits(batch)[: len(tokens)].float()  # once for both
         logprobs, entropies = token_logprobs(logits, tokens, temperature=temperature), entropy(logits, temperature=temperature)
         summed = term(logprobs, entropies, slice(0, len(tokens))).sum()
         return PolicyLoss(summed, logprobs.detach(), entropies.detach(), None if hidden is None else self._values(hidden))
