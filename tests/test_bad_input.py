@@ -122,6 +122,15 @@ RECIPES = {
     "unknown field": Case(
         "bad.yaml:4: steps[0].blocksize: unknown field 'blocksize'; did you mean 'block_size'?", PRETRAINING, {"blocksize": 3}
     ),
+    "field of a block, written in the step": Case(
+        "steps[0].epochs: unknown field 'epochs'; did you mean steps[0].training.epochs?", SFT, {"epochs": 1}
+    ),
+    "field of the step, written in a block": Case(
+        "steps[0].training.packing: unknown field 'packing'; did you mean steps[0].packing?", SFT, {"training": {"packing": True}}
+    ),
+    "held-out rows under another name": Case(
+        "steps[0].data.test: unknown field 'test'; did you mean 'validation'?", SFT, {"data": {"train": "demos.jsonl", "test": "x.jsonl"}}
+    ),
     "unknown nested field": Case("steps[0].training.epoch: unknown field 'epoch'; did you mean 'epochs'?", SFT, {"training": {"epoch": 1}}),
     "text for a number": Case(
         "steps[0].training.learning_rate: got 'fast', expected a number", SFT, {"training": {"learning_rate": "fast"}}

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from stages.errors import RecipeError, StagesError
-from stages.recipe.source import RecipeSource, Steps, nearest
+from stages.recipe.source import RecipeSource, Steps, nearest, show
 
 EXPECTED = {
     "float_type": "a number",
@@ -40,6 +40,9 @@ PATTERNS = {
 }
 """What to expect of a text, by the pattern of its field."""
 
+HELD_OUT = dict.fromkeys(("test", "eval", "evaluation", "dev", "valid", "val", "heldout"), "validation")
+"""Names of the held-out rows in other tools."""
+
 Block = TypeVar("Block", bound=BaseModel)
 SECRET_FIELD = re.compile(r"(?i)api_?key|secret|passw|credential")  # the value may be the secret itself instead of its name
 
@@ -62,6 +65,10 @@ def _explained(problem: ErrorDetails, model: type[BaseModel], content: object, p
     where = (*path, *_written(location, content, keep_last=kind in ("missing", "extra_forbidden")))
     if kind == "extra_forbidden":
         known = sorted({name for block in _blocks_at(model, location[:-1]) for name in block.model_fields})
+        if (held_out := HELD_OUT.get(str(location[-1]))) in known:
+            return source.error(where, f"unknown field {str(location[-1])!r}; did you mean {held_out!r}?{more}")
+        if other := _same_name(model, location):
+            return source.error(where, f"unknown field {str(location[-1])!r}; did you mean {show((*path, *other))}?{more}")
         return source.error(where, f"unknown field {str(location[-1])!r}; {nearest(location[-1], known)}{more}")
     description = next(
         (
@@ -118,6 +125,17 @@ def _blocks_at(model: type[BaseModel], location: Sequence[str | int]) -> list[ty
                 below.append(get_args(kind)[-1])
         here = below or here  # a union member's name in the location is not a field
     return [kind for kind in _flattened(here) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+
+
+def _same_name(model: type[BaseModel], location: Steps) -> Steps | None:
+    """The location of a field with the last name of ``location`` in a block around it, or in a block next to it."""
+    above, name = location[:-1], location[-1]
+    around = [above[:depth] for depth in range(len(above) - 1, -1, -1)]
+    beside = [(*above, field) for block in _blocks_at(model, above) for field in block.model_fields]
+    for block in [*around, *beside]:
+        if any(name in kind.model_fields for kind in _blocks_at(model, block)):
+            return (*block, name)
+    return None
 
 
 def _flattened(kinds: Sequence[object]) -> Iterator[object]:
