@@ -7,6 +7,7 @@ inserted before the completion if neither side has one, and the end token is app
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -33,6 +34,7 @@ from stages.tokens.turns import TurnForm, apply_template, argument_form, first_d
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
 PLAIN_TEMPLATES = {
     "plain": "{prompt}",
     "instruction": "### Instruction:\n{prompt}\n\n### Response:\n",
@@ -41,6 +43,7 @@ PLAIN_TEMPLATES = {
     "tldr": "{prompt}\n\nTL;DR:",
 }
 SHORT = 12  # characters; the text of a shorter turn may also be a part of other words
+NAMED_ROLES = ("system", "developer", "user", "assistant")  # the name of a tool's result is known from its call
 OTHER_WORDS = "tristage asks for something else"
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 CHATML = (
@@ -155,6 +158,11 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], pr
         raise DataError(
             f"{_at(prompt)}the model's chat template drops {lost}; use a model whose template keeps it, or remove it from the data"
         )
+    named = [turn for turn, message in enumerate(contents) if message.get("name") and message["role"] in NAMED_ROLES]
+    if named:
+        bare = [_without(contents, turn, ("name",))[turn] if turn in named else message for turn, message in enumerate(contents)]
+        if apply_template(tokenizer, bare, generation_prompt=generation_prompt, tools=tools) == text:
+            logger.warning("the model's chat template does not write the names of speakers (the field name of a message)")
     return text
 
 

@@ -308,6 +308,16 @@ def test_a_template_that_drops_a_system_turn_is_refused(tokenizer_of) -> None:
         encode_prompt(tokenizer, messages)
 
 
+def test_names_of_speakers_that_a_template_does_not_write_are_said(tokenizer_of, caplog) -> None:
+    tokenizer = tokenizer_of("byte_bpe")
+    asked = [{"role": USER, "content": "hello", "name": "tom"}]
+    tokenizer.chat_template = "{% for m in messages %}{{ '<|user|>' + (m.name or '') + ':' + m.content }}{% endfor %}"
+    assert tokenizer.decode(encode_prompt(tokenizer, asked)) == "<|user|>tom:hello" and caplog.messages == []
+    tokenizer.chat_template = TEMPLATES["chatml"]
+    encode_prompt(tokenizer, asked)
+    assert caplog.messages == ["the model's chat template does not write the names of speakers (the field name of a message)"]
+
+
 def test_named_templates_need_a_default(tokenizer_of) -> None:
     """Command R has the templates default, tool_use and rag. transformers uses tool_use for conversations with tools."""
     tokenizer = tokenizer_of("byte_bpe")
