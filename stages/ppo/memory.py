@@ -36,51 +36,96 @@ def estimate(config: PPOStepConfig, models: Mapping[str, View], lengths: Lengths
     policy, compute = models["policy"], dtype_bytes(config.precision, machine)
     shape, new = policy.shape, config.generation.max_new_tokens
     prompt = min(config.max_prompt_tokens or shape.positions - new, lengths.prompt)
-    value = _value_view(config, models)
+    step = _Step(config, policy, _value_view(config, models), prompt, machine, processes, compute)
     judges = [*judges_of(config.reward, "reward", models), *judges_of(config.monitors, "monitors", models)]
     held_by = _held_by_full_training if config.lora is None else _held_by_adapters
-    held, waiting = held_by(config, models, value, judges, compute)
+    held, waiting = held_by(config, models, step.value, judges, compute)
     if not config.offload:
         held = _summed(held, [waiting.reference, *waiting.judges])
     # With offload, a model that waits is moved to the device when it is needed.
     reference, scorers = (waiting.reference.held, sum(one.held for one in waiting.judges)) if config.offload else (0.0, 0.0)
-
     copies = cast_bytes(shape.linear_weights + shape.vocabulary * shape.hidden, compute) if config.lora is None else 0.0
     sampling, kept = _sampling(config, policy, prompt, machine, processes, compute, copies)
-    bigger = policy if value is None or value.shape.hidden * value.shape.layers <= shape.hidden * shape.layers else value
-    # The casts of both networks stay for all passes of an optimizer step; the plan of a pass counts those of its network.
-    other = 0.0 if value is None or config.lora is not None else cast_bytes(min(shape.linear_weights, value.shape.linear_weights), compute)
+    scoring = [replace(scoring_phase(judge, step.episodes, prompt, new, compute, machine), cache=kept, awake=scorers) for judge in judges]
+    updating = step.updating(held, lengths, kept)
+    return held + phases(*sampling, updating, step.measuring(kept, reference), *scoring, *step.mixing(kept), saving(shape))
 
-    def trained_on(view: View, rows: float, columns: int, positions: float) -> Phase:
-        options = {"trains": True, "with_entropy": config.entropy_coef > 0}
-        logits = policy_logits(policy, rows * columns, positions, machine, compute=compute, lora=config.lora, **options)
-        passed = training_phase(config, view, rows, columns, machine, logits=logits, masked=False)
-        return replace(passed, cache=kept, activations=passed.activations + other)
 
-    def update(rows: float) -> Phase:
-        return trained_on(bigger, rows, prompt + new, rows * new)
+@dataclass(frozen=True)
+class _Step:
+    """A PPO step on one process: its models, and the sizes of its passes. ``kept``: bytes that sampling keeps during the other phases."""
 
-    share = -(-config.minibatch_size // processes)
-    episodes = [min(tokens, prompt) + new for _, tokens in lengths.examples] or [prompt + new]
-    rows = _update_rows(config, episodes, prompt + new, machine, share, lambda rows: held.total + update(rows).total)
-    updating = update(rows)
-    if rows >= share and config.lora is None:
+    config: PPOStepConfig
+    policy: View
+    value: View | None
+    prompt: int  # tokens of the longest prompt
+    machine: Machine
+    processes: int
+    compute: int  # bytes of a value of the compute dtype
+
+    @property
+    def new(self) -> int:
+        """Tokens of the longest response."""
+        return self.config.generation.max_new_tokens
+
+    @property
+    def episodes(self) -> int:
+        """Episodes of a rollout on this process."""
+        return max(1, self.config.rollout_batch_size // self.processes)
+
+    @property
+    def bigger(self) -> View:
+        """The larger one of policy and value network."""
+        shape, value = self.policy.shape, self.value
+        return self.policy if value is None or value.shape.hidden * value.shape.layers <= shape.hidden * shape.layers else value
+
+    @property
+    def other_casts(self) -> float:
+        """The casts of both networks stay for all passes of an optimizer step; the plan of a pass counts those of its network."""
+        if self.value is None or self.config.lora is not None:
+            return 0.0
+        return cast_bytes(min(self.policy.shape.linear_weights, self.value.shape.linear_weights), self.compute)
+
+    def updating(self, held: Memory, lengths: Lengths, kept: float) -> Phase:
+        """The largest pass of the update."""
+        config, total = self.config, self.prompt + self.new
+
+        def update(rows: float) -> Phase:
+            return self._trained(self.bigger, rows, total, rows * self.new, kept)
+
+        share = -(-config.minibatch_size // self.processes)
+        examples = [min(tokens, self.prompt) + self.new for _, tokens in lengths.examples] or [total]
+        rows = _update_rows(config, examples, total, self.machine, share, lambda rows: held.total + update(rows).total)
+        if rows < share or config.lora is not None:
+            return update(rows)
         # One pass of each network computes the step. The gradients of the network whose pass is second do not exist yet at its peak.
-        weights = bigger.shape.weights if value is None else min(policy.shape.weights, value.shape.weights)
-        updating = before_gradients(updating, trained(weights, config.training.optimizer))
-    own = max(1, config.rollout_batch_size // processes)
-    scoring = [replace(scoring_phase(judge, own, prompt, new, compute, machine), cache=kept, awake=scorers) for judge in judges]
-    measured = _measured_rows(config, prompt + new, machine, own)
-    casts = other + (cast_bytes(shape.linear_weights, compute) if config.lora is None else 0.0)
-    logits = policy_logits(policy, measured * (prompt + new), measured * new, machine, compute=compute, lora=config.lora)
-    read = inference_phase(bigger, measured, prompt + new, compute, machine, logits=logits)
-    measuring = replace(read, cache=kept, activations=read.activations + casts, awake=reference)
-    mixing = []
-    if config.pretraining_mix is not None:
-        block = config.pretraining_mix.block_size
-        rows = rows_per_batch(config.rows_per_pass, block, device_type=machine.kind)
-        mixing.append(trained_on(policy, rows, block, rows * block))
-    return held + phases(*sampling, updating, measuring, *scoring, *mixing, saving(shape))
+        weights = self.bigger.shape.weights if self.value is None else min(self.policy.shape.weights, self.value.shape.weights)
+        return before_gradients(update(rows), trained(weights, config.training.optimizer))
+
+    def measuring(self, kept: float, reference: float) -> Phase:
+        """The largest pass that measures a rollout. ``reference``: bytes of a reference that is moved to the device for it."""
+        config, shape, total = self.config, self.policy.shape, self.prompt + self.new
+        rows = _measured_rows(config, total, self.machine, self.episodes)
+        casts = self.other_casts + (cast_bytes(shape.linear_weights, self.compute) if config.lora is None else 0.0)
+        logits = policy_logits(self.policy, rows * total, rows * self.new, self.machine, compute=self.compute, lora=config.lora)
+        read = inference_phase(self.bigger, rows, total, self.compute, self.machine, logits=logits)
+        return replace(read, cache=kept, activations=read.activations + casts, awake=reference)
+
+    def mixing(self, kept: float) -> list[Phase]:
+        """The largest pass over the pretraining mix; empty without a mix."""
+        if self.config.pretraining_mix is None:
+            return []
+        block = self.config.pretraining_mix.block_size
+        rows = rows_per_batch(self.config.rows_per_pass, block, device_type=self.machine.kind)
+        return [self._trained(self.policy, rows, block, rows * block, kept)]
+
+    def _trained(self, view: View, rows: float, columns: int, positions: float, kept: float) -> Phase:
+        """A training pass of ``view`` over ``rows`` sequences of ``columns`` tokens, with a loss at ``positions``."""
+        config = self.config
+        options = {"trains": True, "with_entropy": config.entropy_coef > 0}
+        logits = policy_logits(self.policy, rows * columns, positions, self.machine, compute=self.compute, lora=config.lora, **options)
+        passed = training_phase(config, view, rows, columns, self.machine, logits=logits, masked=False)
+        return replace(passed, cache=kept, activations=passed.activations + self.other_casts)
 
 
 def _sampling(
