@@ -173,27 +173,18 @@ def over_optimisation(step: StepFolder, evaluation: EvaluationFile | None = None
     if len(names) < 2:
         return None
     roots = [math.sqrt(max(0.0, value)) for value in smoothed(kls, 0.1)]
+    curves = list(evaluation.get("best_of_n", {}).values()) if evaluation is not None else []
     panels, rows = [], []
     has_best_of_n = False
     for metric, name in names.items():
         steps, values = step.series(metric)
         if steps != kl_steps:
             continue
+        points = [[(math.sqrt(one["kl"]), one["scores"][name]["mean"]) for one in curve if name in one["scores"]] for curve in curves]
+        has_best_of_n = has_best_of_n or any(points)
         smooth = smoothed(values, 0.1)
-        canvas = Canvas(4.9, 2.6)
-        for _, curve in (evaluation.get("best_of_n", {}) if evaluation is not None else {}).items():
-            points = [(math.sqrt(point["kl"]), point["scores"][name]["mean"]) for point in curve if name in point["scores"]]
-            if points:
-                has_best_of_n = True
-                canvas.axes.plot(*zip(*points, strict=True), "--o", color=SERIES[0], markersize=3, linewidth=1.2)
-        at, rewards, line = drawn(roots, values, smooth)
-        canvas.axes.plot(at, rewards, ".", color=SERIES[1], markersize=2.5, alpha=0.5)
-        canvas.axes.plot(at, line, color=SERIES[1])
-        best = max(range(len(smooth)), key=lambda index, smooth=smooth: smooth[index])  # type: ignore[misc]
-        canvas.axes.plot([roots[best]], [smooth[best]], "o", color=SERIES[1], markersize=6, markeredgecolor=PAPER)
-        canvas.axes.set_xlabel("square root of the KL to the reference (nats)")
-        canvas.axes.set_ylabel("mean score")
-        panels.append(canvas.panel(f"{name}, {'monitor' if is_monitor(metric) else 'trained on'}"))
+        title = f"{name}, {'monitor' if is_monitor(metric) else 'trained on'}"
+        panels.append(_draw_over_optimisation(title, roots, values, smooth, points))
         for index in thinned(range(len(roots)), TABLE_ROWS):
             rows.append([name, f"{steps[index]:.0f}", f"{roots[index]:.2f}", f"{smooth[index]:.3f}"])
     caption = (
@@ -205,6 +196,24 @@ def over_optimisation(step: StepFolder, evaluation: EvaluationFile | None = None
         legend.append(("best-of-n on held-out prompts", 0))
     headings = ["score", "iteration", "root of KL", "mean"]
     return Figure(f"over-optimisation-{step.name}", f"Over-optimisation ({step.name})", caption, panels, legend, headings, rows)
+
+
+def _draw_over_optimisation(
+    title: str, roots: list[float], values: list[float], smooth: list[float], best_of_n: Sequence[Sequence[tuple[float, float]]]
+) -> Panel:
+    """The panel of one score by iteration. ``roots``: of the KL. ``best_of_n``: (root of the KL, mean score) of each curve."""
+    canvas = Canvas(4.9, 2.6)
+    for points in best_of_n:
+        if points:
+            canvas.axes.plot(*zip(*points, strict=True), "--o", color=SERIES[0], markersize=3, linewidth=1.2)
+    at, rewards, line = drawn(roots, values, smooth)
+    canvas.axes.plot(at, rewards, ".", color=SERIES[1], markersize=2.5, alpha=0.5)
+    canvas.axes.plot(at, line, color=SERIES[1])
+    best = max(range(len(smooth)), key=lambda index: smooth[index])
+    canvas.axes.plot([roots[best]], [smooth[best]], "o", color=SERIES[1], markersize=6, markeredgecolor=PAPER)
+    canvas.axes.set_xlabel("square root of the KL to the reference (nats)")
+    canvas.axes.set_ylabel("mean score")
+    return canvas.panel(title)
 
 
 def _rewards(step: StepFolder) -> list[str]:
