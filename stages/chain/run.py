@@ -24,6 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from rich.text import Text
+
 from stages.chain.fingerprints import settings_of
 from stages.chain.pins import Commits, apart_from_folders, pinned, resolve_commits
 from stages.chain.planning import StepPlan, open_registry, plan, plan_step, plan_table
@@ -173,7 +175,7 @@ class _Run:
             planned = self.runtime.decide(lambda: plan_step(self.recipe, step, self.home, self.registry, self.made))
             if planned.action == "reuse":
                 return planned, self._reuse(step, planned)
-            self.runtime.console.rule(f"[bold]{step.name}[/] ({step.stage}): {planned.action}, {planned.reason}", align="left")
+            self._print_heading(f"[bold]{step.name}[/] ({step.stage}): {planned.action}, {planned.reason}")
             if self.runtime.is_main and planned.action == "run":
                 self._report_other_attempt(step, work)
             result = self._run_stage(step, planned, work)
@@ -182,6 +184,13 @@ class _Run:
                 clear(work)
             self.runtime.wait_for_everyone()
         return planned, result
+
+    def _print_heading(self, heading: str) -> None:
+        """Print a line across the terminal. A heading that is too long for it is wrapped, because a rule would cut it."""
+        if Text.from_markup(heading).cell_len + len(" ─") > self.runtime.console.width:
+            self.runtime.console.print(heading)
+        else:
+            self.runtime.console.rule(heading, align="left")
 
     def _report_other_attempt(self, step: RecipeStep, work: Path) -> None:
         """Print where the checkpoints of an interrupted run with other settings are: they can be large, and nothing removes them."""

@@ -270,8 +270,10 @@ def test_interrupted_run_with_other_settings_is_named_with_its_folder(capsys: py
         "never completed before. Not continued: an interrupted run (setting changed: rate (2.0 -> 3.0), stop_after (2 -> None))",
     )
     assert plan("sft.rate=3.0")["sft"] == expected
-    run("sft.rate=3.0", quiet=False)
-    assert f"of checkpoints in {left}" in " ".join(capsys.readouterr().out.split())
+    run("sft.rate=3.0", "sft.seed=9", quiet=False)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "an interrupted run (setting changed: rate (2.0 -> 3.0), stop_after (2 -> None); seed changed (7 -> 9))" in printed
+    assert f"of checkpoints in {left}" in printed
     # The earlier settings continue the earlier run; then nothing is left.
     assert plan("sft.stop_after=2", "sft.rate=2.0")["sft"][0] == "resume"
     assert run("sft.stop_after=2", "sft.rate=2.0")["steps"][1]["metrics"]["first_step"] == 2
