@@ -867,6 +867,8 @@ def label(
     """Serve the page where people rank completions. Loads no model."""
     from stages.labelling import command
 
+    if as_json and not show_report:
+        raise typer.BadParameter("only the report is printed as JSON; add --report", param_hint="--json")
     given = {
         "questions": questions and str(questions),
         "instructions": instructions and str(instructions),

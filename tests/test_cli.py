@@ -254,3 +254,10 @@ def test_a_terminal_without_a_character_shows_its_code(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "sch\\xf6n.jsonl: labels" in done.stdout
+
+
+def test_label_refuses_json_without_a_report(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completions": ["b", "c"]}\n')
+    done = CliRunner().invoke(app, ["label", str(tmp_path / "a.jsonl"), "--json", "--home", str(tmp_path / "home")])
+    assert done.exit_code == 2 and "only the report is printed as JSON; add --report" in " ".join(done.stderr.split())
+    assert not (tmp_path / "home").exists()

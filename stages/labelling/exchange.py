@@ -414,7 +414,8 @@ def _csv_out(labels: Labels) -> str:
 def _csv_in(text: str, labels: Labels, incoming: Incoming) -> None:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     if reader.fieldnames is None or not {"task", "annotator", "completion", "rank"} <= set(reader.fieldnames):
-        raise DataError(f"the CSV has the columns {reader.fieldnames}; expected task, annotator, completion and rank")
+        columns = ", ".join(map(repr, reader.fieldnames or ()))
+        raise DataError(f"the CSV has the columns {columns or 'none':.200}; expected task, annotator, completion and rank")
     given: dict[tuple[str, str], dict[int, int]] = {}
     for row in reader:
         if row["rank"] == "":
