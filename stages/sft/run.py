@@ -132,18 +132,33 @@ def _say_untrained(encoded: Encoded, which: str, context: StepContext) -> None:
 
 
 def _say_form(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, context: StepContext) -> None:
-    """Report unexpected behaviour of the chat template: replies in separate rows, and replies without an end token."""
+    """Report what a user may not expect of the rows: replies in separate rows, and replies without an end token."""
     console = context.runtime.console
     if encoded.separate:
         console.print(
             f"{context.name}: {encoded.separate} earlier replies are trained in separate rows: the chat template writes them differently "
             "when another turn follows"
         )
-    if tokenizer.chat_template and not turn_form(tokenizer).writes_end:
-        console.print(
-            f"{context.name}: the chat template ends a reply with {turn_form(tokenizer).ending!r}, without a special token: the model "
-            "does not learn to stop; add one to the template"
+    if ending := _missing_end(tokenizer):
+        console.print(f"{context.name}: {ending}")
+
+
+def _missing_end(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What to say if no special token ends a reply in the training rows. None if one does."""
+    if not tokenizer.chat_template:
+        if tokenizer.eos_token_id is not None:
+            return None
+        return (
+            "the tokenizer has no end token, so nothing ends a completion: the model does not learn to stop; set eos_token in its "
+            "tokenizer_config.json"
         )
+    form = turn_form(tokenizer)
+    if form.writes_end:
+        return None
+    return (
+        f"the chat template ends a reply with {form.ending!r}, without a special token: the model does not learn to stop; add one to the "
+        "template"
+    )
 
 
 def _selector(

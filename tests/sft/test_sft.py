@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from stages.models.loading import load_language_model
 from stages.sft.config import SFTStepConfig
 from stages.sft.packing import PackedCollator, pack_rows
 from stages.sft.rows import Encoded, EncodedRow, encode, pretraining_blocks
-from stages.sft.run import _say_untrained, run
+from stages.sft.run import _missing_end, _say_untrained, run
 from stages.sft.trainer import make_trainer
 from stages.training.reproducible import IGNORED
 
@@ -76,6 +77,17 @@ def test_left_out_demonstrations_are_reported_for_training_and_held_out_rows(cap
     assert capsys.readouterr().out == expected
     with pytest.raises(DataError, match="all replies of the 2 training demonstrations have weight 0"):
         _say_untrained(Encoded([], 0, 2), "training", context)
+
+
+def test_replies_without_an_end_token_are_reported(tiny_tokenizer) -> None:
+    tokenizer = deepcopy(tiny_tokenizer)
+    assert _missing_end(tokenizer) is None  # no chat template: the tokenizer's end token ends a completion
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    assert _missing_end(tokenizer) is None
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' .' }}{% endfor %}"
+    assert "the chat template ends a reply with ' .', without a special token" in str(_missing_end(tokenizer))
+    tokenizer.chat_template = tokenizer.eos_token = None
+    assert "the tokenizer has no end token, so nothing ends a completion" in str(_missing_end(tokenizer))
 
 
 def test_packing_by_hand() -> None:
