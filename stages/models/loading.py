@@ -179,7 +179,6 @@ def load_classifier(
     auto = AutoModelForSequenceClassification
     for used in dict.fromkeys((dtype, torch.float32)):
         loaded, rows = _load(auto, model, used, tokenizer, trainable, lora, require_head=require_head, options=options)
-        leave_autocast(loaded)
         if (reason := _failure(loaded)) is None:
             break
         if used != torch.float32:
@@ -346,6 +345,8 @@ def _from_pretrained(
         refuse_unquantized(loaded, model)
         keep_4bit_layout(loaded, dtype)
     new = _refuse_missing(loaded, report, model, require_head, supplied, by_config="num_labels" not in options)
+    if auto is AutoModelForSequenceClassification:
+        leave_autocast(loaded)
     setattr(loaded, NEW_MODULES, sorted({name.rpartition(".")[0] for name in new}))
     return loaded
 

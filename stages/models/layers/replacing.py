@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from stages.models.layers.lean import use_lean_layers
 from stages.process.console import announce
 from stages.process.environment import wants_own_layers
 from stages.sampling.support import weight_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -72,13 +75,13 @@ class PlainDebertaAttention(DisentangledSelfAttention):
     """DeBERTa v1's attention without autocast. Under autocast it fills bf16 scores with the smallest fp32 number, which fails."""
 
     def forward(self, *inputs: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        weight = weight_of(self.in_proj)  # the base layer's weight if there is an adapter
+        bias = self.q_bias  # in the dtype of the products; the weights may be quantized
 
-        def cast(value: Any) -> Any:
-            return value.to(weight.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        def converted(value: Any) -> Any:
+            return value.to(bias.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
-        with torch.autocast(weight.device.type, enabled=False):
-            return super().forward(*map(cast, inputs), **{name: cast(value) for name, value in named.items()})
+        with torch.autocast(bias.device.type, enabled=False):
+            return super().forward(*map(converted, inputs), **{name: converted(value) for name, value in named.items()})
 
 
 def leave_autocast(model: nn.Module) -> Counter[str]:
@@ -87,7 +90,10 @@ def leave_autocast(model: nn.Module) -> Counter[str]:
     for module in model.modules():
         if type(module) is DisentangledSelfAttention:
             module.__class__ = PlainDebertaAttention
+            weight = module.in_proj.weight
+            # Quantized weights compute in the dtype of the others.
+            dtype = weight.dtype if weight.is_floating_point() else weight_of(cast("PreTrainedModel", model).get_input_embeddings()).dtype
             for bias in (module.q_bias, module.v_bias):  # transformers keeps them in fp32, but the products are bf16
-                bias.data = bias.data.to(module.in_proj.weight.dtype)
+                bias.data = bias.data.to(dtype)
             switched["DisentangledSelfAttention"] += 1
     return switched

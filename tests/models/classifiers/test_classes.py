@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from stages.config import LoraSettings
+from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError
 from stages.models.classifiers.inputs import arguments_of, ended, padded_rows, same_length_groups
 from stages.models.loading import load_classifier
 from stages.models.saving import save_model
+from stages.registry.references import ResolvedModel
 from stages.training.microbatches import chosen_rows
 
 BERT = {
@@ -148,6 +149,22 @@ def test_deberta_computes_in_half_precision(tmp_path: Path) -> None:
     """Its attention works with bf16 weights after one of its classes was replaced (models/layers/replacing.py)."""
     folder = saved(tmp_path / "deberta", "deberta")
     assert next(load_classifier(str(folder), dtype=torch.bfloat16).parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_deberta_computes_with_nf4_weights(dtype: torch.dtype, tolerance: float, tmp_path: Path) -> None:
+    """It computes the same as transformers' model in fp32 with the dequantized weights."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    folder = saved(tmp_path / "deberta", "deberta")
+    source = ResolvedModel("one", "folder", str(folder), "", ModelInput(ref="one", quantization="nf4"))
+    model = load_classifier(source, dtype=dtype, trainable=False)
+    plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    quantized = {name: module for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert any(name.endswith("in_proj") for name in quantized)
+    for name, module in quantized.items():
+        plain.get_submodule(name).weight.data = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+    torch.testing.assert_close(model(input_ids=IDS).logits.float(), plain(input_ids=IDS).logits, rtol=tolerance, atol=tolerance)
 
 
 def test_the_outputs_of_bigbird_do_not_depend_on_earlier_texts(tmp_path: Path, caplog: Any) -> None:
