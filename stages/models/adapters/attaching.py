@@ -27,7 +27,7 @@ from stages.models.adapters.activation import (
     quiet_peft,
     wrappers_of,
 )
-from stages.models.adapters.saved import SavedAdapter, base_of, fitted, is_tied, read_adapter
+from stages.models.adapters.saved import SavedAdapter, base_of, fitted, is_inside, is_tied, module_of, read_adapter
 from stages.models.families import unfit_products
 from stages.models.layers.replacing import use_folded_adapters
 from stages.models.parts import module_name
@@ -71,6 +71,7 @@ def attach_lora(
     plain = plain_model(model)
     _check_names(lora, plain, task)
     config = _fresh_config(plain, lora, task, new_rows)
+    _refuse_quantized_copies(plain, "the new adapter", lora.modules_to_save)
     below = active_adapters(model)
     _refuse_clash(plain, "a fresh adapter", config)
     try:
@@ -82,9 +83,10 @@ def attach_lora(
     except (ValueError, TypeError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
+        advice = ". If the adapters below prevent it, export that model merged (stages models export), and use that folder" if below else ""
         raise ModelError(
             f"no adapter with target_modules={lora.target_modules!r} and modules_to_save={lora.modules_to_save!r} fits "
-            f"{type(plain).__name__}: {error} {_linear_modules(plain)}"
+            f"{type(plain).__name__}: {error} {_linear_modules(plain)}{advice}"
         ) from error
     lora_config(model, name).base_model_name_or_path = base
     _prepare_wrappers(model, name)
@@ -106,7 +108,7 @@ def _fresh_config(plain: PreTrainedModel, lora: LoraSettings, task: str, new_row
     # random weights (the pooler of DeBERTa, the head of XLNet or BART) are trained and saved in the same way.
     head = [r".*(classifier|score)(\..*)?"] if task == "SEQ_CLS" else []
     new = [name for name in getattr(plain, NEW_MODULES, ()) if task == "SEQ_CLS" and not re.fullmatch(head[0], name)]
-    modules_to_save = list(dict.fromkeys([*lora.modules_to_save, *new]))
+    modules_to_save = list(dict.fromkeys([*_names_for_peft(lora.modules_to_save, plain), *new]))
     never = [*head, *map(re.escape, [*new, *unfit_products(plain)])]
     excluded = "|".join(never) if lora.target_modules == "all-linear" else None
     return LoraConfig(
@@ -120,6 +122,58 @@ def _fresh_config(plain: PreTrainedModel, lora: LoraSettings, task: str, new_row
         modules_to_save=modules_to_save or None,
         trainable_token_indices=_rows_to_train(plain, lora, new_rows),
     )
+
+
+def _names_for_peft(names: Collection[str], plain: PreTrainedModel) -> list[str]:
+    """Names for peft's ``modules_to_save``. peft also takes modules whose last part only ends with a name: input_layernorm for norm.
+
+    A name for which it would do so is replaced by the full names of the modules. Raises ModelError if these are not enough.
+    """
+    modules = [module for module, _ in plain.named_modules()]
+    made: list[str] = []
+    for name in names:
+        meant = [module for module in modules if _is_named(module, name)]
+        made += [name] if len(meant) == sum(module.endswith(name) for module in modules) else meant
+    if further := [module for module in modules if module.endswith(tuple(made)) and not any(_is_named(module, name) for name in names)]:
+        raise ModelError(
+            f"lora.modules_to_save={list(names)!r} also reaches {further[0]} of {type(plain).__name__}, because peft compares only the "
+            f"ends of names. Name {further[0].rpartition('.')[2]}, too, or remove the name"
+        )
+    return made
+
+
+def _is_named(module: str, name: str) -> bool:
+    """Whether ``name`` is the module's name or its last parts."""
+    return module == name or module.endswith(f".{name}")
+
+
+def _drop_other_copies(model: PeftModel, name: str, saved: SavedAdapter) -> None:
+    """Remove the full copies of the adapter ``name`` that peft made only because a module's name ends with that of another.
+
+    The saved adapter has no weights of them. A bare transformer has norm where a language model has model.norm, and input_layernorm.
+    """
+    from peft.utils.other import ModulesToSaveWrapper
+
+    plain, stored = plain_model(model), [f"{module_of(key)}." for key in saved.weights]
+    for path, wrapper in list(plain.named_modules()):
+        if not isinstance(wrapper, ModulesToSaveWrapper) or name not in wrapper.modules_to_save:
+            continue
+        is_meant = any(_is_named(path, one) for one in saved.config.modules_to_save or ())
+        if is_meant or any(key.startswith(f"{path}.") for key in stored):
+            continue
+        wrapper.delete_adapter(name, None)
+        if not wrapper.modules_to_save:
+            plain.set_submodule(path, wrapper.original_module)
+
+
+def _refuse_quantized_copies(plain: PreTrainedModel, who: str, names: Collection[str]) -> None:
+    """Raise ModelError if one of the modules that ``modules_to_save`` names has quantized weights, which cannot be trained."""
+    for name, parameter in plain.named_parameters():
+        if not parameter.is_floating_point() and is_inside(name.rpartition(".")[0], names):
+            raise ModelError(
+                f"{who} has full weights of {name.rpartition('.')[0]} (modules_to_save), which is quantized. "
+                "Remove the module from modules_to_save, or load the model with quantization: none"
+            )
 
 
 def add_adapter(
@@ -140,6 +194,11 @@ def add_adapter(
             f"the adapter {saved.ref!r} is a DoRA adapter on an unmerged adapter, but its magnitudes belong to the merged "
             "weights. Load the model without quantization, or export it merged and use that folder"
         )
+    if saved.config.use_dora and any(_is_int8_on_cpu(module) for module in plain.modules()):
+        raise ModelError(
+            f"the adapter {saved.ref!r} is a DoRA adapter, which peft cannot compute on int8 weights on a CPU. "
+            "Write quantization: nf4 or none"
+        )
     if is_shared and saved.changes_base:
         raise ModelError(
             f"the adapter {saved.ref!r} changes weights of its base ({saved.changes_base[0]}), but other roles use that base; "
@@ -147,6 +206,7 @@ def add_adapter(
         )
     if not saved.weights:
         return model
+    _refuse_quantized_copies(plain, f"the adapter {saved.ref!r}", saved.config.modules_to_save or ())
     _refuse_clash(plain, f"the adapter {saved.ref!r}", saved.config)
     try:
         with quiet_peft():
@@ -154,6 +214,7 @@ def add_adapter(
                 model.add_adapter(name, saved.config)
             else:
                 model = get_peft_model(model, saved.config, adapter_name=name)
+            _drop_other_copies(model, name, saved)
             _prepare_wrappers(model, name)
             # peft's own annotation is the function namedtuple, which is no type.
             report = cast("_IncompatibleKeys", set_peft_model_state_dict(model, saved.weights, adapter_name=name))
@@ -169,6 +230,10 @@ def add_adapter(
     activate(model, [*below, name])
     use_folded_adapters(model)
     return model
+
+
+def _is_int8_on_cpu(module: nn.Module) -> bool:
+    return type(module).__name__ == "Linear8bitLt" and next(module.parameters()).device.type == "cpu"
 
 
 def source_of(model: TransformersModel, name: str) -> ResolvedModel | None:
@@ -187,7 +252,7 @@ def _refuse_clash(plain: PreTrainedModel, who: str, config: LoraConfig) -> None:
     def is_named(module: str, names: Iterable[object] | None) -> bool:
         if isinstance(names, str):
             return names != "all-linear" and re.fullmatch(names, module) is not None
-        return any(module == name or module.endswith(f".{name}") for name in names or ())
+        return any(_is_named(module, str(name)) for name in names or ())
 
     copies, rows = config.modules_to_save, config.trainable_token_indices
     for name, module in plain.named_modules():

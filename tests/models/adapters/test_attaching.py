@@ -223,6 +223,31 @@ def test_a_name_that_no_module_has_is_refused(bases: dict[str, Path], settings: 
         load_language_model(str(bases["tied"]), dtype=torch.float32, lora=LoraSettings(target_modules="nothing"))
 
 
+def test_modules_to_save_train_only_the_named_modules(bases: dict[str, Path], tmp_path: Path, tiny_tokenizer: Any) -> None:
+    """peft's own comparison takes input_layernorm for norm, too. A saved adapter names the module such that plain peft loads it."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    lora = LoraSettings(r=2, modules_to_save=["norm"])
+    model = load_language_model(str(bases["tied"]), dtype=torch.float32, lora=lora)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora_" not in name]
+    assert trained == ["base_model.model.model.norm.modules_to_save.default.weight"]
+    disturb(model)
+    save_model(model, tiny_tokenizer, tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(bases["tied"], attn_implementation="eager")
+    assert_same(logits_of(model), logits_of(PeftModel.from_pretrained(plain, str(tmp_path))))
+    with pytest.raises(ModelError, match="also reaches layers.0.input_layernorm of LlamaModel, because peft compares only the ends"):
+        load_backbone(str(bases["tied"]), dtype=torch.float32, lora=lora)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_full_copies_of_quantized_modules_are_refused(quantization: str, bases: dict[str, Path]) -> None:
+    with pytest.raises(ModelError, match="full weights of model.layers.0.mlp.gate_proj .modules_to_save., which is quantized. Remove"):
+        load_language_model(
+            resolved(bases["tied"], quantization=quantization), dtype=torch.float32, lora=LoraSettings(r=2, modules_to_save=["mlp"])
+        )
+
+
 def test_the_message_names_the_layers_of_a_model_under_adapters(bases: dict[str, Path], tiny_tokenizer: Any, tmp_path: Path) -> None:
     source = resolved(bases["gpt2"], quantization="nf4")
     save_model(load_language_model(source, dtype=torch.float32, lora=LoraSettings(r=2)), tiny_tokenizer, tmp_path)
