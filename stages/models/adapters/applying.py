@@ -17,6 +17,7 @@ from stages.models.classifiers.inputs import ended
 from stages.models.embeddings import grow_embedding
 from stages.models.parts import module_name
 from stages.models.quiet import quiet_transformers
+from stages.models.verification import ROUNDED
 from stages.sampling.support import no_cache, plain_model, weight_of
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from stages.models.adapters.saved import SavedAdapter
 
 PROBE_TOKENS = 8
-MERGE_TOLERANCE = 1e-3
-"""Allowed root mean square difference after a merge, relative to the outputs'. fp32 rounding causes about 1e-6."""
 
 
 def merged_stack(base: PreTrainedModel, adapters: Sequence[SavedAdapter], sizes: Sequence[int]) -> PreTrainedModel:
@@ -72,7 +71,7 @@ def _merged(model: TransformersModel, ref: str, *, where: Callable[[nn.Module], 
             f"peft cannot merge the adapter {ref!r} into the weights of its base: {error} Load it with quantization (nf4 or int8), which "
             "keeps adapters unmerged, or train it again without that setting"
         ) from error
-    _check_merge(before, _probe(merged), ref)
+    _check_merge(before, _probe(merged), merged, ref)
     return merged
 
 
@@ -125,10 +124,11 @@ def _probe(model: TransformersModel) -> Tensor:
     return (outputs.last_hidden_state if logits is None else logits).float()
 
 
-def _check_merge(before: Tensor, after: Tensor, ref: str) -> None:
+def _check_merge(before: Tensor, after: Tensor, model: TransformersModel, ref: str) -> None:
+    """Raise ModelError if merging the adapter ``ref`` has changed the outputs of ``model`` by more than rounding."""
     difference = float((after - before).pow(2).mean().sqrt())
     scale = float(before.pow(2).mean().sqrt())
-    tolerance = MERGE_TOLERANCE if after.dtype == torch.float32 else 0.05
+    tolerance = ROUNDED[weight_of(plain_model(model).get_input_embeddings()).dtype]
     if not difference <= tolerance * max(scale, 1e-6):
         raise ModelError(
             f"merging the adapter {ref!r} changes its outputs (difference {difference:.2g}, output scale {scale:.2g}); "

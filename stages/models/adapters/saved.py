@@ -158,6 +158,8 @@ def _fitted_config(
     config = copy.deepcopy(config)
     config.inference_mode = True
     config.lora_dropout = 0.0  # dropout is only for training
+    if not _subtracts(config):
+        config.init_lora_weights = True  # the saved weights replace the initial ones, some of which cannot be made on quantized weights
     config.task_type = config.task_type if plain.base_model_prefix and hasattr(plain, plain.base_model_prefix) else "FEATURE_EXTRACTION"
     targets = sorted({module_of(name) for name in weights if ".lora_" in name})
     if not config.target_parameters:
@@ -179,6 +181,11 @@ def _fitted_config(
     return config
 
 
+def _subtracts(config: LoraConfig) -> bool:
+    """Whether peft subtracts the adapter's initial update from the base, also when it loads the adapter."""
+    return config.kasa_config is not None or str(config.init_lora_weights).lower() in ("pissa", "olora")
+
+
 def _renamed_pattern(pattern: str, renamed: Callable[[str], str]) -> str:
     start = "^" if pattern.startswith("^") else ""
     return start + renamed(pattern.removeprefix("^")) if "." in pattern else pattern
@@ -189,7 +196,7 @@ def _with_changes(saved: SavedAdapter, plain: PreTrainedModel) -> SavedAdapter:
     copies, config = saved.config.modules_to_save or [], saved.config
     parameters = dict(plain.named_parameters(remove_duplicate=False))
     kept, changes = {}, []
-    if config.kasa_config is not None or str(config.init_lora_weights).lower() in ("pissa", "olora"):
+    if _subtracts(config):
         # peft changes the base when it adds such an adapter, in the same way as before the training
         changes += sorted({f"{module_of(name)}.weight" for name in saved.weights if ".lora_" in name})
     for name, value in saved.weights.items():

@@ -58,6 +58,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "rows": {"trainable_token_indices": {"embed_tokens": [3, 250], "lm_head": [3]}},
     "full modules": {"modules_to_save": ["embed_tokens", "lm_head"]},
     "only the output layer": {"target_modules": ["lm_head"]},
+    "one norm": {"modules_to_save": ["model.norm"]},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
     "PiSSA": {"init_lora_weights": "pissa"},
     "OLoRA": {"init_lora_weights": "olora"},
 }
@@ -75,7 +77,7 @@ def test_an_adapter_of_every_form_is_loaded_and_exported(kind: str, tiny_llama_f
     torch.testing.assert_close(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["dora", "trained biases", "rows", "full modules"])
+@pytest.mark.parametrize("kind", ["dora", "trained biases", "rows", "full modules", "one norm"])
 def test_every_adapter_kind_keeps_its_outputs_under_a_new_adapter(kind: str, tiny_llama_folder: Path, tmp_path: Path) -> None:
     """On nf4 weights the adapter stays unmerged, and a new adapter on top starts as an identity."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -112,9 +114,38 @@ def test_a_dora_adapter_above_another_is_merged_or_refused(tiny_llama_folder: Pa
         load_language_model(apart, dtype=torch.float32, trainable=False)
 
 
-def test_adapters_of_language_models_serve_a_reward_model(tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_an_adapter_with_orthogonal_initial_weights_works_on_quantized_weights(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """peft cannot make such initial weights there, but the saved ones replace them."""
+    foreign(tiny_llama_folder, tmp_path, target_modules=["q_proj"], init_lora_weights="orthogonal")
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    source = ResolvedModel("one", "folder", str(tmp_path), "", ModelInput(ref="one", quantization="nf4"))
+    loaded = dict(load_language_model(source, dtype=torch.float32, trainable=False).named_parameters())
+    for name, value in saved.items():
+        torch.testing.assert_close(loaded[name.replace(".weight", ".below-0.weight")].float(), value)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_an_update_of_the_embedding_is_merged_in_bf16_above_quantized_layers(
+    quantization: str, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    """The merge rounds the embedding to bf16, which is no error of the merge."""
+    expected = foreign(tiny_llama_folder, tmp_path / "adapter", **KINDS["embedding"])
+    source = ResolvedModel("one", "folder", str(tmp_path / "adapter"), "", ModelInput(ref="one", quantization=quantization))
+    logits = logits_of(load_language_model(source, dtype=torch.bfloat16, trainable=False)).float()
+    assert float((logits - expected).pow(2).mean().sqrt()) < 0.2 * float(expected.pow(2).mean().sqrt())
+
+
+def test_a_dora_adapter_on_int8_weights_on_a_cpu_is_refused(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    foreign(tiny_llama_folder, tmp_path, use_dora=True)
+    source = ResolvedModel("one", "folder", str(tmp_path), "", ModelInput(ref="one", quantization="int8"))
+    with pytest.raises(ModelError, match="DoRA adapter, which peft cannot compute on int8 weights on a CPU. Write quantization"):
+        load_language_model(source, dtype=torch.float32, trainable=False)
+
+
+@pytest.mark.parametrize("kind", ["rows", "one norm"])
+def test_adapters_of_language_models_serve_a_reward_model(kind: str, tiny_llama_folder: Path, tmp_path: Path) -> None:
     """A reward model uses the adapter's weights of the transformer, but not those of the output layer."""
-    foreign(tiny_llama_folder, tmp_path / "adapter", **KINDS["rows"])
+    foreign(tiny_llama_folder, tmp_path / "adapter", **KINDS[kind])
     language_model = load_language_model(str(tmp_path / "adapter"), dtype=torch.float32, trainable=False)
     reward_model = RewardModel.from_language_model(str(tmp_path / "adapter"), dtype=torch.float32)
     with torch.no_grad():
@@ -178,7 +209,7 @@ def backbone_of(policy: ResolvedModel) -> SharedBackbone:
     return SharedBackbone(policy, dtype=torch.float32, device=torch.device("cpu"), lora=LoraSettings(r=2))
 
 
-@pytest.mark.parametrize("kind", ["rows", "full modules", "embedding", "rslora", "dora"])
+@pytest.mark.parametrize("kind", ["rows", "full modules", "one norm", "embedding", "rslora", "dora"])
 def test_roles_on_one_backbone_keep_their_own_copies(kind: str, tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
     """The policy's adapter has rows or modules, the reward model's adapter has none. Each computes the same as on a separate backbone."""
     expected = foreign(tiny_llama_folder, tmp_path / "policy", **KINDS[kind])
