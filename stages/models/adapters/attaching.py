@@ -83,10 +83,9 @@ def attach_lora(
     except (ValueError, TypeError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        advice = ". If the adapters below prevent it, export that model merged (stages models export), and use that folder" if below else ""
         raise ModelError(
             f"no adapter with target_modules={lora.target_modules!r} and modules_to_save={lora.modules_to_save!r} fits "
-            f"{type(plain).__name__}: {error} {_linear_modules(plain)}{advice}"
+            f"{type(plain).__name__}: {error} {_linear_modules(plain)}{_advice(below)}"
         ) from error
     lora_config(model, name).base_model_name_or_path = base
     _prepare_wrappers(model, name)
@@ -221,7 +220,8 @@ def add_adapter(
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
-        raise ModelError(f"the adapter {saved.ref!r} does not fit its base {type(plain).__name__}: {error}") from error
+        problem = f"{str(error).rstrip('.')}{_advice(below)}"
+        raise ModelError(f"the adapter {saved.ref!r} does not fit its base {type(plain).__name__}: {problem}") from error
     own = {key for key, _ in model.named_parameters()}  # tied rows have two names; named_parameters() yields the first
     missing = [key for key in report.missing_keys if is_part_of(key, name) and key in own]
     if missing or report.unexpected_keys:
@@ -239,6 +239,11 @@ def _is_int8_on_cpu(module: nn.Module) -> bool:
 def source_of(model: TransformersModel, name: str) -> ResolvedModel | None:
     """The initial model of the PeftModel's adapter ``name``; None if ``attach_lora`` did not get it."""
     return getattr(model, SOURCES, {}).get(name)
+
+
+def _advice(below: Collection[str]) -> str:
+    """What to do if peft cannot add an adapter, which may be because of those ``below``."""
+    return ". If the adapters below prevent it, export that model merged (stages models export), and use that folder" if below else ""
 
 
 def _refuse_clash(plain: PreTrainedModel, who: str, config: LoraConfig) -> None:

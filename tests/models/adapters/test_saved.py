@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError
+from stages.models.adapters.attaching import add_adapter
 from stages.models.adapters.exporting import save_merged
 from stages.models.adapters.shared_backbone import SharedBackbone
 from stages.models.heads import RewardModel
@@ -254,6 +255,17 @@ def test_an_adapter_that_takes_its_start_from_the_base_is_refused_on_a_shared_ba
     backbone = backbone_of(as_resolved(tmp_path / "policy"))
     with pytest.raises(ModelError, match="changes weights of its base .*q_proj.weight.* but other roles use that base"):
         backbone.frozen(as_resolved(tmp_path / "policy"))
+
+
+def test_adapters_that_peft_cannot_combine_are_refused_with_a_way_out(tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """peft combines adapters of parameters, such as experts, only if all change the same ones."""
+    foreign(tiny_llama_folder, tmp_path / "up", target_parameters=["mlp.up_proj.weight"])
+    foreign(tiny_llama_folder, tmp_path / "down", target_parameters=["mlp.down_proj.weight"])
+    tiny_tokenizer.save_pretrained(tmp_path / "up")
+    backbone = backbone_of(as_resolved(tmp_path / "up"))
+    backbone.frozen(as_resolved(tmp_path / "up"))
+    with pytest.raises(ModelError, match="must target the same set of parameters.*export that model merged"):
+        add_adapter(backbone.model, as_resolved(tmp_path / "down"), "above")
 
 
 def test_an_update_and_rows_of_one_embedding_are_refused_on_a_shared_backbone(
