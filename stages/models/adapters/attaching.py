@@ -6,8 +6,10 @@ replace those of the base while the adapter is active.
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import TYPE_CHECKING, cast
 
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
     from stages.model_types import TransformersModel
     from stages.registry.references import ResolvedModel
 
+
+logger = logging.getLogger(__name__)
+_warned: set[str] = set()
 
 SOURCES = "_stages_sources"
 """Attribute of a PeftModel: the initial model of each adapter."""
@@ -87,6 +92,7 @@ def attach_lora(
             f"no adapter with target_modules={lora.target_modules!r} and modules_to_save={lora.modules_to_save!r} fits "
             f"{type(plain).__name__}: {error} {_linear_modules(plain)}{_advice(below)}"
         ) from error
+    _report_left_out(plain, lora)
     lora_config(model, name).base_model_name_or_path = base
     _prepare_wrappers(model, name)
     setattr(model, SOURCES, {**getattr(model, SOURCES, {}), name: source})
@@ -97,6 +103,30 @@ def attach_lora(
     activate(model, [*below, name], trainable=[name])
     use_folded_adapters(model)
     return model
+
+
+def _report_left_out(plain: PreTrainedModel, lora: LoraSettings) -> None:
+    """Warn if peft put a new adapter on tensors of experts instead of other modules of the same names (shared experts)."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    if lora.target_modules != "all-linear" or not any(isinstance(module, ParamWrapper) for module in plain.modules()):
+        return
+    output, skipped = plain.get_output_embeddings(), set(unfit_products(plain))
+    left = [
+        own
+        for own, module in plain.named_modules()
+        if type(module).__name__ in ("Linear", "Linear4bit", "Linear8bitLt") and not is_adapter_layer(module) and module is not output
+        if own not in skipped and ".lora_" not in own and not own.endswith(".base_layer")
+    ]
+    if left and (message := f"{len(left)} {left[0]} {type(plain).__name__}") not in _warned:
+        _warned.add(message)
+        logger.warning(
+            "lora.target_modules='all-linear': peft adapts the experts of %s, and leaves %d linear modules with the same names without an "
+            "adapter, e.g. %s",
+            type(plain).__name__,
+            len(left),
+            left[0],
+        )
 
 
 def _fresh_config(plain: PreTrainedModel, lora: LoraSettings, task: str, new_rows: Collection[int]) -> LoraConfig:
@@ -215,8 +245,9 @@ def add_adapter(
                 model = get_peft_model(model, saved.config, adapter_name=name)
             _drop_other_copies(model, name, saved)
             _prepare_wrappers(model, name)
-            # peft's own annotation is the function namedtuple, which is no type.
-            report = cast("_IncompatibleKeys", set_peft_model_state_dict(model, saved.weights, adapter_name=name))
+            with _names_unconverted(when=_has_names(model, name, saved.weights)):
+                # peft's own annotation is the function namedtuple, which is no type.
+                report = cast("_IncompatibleKeys", set_peft_model_state_dict(model, saved.weights, adapter_name=name))
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
@@ -234,6 +265,34 @@ def add_adapter(
 
 def _is_int8_on_cpu(module: nn.Module) -> bool:
     return type(module).__name__ == "Linear8bitLt" and next(module.parameters()).device.type == "cpu"
+
+
+def _has_names(model: PeftModel, name: str, weights: Iterable[str]) -> bool:
+    """Whether the low-rank ``weights`` of a saved adapter have the names of the adapter ``name`` of ``model``."""
+    own = {".".join(part for part in key.split(".") if part != name) for key, _ in model.named_parameters() if is_part_of(key, name)}
+    return all(key in own for key in weights if ".lora_" in key)
+
+
+@contextmanager
+def _names_unconverted(*, when: bool) -> Iterator[None]:
+    """Context manager in which peft takes the names of saved weights as they are.
+
+    peft converts them from the names in older versions of transformers. Some current names do not survive it, such as those of Laguna's
+    shared experts.
+    """
+    from peft.utils import transformers_weight_conversion as conversion
+
+    own = conversion.convert_peft_adapter_state_dict_for_transformers
+
+    def unconverted(*, adapter_state_dict: dict[str, torch.Tensor], **_: object) -> dict[str, torch.Tensor]:
+        return adapter_state_dict
+
+    if when:
+        conversion.convert_peft_adapter_state_dict_for_transformers = unconverted  # type: ignore[assignment]  # called with keywords only
+    try:
+        yield
+    finally:
+        conversion.convert_peft_adapter_state_dict_for_transformers = own
 
 
 def source_of(model: TransformersModel, name: str) -> ResolvedModel | None:

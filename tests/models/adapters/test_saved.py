@@ -196,6 +196,43 @@ def test_a_server_of_plain_adapters_refuses_other_adapters(kind: str, tiny_llama
         updates_of(load_language_model(str(tiny_llama_folder), dtype=torch.float32), [as_resolved(tmp_path)])
 
 
+def mixture(kind: str, folder: Path, tokenizer: Any, **fields: Any) -> Path:
+    """A model of random weights with a dense layer, then a layer with two experts and a shared one."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 1, "vocab_size": len(tokenizer)}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes, **heads, **fields)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_names_of_a_saved_adapter_that_fit_the_model_stay_as_they_are(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """peft renames Laguna's shared_experts to a name that does not exist, and then leaves their updates out silently."""
+    base = mixture(
+        "laguna",
+        tmp_path / "base",
+        tiny_tokenizer,
+        num_experts=2,
+        shared_expert_intermediate_size=8,
+        layer_types=["full_attention", "full_attention"],
+        num_attention_heads_per_layer=[2, 2],
+        mlp_layer_types=["dense", "sparse"],
+    )
+    expected = foreign(base, tmp_path / "adapter", target_modules="all-linear")
+    loaded = load_language_model(str(tmp_path / "adapter"), dtype=torch.float32, trainable=False)
+    torch.testing.assert_close(logits_of(loaded), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_linear_modules_that_peft_leaves_out_are_counted(tiny_tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Three of the dense layer and three of the shared expert have the names of the experts' tensors."""
+    experts = {"n_routed_experts": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+    base = mixture("glm4_moe", tmp_path / "base", tiny_tokenizer, **experts)
+    load_language_model(str(base), dtype=torch.float32, lora=LoraSettings(r=2))
+    assert "leaves 6 linear modules with the same names without an adapter, e.g. model.layers.0.mlp.gate_proj" in caplog.text
+
+
 def test_weights_in_a_pickle_file_are_refused(tiny_llama_folder: Path, tmp_path: Path) -> None:
     foreign(tiny_llama_folder, tmp_path)
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
