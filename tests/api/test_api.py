@@ -88,6 +88,20 @@ def test_steps_in_memory_train_and_evaluate(pair: tuple[Any, Any], home: Path) -
         results.win_rate("aligned", "nobody")
 
 
+def test_a_model_trained_with_lora_is_loaded_with_its_adapter_merged(pair: tuple[Any, Any], home: Path) -> None:
+    """The expected weight is W + (alpha / r) B A, from the published files."""
+    from safetensors.torch import load_file
+
+    rows = [{"prompt": f"word {number}", "completion": "yes"} for number in range(8)]
+    trained = stages.SFT(model=pair, data=rows, training=TRAINING, lora={"r": 2, "alpha": 4.0}).train(home, recipe="adapters", quiet=True)
+    saved = load_file(trained.path / "adapter_model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    a, b = (saved[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+    assert b.any()
+    model, _ = trained.load()
+    torch.testing.assert_close(model.get_submodule(name).weight, pair[0].get_submodule(name).weight + 2.0 * b @ a)
+
+
 def test_an_equal_step_is_reused_and_a_changed_function_runs_again(pair: tuple[Any, Any], home: Path) -> None:
     def reward_of(sign: float) -> Any:
         return lambda prompts, completions: [sign * len(text) for text in completions]
