@@ -78,7 +78,7 @@ def is_monitor(metric: str) -> bool:
 
 
 def source_of(metric: str) -> str:
-    """The reward source or monitor of a metric from ``reward_name`` or ``monitor_name``."""
+    """The reward source or monitor of a metric from ``reward_name`` or ``monitor_name``. From ``scoring_name``: also what is measured."""
     return metric.partition("/")[2]
 
 

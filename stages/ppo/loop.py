@@ -24,6 +24,7 @@ from stages.metric_names import (
     RAISED_ALARMS,
     SCORE_MEAN,
     TOTAL_MEAN,
+    source_of,
 )
 from stages.models.layers.compiled import NOT_WANTED
 from stages.models.passes.budget import PassBudget, PassTooLarge
@@ -412,6 +413,6 @@ class PPORun:
 def cut_message(name: str, share: float) -> str:
     """The message for the metric ``name``: the ``share`` of the texts, or of the completions alone, that a reward source had to cut."""
     is_completion = name.endswith(f"_{COMPLETION_CUT_SHARE}")
-    source = name.removeprefix("scoring/").removesuffix(f"_{COMPLETION_CUT_SHARE if is_completion else CUT_SHARE}")
+    source = source_of(name).removesuffix(f"_{COMPLETION_CUT_SHARE if is_completion else CUT_SHARE}")
     what = "completions alone" if is_completion else "texts"
     return f"{share:.1%} of the {what} are too long for {source}, so their beginning is cut ({name})"

@@ -131,7 +131,7 @@ ADAPTERS: dict[str, tuple[Task, dict[str, Any]]] = {
     "two modules": ("CAUSAL_LM", {"target_modules": ["q_proj", "v_proj"]}),
     "one layer": ("CAUSAL_LM", {"target_modules": r"model\.layers\.3\..*_proj"}),
     "copies": ("CAUSAL_LM", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
-    "scalar head": ("FEATURE_EXTRACTION", {"target_modules": ["down_proj"], "modules_to_save": ["norm"]}),
+    "scalar head": ("FEATURE_EXTRACTION", {"target_modules": ["down_proj"], "modules_to_save": ["input_layernorm"]}),
     "classifier": ("SEQ_CLS", {}),
 }
 
