@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -66,7 +67,8 @@ def write_recipe(steps: Sequence[Mapping[str, object]], name: str, seed: int, fo
     plain = [{key: as_field(key, value, folder) for key, value in step.items()} for step in steps]
     content = json.dumps({"name": name, "seed": seed, "steps": plain}, indent=2, ensure_ascii=False)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.yaml"  # JSON is YAML
+    stem = re.sub(r"[^\w.-]", "_", name)  # the recipe is checked after it is written, so the name may be invalid
+    path = folder / f"{stem}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.yaml"  # JSON is YAML
     path.write_text(content, encoding="utf-8")
     return path
 

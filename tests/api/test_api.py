@@ -18,6 +18,7 @@ import stages
 from stages.api.functions import address_of
 from stages.api.inputs import as_field
 from stages.api.running import write_recipe
+from stages.errors import StagesError
 from stages.recipe.schema import data_inputs, load_recipe
 
 PROMPTS = [{"prompt": f"word {number}"} for number in range(8)]
@@ -183,6 +184,12 @@ def test_values_of_libraries_become_plain_values(tmp_path: Path) -> None:
 def test_objects_that_cannot_be_stored_are_named(field: str, value: object, message: str, tmp_path: Path) -> None:
     with pytest.raises(stages.StagesError, match=re.escape(message)):
         as_field(field, value, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a/b", "../a", "ä b", ""])
+def test_an_invalid_recipe_name_is_named(name: str, tmp_path: Path) -> None:
+    with pytest.raises(StagesError, match="expected letters, digits and"):
+        stages.run([{"stage": "sft", "name": "sft", "model": "m", "data": {"train": "t.jsonl"}}], home=tmp_path, name=name)
 
 
 def test_a_value_that_is_nested_too_deeply_is_named_with_its_column(tmp_path: Path) -> None:
