@@ -33,6 +33,7 @@ from stages.models.adapters.saved import SavedAdapter, base_of, fitted, is_insid
 from stages.models.families import unfit_products
 from stages.models.layers.replacing import use_folded_adapters
 from stages.models.parts import module_name
+from stages.models.quantizing import QUANTIZED_LAYERS
 from stages.sampling.support import plain_model
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def _report_left_out(plain: PreTrainedModel, lora: LoraSettings) -> None:
     left = [
         own
         for own, module in plain.named_modules()
-        if type(module).__name__ in ("Linear", "Linear4bit", "Linear8bitLt") and not is_adapter_layer(module) and module is not output
+        if type(module).__name__ in ("Linear", *QUANTIZED_LAYERS) and not is_adapter_layer(module) and module is not output
         if own not in skipped and ".lora_" not in own and not own.endswith(".base_layer")
     ]
     if left and (message := f"{len(left)} {left[0]} {type(plain).__name__}") not in _warned:
