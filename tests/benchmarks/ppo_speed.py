@@ -1,7 +1,7 @@
 """Compares this project's PPO with that of TRL 1.12.0: episodes per second, peak memory, and the score of each iteration.
 
     ./launch.sh recipes/quickstart.yaml                                # makes the policy and the reward model of the first workload
-    .venv/bin/python tests/benchmarks/ppo_speed.py [--pairs 3] [--iterations 8] [--trl-env FOLDER] [--json FILE]
+    .venv/bin/python tests/benchmarks/ppo_speed.py [--pairs 3] [--iterations 8] [--threads 1] [--trl-env FOLDER] [--json FILE]
 
 Both use the same initial weights, reward model, prompts (up to 32 tokens) and number of threads, 64 episodes of up to 48 new tokens in an
 iteration, 4 epochs of one minibatch in microbatches of 16, and fp32. The runs take turns, each in a separate process. TRL has a separate
@@ -254,7 +254,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=1, help="Threads of each run (default: 1, as in docs/speed.md).")
     parser.add_argument("--home", type=Path, default=REPOSITORY / "outputs")
     parser.add_argument("--trl-env", type=Path, default=REPOSITORY / ".venv-trl112")
     parser.add_argument("--only", choices=["natural", "no-early-end"])
