@@ -222,7 +222,7 @@ DETAILS = (
     _detail(
         "R5",
         "Softmax loss on the best of K completions (Z)",
-        "rl/ranking.py:best_of_ranked_loss",
+        "rl/ranking.py:best_of_losses",
         f"{NUMBERS} rl/test_ranking.py::test_best_of_ranked_completions_by_hand "
         "reward_model/test_reward_model.py::test_training_with_best_of_loss_runs_on_best_of_data",
     ),

@@ -340,12 +340,6 @@ def encode_pair(
     return prompt_ids + completion_ids, len(prompt_ids)
 
 
-def encode_completion(tokenizer: PreTrainedTokenizerBase, completion: str, *, eos: bool = True) -> list[int]:
-    """Token ids of a text that continues an arbitrary other text, plus the end token."""
-    ids = continued(tokenizer, "\n", plain_ids(tokenizer, "\n"), completion)
-    return [*ids, tokenizer.eos_token_id] if eos and tokenizer.eos_token_id is not None else ids
-
-
 def encode_segments(tokenizer: PreTrainedTokenizerBase, segments: Sequence[str]) -> list[list[int]]:
     """Token ids of each part of a rendered text. Later parts do not change the tokens of earlier ones."""
     ids, first = _begun(tokenizer, segments[0])

@@ -17,7 +17,7 @@ from functools import cache, partial
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from stages.errors import ModelError, StagesError
 from stages.memory.decoding import DecodingMemory, LayerStates
@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 _file: ContextVar[Path | None] = ContextVar("file", default=None)  # where counts are kept
 _messages: ContextVar[list[str] | None] = ContextVar("messages", default=None)  # what could not be counted
-Counted = TypeVar("Counted")
 Fields = dict[str, Any]
 """The fields of a count as JSON, or its ``reason`` if it is impossible."""
 _counts: dict[str, Fields] = {}  # by ``_key``

@@ -22,7 +22,7 @@ from transformers.utils import cached_file
 
 from stages.config import LoraSettings
 from stages.errors import ModelError
-from stages.models.adapters.activation import FRESH, is_part_of
+from stages.models.adapters.activation import FRESH
 from stages.models.adapters.saved import HEAD_FILE
 from stages.models.adapters.stacks import is_adapter
 from stages.models.layers.attention import class_of
@@ -314,21 +314,6 @@ class RewardModel(ScalarModel):
 
 class ValueModel(ScalarModel):
     """Predicts the return at every position of a text."""
-
-    @classmethod
-    def from_reward_model(cls, reward_model: RewardModel) -> Self:
-        """A trainable copy of a reward model. Its value at a text's last token equals the text's score.
-
-        If the reward model has an adapter, the copy's adapter and head are trainable.
-        """
-        from peft import PeftModel
-
-        made = cls(copy.deepcopy(reward_model.backbone), reward_model.tokenizer)
-        made.score_head.load_state_dict(reward_model.score_head.state_dict())
-        adapted = isinstance(made.backbone, PeftModel)
-        for name, parameter in made.backbone.named_parameters():
-            parameter.requires_grad_(is_part_of(name, FRESH) or not adapted)
-        return made.train()
 
     @classmethod
     def from_policy(

@@ -16,8 +16,6 @@ from typing import TypedDict
 from stages.json_types import JsonObject
 from stages.recipe.source import RecipeSource, Steps, nearest, parse_path
 
-STAGES = ("sft", "reward_model", "ppo")
-
 
 @dataclass(frozen=True)
 class Value:

@@ -17,7 +17,7 @@ from stages.reward_model.config import RewardModelConfig
 from stages.reward_model.measuring import measure
 from stages.reward_model.preferences import EncodedComparison
 from stages.reward_model.rows import collate
-from stages.rl.ranking import best_of_ranked_losses, ranking_losses, ranking_pairs
+from stages.rl.ranking import best_of_losses, ranking_losses, ranking_pairs
 from stages.step import StepContext
 from stages.training.arguments import training_arguments, weights_dtype
 from stages.training.batching import Rows
@@ -150,5 +150,5 @@ def make_trainer(
 ) -> RankingTrainer:
     """A trainer on prompts with all their completions. ``loss``: pairs | best_of."""
     trainer = RankingTrainer(model=model, args=arguments, train_dataset=rows, data_collator=lambda items: collate(items, pad_token_id))
-    trainer.losses_of = ranking_losses if loss == "pairs" else best_of_ranked_losses
+    trainer.losses_of = ranking_losses if loss == "pairs" else best_of_losses
     return trainer

@@ -44,16 +44,12 @@ def ranking_loss(scores: Tensor, ranks: Tensor, prompt_index: Tensor, text_index
     return losses.sum() / max(1, len(losses))
 
 
-def best_of_loss(scores: Tensor, best: Tensor) -> Tensor:
-    """Ziegler et al. 2019: -log softmax(scores)[best], averaged over prompts. scores [P, K], best [P]; returns a scalar."""
-    return functional.cross_entropy(scores, best)
+def best_of_losses(scores: Tensor, ranks: Tensor, prompt_index: Tensor, text_index: Tensor | None = None) -> Tensor:
+    """Softmax loss of each prompt's best completion among all its completions: -log softmax(scores)[best]. Returns [P].
 
-
-def best_of_ranked_losses(scores: Tensor, ranks: Tensor, prompt_index: Tensor, text_index: Tensor | None = None) -> Tensor:
-    """``best_of_loss`` of ranked completions [N]: each prompt's best completion against all its completions [P].
-
-    If several completions share the best rank, their losses are averaged. Prompts with only ties are left out of P; if there are no others,
-    the result is empty, with a gradient of 0. ``text_index`` [N] is ignored: equal texts compete like others.
+    Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, section 2. scores, ranks (0 best) and prompt_index [N]. If several completions
+    share the best rank, their losses are averaged. Prompts with only ties are left out of P; if there are no others, the result is empty,
+    with a gradient of 0. ``text_index`` [N] is ignored: equal texts compete like others.
     """
     losses = []
     for prompt in prompt_index.unique():
@@ -63,15 +59,3 @@ def best_of_ranked_losses(scores: Tensor, ranks: Tensor, prompt_index: Tensor, t
             members, best = moved_together([own, best], scores.device)
             losses.append(-scores[members].log_softmax(dim=0)[best].mean())
     return torch.stack(losses) if losses else scores[:0] + 0.0 * scores.sum()
-
-
-def best_of_ranked_loss(scores: Tensor, ranks: Tensor, prompt_index: Tensor) -> Tensor:
-    """The mean of ``best_of_ranked_losses`` over prompts, a scalar; 0 if every prompt has only ties."""
-    losses = best_of_ranked_losses(scores, ranks, prompt_index)
-    return losses.sum() / max(1, len(losses))
-
-
-def pairwise_correct(scores: Tensor, ranks: Tensor, prompt_index: Tensor) -> Tensor:
-    """For each pair without ties, whether the better completion has the higher score; equal scores count as wrong. Returns [pairs] bool."""
-    better, worse = ranking_pairs(ranks, prompt_index)
-    return scores[better] > scores[worse]

@@ -76,8 +76,3 @@ def prompts_needed(share: float, variance: float, *, power: float = 0.8) -> floa
     if share == 0.5:
         return math.inf
     return math.ceil(variance * ((Z95 + NormalDist().inv_cdf(power)) / (share - 0.5)) ** 2)
-
-
-def detectable_share(prompts: int, variance: float, *, power: float = 0.8) -> float:
-    """The smallest win rate above one half that this number of prompts distinguishes from one half with ``power``."""
-    return min(1.0, 0.5 + (Z95 + NormalDist().inv_cdf(power)) * math.sqrt(variance / max(1, prompts)))

@@ -31,7 +31,7 @@ from stages.corpora.world.parts import world_rows
 from stages.models.heads import RewardModel
 from stages.registry.ledger import Registry
 from stages.rewards.learned import score_rows
-from stages.rl.ranking import pairwise_correct
+from stages.rl.ranking import ranking_pairs
 from stages.stats.replicates import mean_interval
 
 
@@ -57,8 +57,8 @@ def main() -> None:
         start = 0
         for row in rows:
             end = start + len(row["completions"])
-            right = pairwise_correct(scores[start:end], torch.tensor(row["ranks"]), torch.zeros(end - start, dtype=torch.long))
-            hits[fold, fold_of[row["annotator"]]] += right.tolist()
+            better, worse = ranking_pairs(torch.tensor(row["ranks"]), torch.zeros(end - start, dtype=torch.long))
+            hits[fold, fold_of[row["annotator"]]] += (scores[start:end][better] > scores[start:end][worse]).tolist()
             start = end
 
     def accuracy(*cells: tuple[int, int]) -> float:

@@ -17,7 +17,7 @@ from stages.rl.kl import AdaptiveKLController
 from stages.rl.logprobs import entropy, token_logprobs
 from stages.rl.losses import policy_terms, value_terms
 from stages.rl.masking import masked_mean, scale_to_unit_variance, whiten
-from stages.rl.ranking import best_of_loss, ranking_loss
+from stages.rl.ranking import best_of_losses, ranking_loss
 from stages.rl.shaping import penalize_missing_eos, shape_rewards
 
 _spec = importlib.util.spec_from_file_location("conformance_cases", Path(__file__).with_name("cases.py"))
@@ -113,7 +113,7 @@ OURS = cases.Implementation(
     adam=_adam,
     penalize=lambda scores, stopped: penalize_missing_eos(scores, stopped, how="replace", penalty=1.0),
     ranking_loss=_ranking,
-    best_of=lambda scores, best: best_of_loss(torch.tensor([scores]), torch.tensor([best])).item(),
+    best_of=lambda scores, best: best_of_losses(torch.tensor(scores), torch.arange(len(scores)) != best, torch.zeros(len(scores))).item(),
     response_mask=_response_mask,
     logprobs=lambda logits, tokens, temperature: token_logprobs(logits, tokens, temperature=temperature),
     mean_entropy=lambda logits, mask: masked_mean(entropy(logits), mask).item(),

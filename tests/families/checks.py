@@ -126,7 +126,8 @@ def check_rewards(family: Family, folder: Path, scratch: Path) -> float:
     expected = torch.stack([states[-1] @ weight + bias for states in hidden])
     differences = [difference(reward.score(*rows.padded("right")), expected)]
     differences.append(difference(reward.score(*rows.padded("left")), expected))
-    value = ValueModel.from_reward_model(reward)
+    value = ValueModel(reward.backbone)
+    value.set_head(reward.score_head.weight, reward.reward_bias)
     batch = rows.batch()
     of_values = torch.stack([hidden[row][column] @ weight + bias for row, column in zip(batch.rows, batch.columns, strict=True)])
     with torch.no_grad():
