@@ -22,7 +22,7 @@ from transformers.utils import cached_file
 
 from stages.config import LoraSettings
 from stages.errors import ModelError
-from stages.models.adapters.activation import FRESH
+from stages.models.adapters.activation import NEW_ADAPTER
 from stages.models.adapters.saved import HEAD_FILE
 from stages.models.adapters.stacks import is_adapter
 from stages.models.layers.attention import class_of
@@ -180,7 +180,7 @@ class ScalarModel(nn.Module):
                     folder / "adapter_model.safetensors",
                     metadata={"format": "pt"},
                 )
-                self.backbone.peft_config[FRESH].save_pretrained(str(folder))
+                self.backbone.peft_config[NEW_ADAPTER].save_pretrained(str(folder))
             save_file(head, folder / HEAD_FILE, metadata={"format": "pt"})
             if hasattr(config, "quantization_config"):
                 del config.quantization_config

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stages.models.adapters.activation import FRESH, lora_config
+from stages.models.adapters.activation import NEW_ADAPTER, lora_config
 from stages.models.loading import load_classifier, load_language_model
 from stages.models.parts import moved_to
 from stages.models.quiet import quiet_transformers
@@ -42,9 +42,9 @@ def save_model(
     if isinstance(model, PeftModel):
         # "auto" would ask the Hub about the base's vocabulary; loading resizes the base to the tokenizer instead
         with quiet_transformers():
-            model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state_dict, selected_adapters=[FRESH])
+            model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state_dict, selected_adapters=[NEW_ADAPTER])
         (folder / "README.md").unlink(missing_ok=True)
-        if str(lora_config(model, FRESH).task_type) == "SEQ_CLS":
+        if str(lora_config(model, NEW_ADAPTER).task_type) == "SEQ_CLS":
             model.config.save_pretrained(folder)  # for the class names, which adapter_config.json cannot contain
     else:
         if tokenizer is not None:

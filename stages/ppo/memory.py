@@ -220,8 +220,8 @@ def _held_by_adapters(
     """LoRA: roles on the same base share it, and each has its own adapters. Classifiers and language models that judge do not share it."""
     assert config.lora is not None
     policy, optimizer = models["policy"], config.training.optimizer
-    fresh = new_adapter(policy, config.lora, optimizer)
-    held = replace(policy, adapters=()).frozen(compute) + fresh
+    added = new_adapter(policy, config.lora, optimizer)
+    held = replace(policy, adapters=()).frozen(compute) + added
     frozen_adapters = dict(policy.adapters)  # below; roles that have one in common load it once
 
     def shares(view: View) -> bool:
@@ -233,7 +233,7 @@ def _held_by_adapters(
     elif value is not None:
         held += value.frozen(compute, output=False) + new_adapter(value, config.lora, optimizer, task="FEATURE_EXTRACTION")
     if config.ema.decay is not None:
-        held += Memory(adapters=fresh.adapters)
+        held += Memory(adapters=added.adapters)
     reference, own = Memory(), []
     if (frozen := models.get("reference")) is not None:
         if shares(frozen):

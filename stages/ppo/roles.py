@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from stages.errors import LaunchError, ModelError
 from stages.kernels.casts import kept_casts
-from stages.models.adapters.activation import FRESH, active_adapters
+from stages.models.adapters.activation import NEW_ADAPTER, active_adapters
 from stages.models.adapters.folding import why_not_together
 from stages.models.adapters.shared_backbone import RoleParameters, SharedBackbone
 from stages.models.heads import RewardModel, ValueModel
@@ -222,7 +222,7 @@ def _adapted_roles(config: PPOStepConfig, context: StepContext) -> Roles:
     temperature = config.generation.temperature
     backbone = SharedBackbone(source, dtype=dtype, device=device, lora=config.lora)
     below = backbone.frozen(source)
-    acting = [*below, backbone.fresh(FRESH, below)]
+    acting = [*below, backbone.new_adapter(NEW_ADAPTER, below)]
     # The value network's adapter is added before the objects below are created, because adding an adapter can wrap the model again.
     start = _value_start(config, context, backbone.tokenizer)
     value, extra = _adapted_value(config, context, backbone, start)
@@ -236,7 +236,7 @@ def _adapted_roles(config: PPOStepConfig, context: StepContext) -> Roles:
         reference = Policy(model, temperature=temperature, autocast=_autocast(dtype), activate=backbone.activation(names))
     else:
         reference = _reference(config, context, backbone.tokenizer)
-    networks: dict[str, nn.Module] = {"policy": RoleParameters(backbone.named_parameters(FRESH))}
+    networks: dict[str, nn.Module] = {"policy": RoleParameters(backbone.named_parameters(NEW_ADAPTER))}
     if value is not None:
         head_weights = [(f"score_head.{name}", parameter) for name, parameter in value.score_head.named_parameters()]
         networks["value"] = RoleParameters([*extra, *head_weights]) if extra else value

@@ -78,7 +78,7 @@ def start(ppo_context: Any) -> Callable[[Any], Any]:
     """start(config) -> the result of a run. It begins at the last checkpoint if there is one."""
 
     def make(config: Any) -> Any:
-        ppo_context.runtime.begin_step(SEED)  # the seed for the fresh adapter
+        ppo_context.runtime.begin_step(SEED)  # the seed for the new adapter
         (ppo_context.folder / "metrics.jsonl").unlink(missing_ok=True)
         return run(config, ppo_context)
 

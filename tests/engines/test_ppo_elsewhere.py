@@ -45,7 +45,7 @@ def test_server_gets_the_policy_of_every_iteration(stub, config, ppo_context, fi
 
 
 def test_a_stale_adapter_ends_the_run(stub, config, ppo_context) -> None:
-    """The fresh adapter changes nothing, so the first iteration is correct. The second one would be sampled from the old policy."""
+    """The new adapter changes nothing, so the first iteration is correct. The second one would be sampled from the old policy."""
     server = stub()
     server.ignores_adapters = True
     with pytest.raises(TrainingError, match="the sampler does not have the policy's weights"):
@@ -57,7 +57,7 @@ def test_run_whose_server_dies_continues_from_its_checkpoint(stub, config, ppo_c
     """The server dies in the second rollout. The same command with a new server ends with the metrics of an uninterrupted run."""
 
     def metrics_of_a_run(server: Any) -> dict[str, Any]:
-        ppo_context.runtime.begin_step(0)  # the seed for the fresh adapter
+        ppo_context.runtime.begin_step(0)  # the seed for the new adapter
         (ppo_context.folder / "metrics.jsonl").unlink(missing_ok=True)
         return run(config(server, **LORA), ppo_context).metrics
 

@@ -38,7 +38,7 @@ SETTINGS = GenerationSettings.model_validate({"engine": {"vllm": {"start": {}}},
 
 @pytest.fixture(scope="module")
 def served(wide_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """(sampler with a started server, policy with a fresh trainable adapter, tokenizer)."""
+    """(sampler with a started server, policy with a new trainable adapter, tokenizer)."""
     from stages.config import ModelInput
     from stages.registry.references import ResolvedModel
 
@@ -56,7 +56,7 @@ def served(wide_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def test_greedy_completions_and_logprobs_equal_the_local_samplers(served) -> None:
-    """With a fresh adapter, then with two random ones. Stop tokens apply from the first token, or from the tenth token on."""
+    """With a new adapter, then with two random ones. Stop tokens apply from the first token, or from the tenth token on."""
     sampler, policy, tokenizer = served
     local = LocalSampler(policy.model, tokenizer)
     for seed in (0, 1, 2):

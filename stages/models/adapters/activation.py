@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from stages.model_types import TransformersModel
 
-FRESH = "default"
+NEW_ADAPTER = "default"
 """Name of the adapter that the current step trains."""
 ACTIVE = "_stages_active"
 """Attribute of a PeftModel: the names of its active adapters, lowest first."""
@@ -109,7 +109,7 @@ def wrappers_of(model: nn.Module) -> list[AuxiliaryTrainingWrapper]:
 def without_new_adapter(model: TransformersModel) -> Iterator[None]:
     """Context manager that deactivates the new adapter, so that the model computes what it did before training."""
     acting = active_adapters(model)
-    activate(adapted(model), [name for name in acting if name != FRESH])
+    activate(adapted(model), [name for name in acting if name != NEW_ADAPTER])
     try:
         yield
     finally:

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from stages.config import LoraSettings
 from stages.errors import ModelError, is_out_of_memory
 from stages.models.adapters.activation import (
-    FRESH,
+    NEW_ADAPTER,
     activate,
     active_adapters,
     is_adapter_layer,
@@ -61,7 +61,7 @@ def attach_lora(
     *,
     task: str,
     base: str,
-    name: str = FRESH,
+    name: str = NEW_ADAPTER,
     new_rows: Collection[int] = (),
     source: ResolvedModel | None = None,
 ) -> PeftModel:
@@ -76,10 +76,10 @@ def attach_lora(
 
     plain = plain_model(model)
     _check_names(lora, plain, task)
-    config = _fresh_config(plain, lora, task, new_rows)
+    config = _new_config(plain, lora, task, new_rows)
     _refuse_quantized_copies(plain, "the new adapter", lora.modules_to_save)
     below = active_adapters(model)
-    _refuse_clash(plain, "a fresh adapter", config)
+    _refuse_clash(plain, "the new adapter", config)
     try:
         with quiet_peft():
             if isinstance(model, PeftModel):
@@ -130,7 +130,7 @@ def _report_left_out(plain: PreTrainedModel, lora: LoraSettings) -> None:
         )
 
 
-def _fresh_config(plain: PreTrainedModel, lora: LoraSettings, task: str, new_rows: Collection[int]) -> LoraConfig:
+def _new_config(plain: PreTrainedModel, lora: LoraSettings, task: str, new_rows: Collection[int]) -> LoraConfig:
     """The config of a new adapter on ``plain``. Arguments as in ``attach_lora``."""
     from peft import LoraConfig
 

@@ -74,7 +74,7 @@ class SharedBackbone:
             names.append(self._frozen[known])
         return tuple(names)
 
-    def fresh(self, name: str, below: Sequence[str] = (), *, source: ResolvedModel | None = None) -> str:
+    def new_adapter(self, name: str, below: Sequence[str] = (), *, source: ResolvedModel | None = None) -> str:
         """Create a trainable adapter on those ``below``; it starts as the identity. ``source``: the initial model (None: the policy)."""
         trainable = {parameter for parameter in self.model.parameters() if parameter.requires_grad}
         self._activate(below)
@@ -118,7 +118,7 @@ class SharedBackbone:
     def value_model(self, model: ResolvedModel, *, with_head: bool) -> ValueModel:
         """A trainable value network that starts from ``model``: with a reward model's head, or with a zero head."""
         below = self.frozen(model)
-        names = [*below, self.fresh("value", below, source=model)]
+        names = [*below, self.new_adapter("value", below, source=model)]
         made = self._scalar(ValueModel, names)
         if with_head:
             made.set_head(*read_head(model))

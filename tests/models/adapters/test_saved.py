@@ -258,7 +258,7 @@ def test_roles_on_one_backbone_keep_their_own_copies(kind: str, tiny_llama_folde
     scores = reward_model.score_tokens(IDS, mask)
     backbone = backbone_of(as_resolved(tmp_path / "policy"))
     below = backbone.frozen(as_resolved(tmp_path / "policy"))
-    backbone.fresh("default", below)
+    backbone.new_adapter("default", below)
     assert backbone.is_base_of(as_resolved(tmp_path / "reward"))
     shared = backbone.reward_model(as_resolved(tmp_path / "reward"))
     for _ in range(2):
@@ -325,8 +325,8 @@ def test_an_update_and_rows_of_one_embedding_are_refused_on_a_shared_backbone(
         device=torch.device("cpu"),
         lora=LoraSettings(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
     )
-    with pytest.raises(ModelError, match="a fresh adapter and another adapter on the same weights change lm_head"):
-        shared.fresh("default", shared.frozen(as_resolved(tmp_path / "rows")))
+    with pytest.raises(ModelError, match="a new adapter and another adapter on the same weights change lm_head"):
+        shared.new_adapter("default", shared.frozen(as_resolved(tmp_path / "rows")))
 
 
 def test_a_policy_with_new_tokens_trains_their_rows_apart_from_its_value_network(tiny_llama_folder: Path, tmp_path: Path) -> None:
@@ -338,7 +338,7 @@ def test_a_policy_with_new_tokens_trains_their_rows_apart_from_its_value_network
     tokenizer.save_pretrained(tmp_path / "base")
     source = as_resolved(tmp_path / "base")
     backbone = backbone_of(source)
-    backbone.fresh("default")
+    backbone.new_adapter("default")
     value = backbone.value_model(source, with_head=False)
     for role in ("default", "value"):
         names = [name for name, parameter in backbone.named_parameters(role) if parameter.requires_grad]
