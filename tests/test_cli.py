@@ -125,7 +125,7 @@ def test_debug_keeps_the_traceback(workdir: Path) -> None:
     [
         (["run", "quick.yaml"], "fake_stages.train", "error: step 'base' (train): unexpected"),
         (["plan", "quick.yaml"], "fake_stages.TrainConfig.check_data", "error: checking the data of step 'base' (train): unexpected"),
-        (["plan", "quick.yaml"], "stages.planning.plan.plan_memory", "error: stages plan: unexpected"),
+        (["plan", "quick.yaml"], "stages.memory_plan.plan.plan_memory", "error: stages plan: unexpected"),
         (["models", "list"], "stages.registry.ledger.Registry.records", "error: stages list: unexpected"),
         (["models", "show", "x"], "stages.registry.ledger.Registry.get", "error: stages show: unexpected"),
         (["generate", "x", "--prompt", "a"], "stages.terminal.Speaker.load", "error: stages generate: unexpected"),

@@ -126,7 +126,7 @@ def planned_and_measured(setup: dict[str, Any], work: Path) -> tuple[float, floa
     from stages.memory.estimate import Machine
     from stages.memory.fake_passes import LiveBytes
     from stages.memory.lengths import Counter
-    from stages.planning.plan import _folder, _loaded, _views
+    from stages.memory_plan.plan import _folder, _loaded, _views
     from stages.recipe.schema import STAGES, load_recipe
     from stages.registry.ledger import Registry
 

@@ -67,7 +67,7 @@ def test_ppo_needs_the_planned_memory(random_model, step_context, resolve_folder
     from stages.memory.estimate import Machine
     from stages.memory.models import View
     from stages.memory.shapes import shape_of_folder
-    from stages.planning.steps import lengths_of, memory_of
+    from stages.memory_plan.steps import lengths_of, memory_of
     from stages.ppo.config import PPOStepConfig
     from stages.ppo.loop import run
     from stages.process.gpus import own_peak

@@ -34,7 +34,7 @@ def step(task: dict[str, Any]) -> dict[str, Any]:
     """
     from stages.chain.run import run_function
     from stages.memory.estimate import Machine
-    from stages.planning.plan import plan_memory
+    from stages.memory_plan.plan import plan_memory
     from stages.process.gpus import own_peak
     from stages.process.packages import missing_quantization_package
     from stages.recipe.schema import load_recipe

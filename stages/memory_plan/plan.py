@@ -21,8 +21,8 @@ from stages.memory.lengths import Lengths
 from stages.memory.models import View
 from stages.memory.passes import Adapter, Task
 from stages.memory.shapes import shape_of, shape_of_folder, shape_of_hub
+from stages.memory_plan.steps import lengths_of, memory_of
 from stages.models.adapters.stacks import Stack, stack_of, weights_of
-from stages.planning.steps import lengths_of, memory_of
 from stages.process.tables import Table
 from stages.recipe.schema import Recipe, RecipeStep, Reference, model_inputs
 from stages.registry.ledger import Registry

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from stages.cli import app
 from stages.memory import counting, fake_passes
 from stages.memory.estimate import Machine
-from stages.planning.plan import PROCESS, StepMemory, advice_lines, plan_memory
+from stages.memory_plan.plan import PROCESS, StepMemory, advice_lines, plan_memory
 from stages.recipe.schema import load_recipe
 from stages.registry.ledger import Registry
 
