@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stages.config import GenerationSettings
 from stages.sampling.cache import PromptLayer, forward_options, layers_of
-from stages.sampling.decoding import CHECK_EVERY, Decoded, Endings
-from stages.sampling.padding import left_pad
+from stages.sampling.decoding import CHECK_EVERY, Decoded, Endings, Request
 from stages.sampling.readers import read_in_parts
 from stages.sampling.slots import Choice
 from stages.sampling.support import DecodingSupport
@@ -46,27 +44,13 @@ class Occupant:
 class SlotDecoder:
     """Samples responses to prompts in the slots of a workspace."""
 
-    def __init__(
-        self,
-        model: TransformersModel,
-        workspace: Workspace,
-        prompts: Sequence[Sequence[int]],
-        settings: GenerationSettings,
-        noise: Tensor,
-        *,
-        support: DecodingSupport,
-        stop_ids: Sequence[int],
-        late_stop_ids: Sequence[int],
-        pad_token_id: int,
-        refill: bool,
-    ) -> None:
-        """``noise`` [prompts, max_new_tokens]: uniform numbers. ``refill``: replace a finished response while others still run."""
-        self._model, self._workspace, self._slots = model, workspace, workspace.slots
-        self._prompts, self._noise, self._support, self._pad = prompts, noise, support, pad_token_id
-        self._stop_ids, self._late_stop_ids, self._settings, self._refill = stop_ids, late_stop_ids, settings, refill
+    def __init__(self, model: TransformersModel, support: DecodingSupport, workspace: Workspace, request: Request) -> None:
+        settings, prompts = request.settings, request.prompts
+        self._model, self._support, self._workspace, self._slots = model, support, workspace, workspace.slots
+        self._request, self._settings, self._device = request, settings, request.noise.device
+        self._refill = settings.continuous_batching is not False  # replace a finished response while others still run
         self._choice = Choice(settings.temperature, settings.top_k, settings.top_p)
         self._options = forward_options(support, workspace.cache)
-        self._device = noise.device
         self._occupants: dict[int, Occupant] = {}  # by slot
         self._num_slots, self._longest = min(settings.batch_size, len(prompts)), max(map(len, prompts))
         self._has_endings = False
@@ -99,14 +83,12 @@ class SlotDecoder:
     def _admit(self, rows: list[int]) -> None:
         """Read the prompts ``rows`` into free slots and sample the first token of each response. Equal prompts are read once."""
         free = [slot for slot in range(self._num_slots) if slot not in self._occupants][: len(rows)]
-        distinct: dict[tuple[int, ...], int] = {}
-        prompt_rows = [distinct.setdefault(tuple(self._prompts[row]), len(distinct)) for row in rows]
-        ids, mask = left_pad(list(distinct), self._pad, self._device)
+        ids, mask, prompt_rows = self._request.prompt_batch(rows)
         for first, read, logits in read_in_parts(self._model, self._workspace.cache, self._options, ids, mask):
             members = zip(free, rows, (prompt_row - first for prompt_row in prompt_rows), strict=True)
             self._put(read, logits, [member for member in members if 0 <= member[2] < len(logits)])
         for slot, row in zip(free, rows, strict=True):
-            self._occupants[slot] = Occupant(row, len(self._prompts[row]))
+            self._occupants[slot] = Occupant(row, len(self._request.prompts[row]))
 
     def _put(self, read: DynamicCache, logits: Tensor, part: list[tuple[int, int, int]]) -> None:
         """Begin responses to prompts that were read in one forward pass; ``read`` is the cache of that pass.
@@ -114,22 +96,21 @@ class SlotDecoder:
         ``part``: (slot, row of the prompt, row in ``read`` and ``logits``) of each response.
         """
         if not self._has_endings:
-            stop_after = self._settings.stop_after
-            self._slots.set_endings(Endings.of(logits.shape[-1], self._stop_ids, self._late_stop_ids, stop_after, self._device))
+            self._slots.set_endings(Endings.of(self._request, logits.shape[-1]))
             self._has_endings = True
         rows = [row for _, row, _ in part]
         slots, sources = (torch.tensor(column, device=self._device) for column in ([p[0] for p in part], [p[2] for p in part]))
-        lengths = torch.tensor([len(self._prompts[row]) for row in rows], device=self._device)
+        lengths = torch.tensor([len(self._request.prompts[row]) for row in rows], device=self._device)
         for layer, states in zip(self._workspace.layers, layers_of(read, PromptLayer), strict=True):
             if states.keys is not None and states.values is not None:  # a layer that the model does not use is empty
                 layer.put(states.keys, states.values, sources, slots, lengths, self._workspace.room)
-        self._slots.admit(slots, lengths, self._noise[rows], logits[sources], self._choice)
+        self._slots.admit(slots, lengths, self._request.noise[rows], logits[sources], self._choice)
 
     def _step_for_a_while(self) -> None:
         """Run decoding steps until the next check for finished responses."""
         most = self._settings.max_new_tokens
         left = [most - occupant.sampled for occupant in self._occupants.values()]
-        may_end = bool(self._stop_ids or self._late_stop_ids)
+        may_end = bool(self._request.stop_ids or self._request.late_stop_ids)
         check_every = CHECK_EVERY.get(self._device.type, 1)
         number = min(check_every, max(left)) if may_end else min(left)
         for _ in range(number):

@@ -7,7 +7,7 @@ a few operations on [B] tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stages.config import GenerationSettings
 from stages.sampling.choosing import sample_tokens
+from stages.sampling.padding import left_pad
 from stages.sampling.readers import Reader, make_reader
 from stages.sampling.support import DecodingSupport
 
@@ -28,12 +29,34 @@ CHECK_EVERY = {"cpu": 1, "cuda": 8}
 
 @dataclass(frozen=True)
 class Decoded:
-    """k finished responses: their rows in the batch, token ids and log-probabilities [k, R] (right padded), and lengths in tokens."""
+    """k finished responses: their rows, token ids and log-probabilities [k, R] (right padded), and lengths in tokens."""
 
     rows: list[int]
     ids: Tensor
     logprobs: Tensor
     lengths: list[int]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to sample: one response for each of ``prompts`` (token ids). A row is an index of ``prompts``.
+
+    ``noise`` [prompts, max_new_tokens]: uniform numbers in [0, 1), one for each token that may be sampled. ``stop_ids`` end a response at
+    every position, ``late_stop_ids`` from response position ``settings.stop_after`` on.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    settings: GenerationSettings
+    noise: Tensor
+    stop_ids: Sequence[int]
+    late_stop_ids: Sequence[int]
+    pad_token_id: int
+
+    def prompt_batch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, list[int]]:
+        """The distinct prompts of ``rows``, as ids and mask [prompts, P] (left padded), and the index of each row's prompt in them."""
+        distinct: dict[tuple[int, ...], int] = {}
+        indices = [distinct.setdefault(tuple(self.prompts[row]), len(distinct)) for row in rows]
+        return *left_pad(list(distinct), self.pad_token_id, self.noise.device), indices
 
 
 @dataclass(frozen=True)
@@ -45,13 +68,14 @@ class Endings:
     stop_after: int
 
     @classmethod
-    def of(cls, size: int, stop_ids: Sequence[int], late_stop_ids: Sequence[int], stop_after: int, device: torch.device) -> Endings:
+    def of(cls, request: Request, size: int) -> Endings:
         """Make the tables for ``size`` logits. Ids of ``size`` or more are ignored: the model cannot sample them."""
         anywhere = torch.zeros(size, dtype=torch.bool)
-        anywhere[[token for token in stop_ids if token < size]] = True
+        anywhere[[token for token in request.stop_ids if token < size]] = True
         late = anywhere.clone()
-        late[[token for token in late_stop_ids if token < size]] = True
-        return cls(anywhere.to(device), late.to(device), stop_after)
+        late[[token for token in request.late_stop_ids if token < size]] = True
+        device = request.noise.device
+        return cls(anywhere.to(device), late.to(device), request.settings.stop_after)
 
     def at(self, position: int) -> Tensor:
         """Whether each token [V] ends a response at ``position`` (counted from 0)."""
@@ -113,29 +137,22 @@ class Responses:
 
 
 def decode(
-    model: TransformersModel,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    rows: Tensor,
-    settings: GenerationSettings,
-    noise: Tensor,
-    report: Callable[[Decoded], None],
-    *,
-    support: DecodingSupport,
-    stop_ids: Sequence[int],
-    late_stop_ids: Sequence[int],
-    pad_token_id: int,
+    model: TransformersModel, support: DecodingSupport, request: Request, rows: Sequence[int], report: Callable[[Decoded], None]
 ) -> None:
-    """Sample one response for each entry of ``rows`` [B].
+    """Sample the responses of ``rows`` in one batch. A prompt that several rows share is read once.
 
-    An entry is the index of its prompt in ``prompt_ids`` and ``prompt_mask``, both [prompts, P]. A prompt that several rows share is read
-    once. ``noise`` [B, max_new_tokens] is uniform in [0, 1). If ``support.hides_padding`` is False, all prompts must have the same length.
-    ``report`` gets every response once, soon after it has ended.
+    If ``support.hides_padding`` is False, all prompts must have the same length. ``report`` gets every response once, soon after it has
+    ended.
     """
+
+    def report_rows(finished: Decoded) -> None:
+        report(replace(finished, rows=[rows[row] for row in finished.rows]))
+
+    settings = request.settings
     reader = make_reader(model, support, settings.max_new_tokens)
-    logits = _read_prompts(reader, prompt_ids, prompt_mask, rows)
-    endings = Endings.of(logits.shape[-1], stop_ids, late_stop_ids, settings.stop_after, logits.device)
-    responses = Responses(noise, pad_token_id)
+    logits = _read_prompts(reader, request, rows)
+    endings = Endings.of(request, logits.shape[-1])
+    responses = Responses(request.noise[rows], request.pad_token_id)
     check_every = CHECK_EVERY.get(logits.device.type, 1)
     num_running = len(rows)
     with reader.stepping():
@@ -145,7 +162,7 @@ def decode(
             if num_left and (step + 1) % check_every == 0:
                 before, num_running = num_running, responses.num_running()
                 if 0 < num_running < before and (finished := responses.newly_finished()) is not None:
-                    report(finished)
+                    report_rows(finished)
                 if num_running and (kept := responses.compacted(num_running)) is not None:
                     tokens = tokens[kept]
                     reader.keep(kept, trim=True)
@@ -153,13 +170,15 @@ def decode(
                 break
             logits = reader.step(tokens)
     if (finished := responses.newly_finished(all_finished=True)) is not None:
-        report(finished)
+        report_rows(finished)
 
 
-def _read_prompts(reader: Reader, prompt_ids: Tensor, prompt_mask: Tensor, rows: Tensor) -> Tensor:
+def _read_prompts(reader: Reader, request: Request, rows: Sequence[int]) -> Tensor:
     """Read every prompt once and give each row its own copy of the cache; returns the logits after each row's prompt [B, V]."""
+    prompt_ids, prompt_mask, indices = request.prompt_batch(rows)
     logits = reader.read(prompt_ids, prompt_mask)
-    if torch.equal(rows, torch.arange(len(prompt_ids), device=rows.device)):
+    if len(prompt_ids) == len(rows):
         return logits
-    reader.keep(rows, trim=False)
-    return logits[rows]
+    copied = torch.tensor(indices, device=logits.device)
+    reader.keep(copied, trim=False)
+    return logits[copied]

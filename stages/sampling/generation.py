@@ -11,7 +11,6 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +20,7 @@ from stages.config import GenerationSettings
 from stages.errors import ModelError
 from stages.sampling.cache import without_cudnn_attention
 from stages.sampling.continuous import SlotDecoder
-from stages.sampling.decoding import Decoded, decode
+from stages.sampling.decoding import Decoded, Request, decode
 from stages.sampling.padding import left_pad, right_pad
 from stages.sampling.probe import fits_slots, usable_support
 from stages.sampling.retreats import RowLimit, row_limit
@@ -192,21 +191,22 @@ def generate(
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds")
     require_room(model, prompts, settings)
     # All random numbers of a row are drawn in advance, with one generator per row.
-    noise = torch.stack([_uniform(seed, settings.max_new_tokens) for seed in seeds])
-    made = _Collected(len(prompts), stop_ids, late_stop_ids, settings.stop_after, on_finished)
+    noise, device = torch.stack([_uniform(seed, settings.max_new_tokens) for seed in seeds]), next(model.parameters()).device
+    request = Request(prompts, settings, noise, stop_ids, late_stop_ids, pad_token_id)
+    made = _Collected(request, on_finished)
     # Sorting puts equal prompts next to each other, so a batch reads them once.
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), prompts[index]))
     training = model.training
     model.eval()
     try:
-        with without_cudnn_attention(next(model.parameters()).device.type):
+        with without_cudnn_attention(device.type):
             support = usable_support(model)
             decode_rows = _decode_in_slots if decodes_in_slots(model, support, settings, prompts) else _decode_in_batches
             limit = row_limit(plain_model(model), "sampling", ADVICE, ONLY_ROUNDING)
             while waiting := made.missing(order):
                 chosen = _fitting(settings, limit, len(waiting))
                 try:
-                    decode_rows(model, support, prompts, waiting, chosen, noise, made, pad_token_id)
+                    decode_rows(model, support, replace(request, settings=chosen, noise=noise.to(device)), waiting, made.take)
                 except Exception as error:
                     limit.retreat(error, chosen.batch_size)
                 else:
@@ -215,7 +215,7 @@ def generate(
                 limit.release()
     finally:
         model.train(training)
-    return made.generated(prompts, pad_token_id)
+    return made.generated()
 
 
 def _fitting(settings: GenerationSettings, limit: RowLimit, number: int) -> GenerationSettings:
@@ -231,28 +231,32 @@ def _fitting(settings: GenerationSettings, limit: RowLimit, number: int) -> Gene
 
 def joined(prompts: Sequence[Sequence[int]], finished: Sequence[Finished], pad_token_id: int) -> Generated:
     """The completions of ``prompts`` (token ids), one for each prompt and in their order, as tensors on the CPU."""
-    prompt_ids, prompt_mask = left_pad(prompts, pad_token_id)
-    response_ids = right_pad([torch.tensor(one.response_ids) for one in finished], pad_token_id)
-    lengths = torch.tensor([len(one.response_ids) for one in finished])
-    return Generated(
-        prompt_ids=prompt_ids,
-        prompt_mask=prompt_mask,
-        response_ids=response_ids,
-        response_mask=torch.arange(response_ids.shape[1]) < lengths[:, None],
-        logprobs=right_pad([torch.tensor(one.logprobs) for one in finished], 0.0),
-        stopped=torch.tensor([one.stopped for one in finished]),
-    )
+    responses = [torch.tensor(one.response_ids) for one in finished]
+    logprobs = [torch.tensor(one.logprobs) for one in finished]
+    return _padded(prompts, responses, logprobs, torch.tensor([one.stopped for one in finished]), pad_token_id)
+
+
+def _padded(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Tensor], logprobs: Sequence[Tensor], stopped: Tensor, pad_token_id: int
+) -> Generated:
+    device = stopped.device
+    prompt_ids, prompt_mask = left_pad(prompts, pad_token_id, device)
+    response_ids = right_pad(responses, pad_token_id)
+    response_mask = torch.arange(response_ids.shape[1], device=device) < _lengths(responses)[:, None]
+    return Generated(prompt_ids, prompt_mask, response_ids, response_mask, right_pad(logprobs, 0.0), stopped)
+
+
+def _lengths(responses: Sequence[Tensor]) -> Tensor:
+    return torch.tensor([len(response) for response in responses], device=responses[0].device)
 
 
 class _Collected:
-    """Collects finished completions by the row index of their prompt."""
+    """Collects the finished completions of a request."""
 
-    def __init__(
-        self, number: int, stop_ids: Sequence[int], late_stop_ids: Sequence[int], stop_after: int, on_finished: OnFinished | None
-    ) -> None:
-        self.stop_ids, self.late_stop_ids, self._stop_after, self._on_finished = stop_ids, late_stop_ids, stop_after, on_finished
-        self._responses: list[Tensor] = [torch.empty(0)] * number
-        self._logprobs: list[Tensor] = [torch.empty(0)] * number
+    def __init__(self, request: Request, on_finished: OnFinished | None) -> None:
+        self._request, self._on_finished = request, on_finished
+        self._responses: list[Tensor] = [torch.empty(0)] * len(request.prompts)
+        self._logprobs: list[Tensor] = [torch.empty(0)] * len(request.prompts)
 
     def take(self, made: Decoded) -> None:
         """Store finished responses; ``made.rows`` are the row indices of their prompts. Calls ``on_finished``."""
@@ -268,33 +272,18 @@ class _Collected:
         """Those of ``rows`` that have no completion yet."""
         return [row for row in rows if not len(self._responses[row])]
 
-    def take_batch(self, rows: Sequence[int], made: Decoded) -> None:
-        """Store finished responses of a batch. ``rows``: the row index of the prompt of each row of the batch."""
-        self.take(replace(made, rows=[rows[row] for row in made.rows]))
-
-    def generated(self, prompts: Sequence[Sequence[int]], pad_token_id: int) -> Generated:
+    def generated(self) -> Generated:
         """All completions, in the order of their prompts."""
-        device = self._responses[0].device
-        prompt_ids, prompt_mask = left_pad(prompts, pad_token_id, device)
-        response_ids = right_pad(self._responses, pad_token_id)
-        return Generated(
-            prompt_ids=prompt_ids,
-            prompt_mask=prompt_mask,
-            response_ids=response_ids,
-            response_mask=torch.arange(response_ids.shape[1], device=device) < self._lengths(self._responses)[:, None],
-            logprobs=right_pad(self._logprobs, 0.0),
-            stopped=self._stopped(self._responses),
-        )
+        request, stopped = self._request, self._stopped(self._responses)
+        return _padded(request.prompts, self._responses, self._logprobs, stopped, request.pad_token_id)
 
     def _stopped(self, responses: Sequence[Tensor]) -> Tensor:
         """Whether each response ends with a stop token [B]."""
-        last = torch.stack([response[-1] for response in responses])
-        stops, late_stops = (torch.tensor(list(ids), dtype=torch.long, device=last.device) for ids in (self.stop_ids, self.late_stop_ids))
-        return torch.isin(last, stops) | (torch.isin(last, late_stops) & (self._lengths(responses) > self._stop_after))
-
-    @staticmethod
-    def _lengths(responses: Sequence[Tensor]) -> Tensor:
-        return torch.tensor([len(response) for response in responses], device=responses[0].device)
+        request, last = self._request, torch.stack([response[-1] for response in responses])
+        stops, late_stops = (
+            torch.tensor(list(ids), dtype=torch.long, device=last.device) for ids in (request.stop_ids, request.late_stop_ids)
+        )
+        return torch.isin(last, stops) | (torch.isin(last, late_stops) & (_lengths(responses) > request.settings.stop_after))
 
 
 def decodes_in_slots(
@@ -328,63 +317,22 @@ def _say_batch_by_batch(name: str, window: int, tokens: int) -> None:
 
 
 def _decode_in_slots(
-    model: TransformersModel,
-    support: DecodingSupport,
-    prompts: Sequence[Sequence[int]],
-    order: Sequence[int],
-    settings: GenerationSettings,
-    noise: Tensor,
-    made: _Collected,
-    pad_token_id: int,
+    model: TransformersModel, support: DecodingSupport, request: Request, order: Sequence[int], report: Callable[[Decoded], None]
 ) -> None:
-    """Decode all prompts in the slots of one workspace."""
-    slots = settings.batch_size
-    longest = max(len(prompts[row]) for row in order)
-    with workspace_for(model, slots, longest, settings.max_new_tokens, cuda_graphs=settings.cuda_graphs) as workspace:
-        decoder = SlotDecoder(
-            model,
-            workspace,
-            prompts,
-            settings,
-            noise.to(next(model.parameters()).device),
-            support=support,
-            stop_ids=made.stop_ids,
-            late_stop_ids=made.late_stop_ids,
-            pad_token_id=pad_token_id,
-            refill=settings.continuous_batching is not False,
-        )
-        decoder.run(order, made.take)
+    """Decode the rows ``order`` in the slots of one workspace."""
+    settings = request.settings
+    longest = max(len(request.prompts[row]) for row in order)
+    with workspace_for(model, settings.batch_size, longest, settings.max_new_tokens, cuda_graphs=settings.cuda_graphs) as workspace:
+        SlotDecoder(model, support, workspace, request).run(order, report)
 
 
 def _decode_in_batches(
-    model: TransformersModel,
-    support: DecodingSupport,
-    prompts: Sequence[Sequence[int]],
-    order: Sequence[int],
-    settings: GenerationSettings,
-    noise: Tensor,
-    made: _Collected,
-    pad_token_id: int,
+    model: TransformersModel, support: DecodingSupport, request: Request, order: Sequence[int], report: Callable[[Decoded], None]
 ) -> None:
-    """Decode one batch after another. Each batch pads its distinct prompts, and each row has the index of its prompt."""
-    device = next(model.parameters()).device
-    for rows in _batches(order, [len(prompt) for prompt in prompts], settings.batch_size, mixed=support.hides_padding):
-        distinct: dict[tuple[int, ...], int] = {}
-        prompt_rows = [distinct.setdefault(tuple(prompts[row]), len(distinct)) for row in rows]
-        ids, mask = left_pad(list(distinct), pad_token_id, device)
-        decode(
-            model,
-            ids,
-            mask,
-            torch.tensor(prompt_rows, device=device),
-            settings,
-            noise[rows].to(device),
-            partial(made.take_batch, rows),
-            support=support,
-            stop_ids=made.stop_ids,
-            late_stop_ids=made.late_stop_ids,
-            pad_token_id=pad_token_id,
-        )
+    """Decode the rows ``order``, one batch after another."""
+    lengths = [len(prompt) for prompt in request.prompts]
+    for rows in _batches(order, lengths, request.settings.batch_size, mixed=support.hides_padding):
+        decode(model, support, request, rows, report)
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], batch_size: int, *, mixed: bool) -> list[list[int]]:
