@@ -325,7 +325,7 @@ def test_an_update_and_rows_of_one_embedding_are_refused_on_a_shared_backbone(
         device=torch.device("cpu"),
         lora=LoraSettings(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
     )
-    with pytest.raises(ModelError, match="a new adapter and another adapter on the same weights change lm_head"):
+    with pytest.raises(ModelError, match="the new adapter and another adapter on the same weights change lm_head"):
         shared.new_adapter("default", shared.frozen(as_resolved(tmp_path / "rows")))
 
 
