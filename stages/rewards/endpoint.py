@@ -7,6 +7,9 @@
 
 An error, a time-out, and a missing or non-finite score are never replaced by a number. After all retries the run ends, or it waits for the
 server (on_failure).
+
+`stages serve` sends the digest of its model with each answer. Stored scores of another model are not used, and a model that changes while a
+step runs ends the step.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import hashlib
 import json
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,6 +63,9 @@ class EndpointSource(RemoteSource[Item, float]):
         assert source.endpoint is not None
         self.name, self.source, self.cache = source.shown_name, source, cache
         self._sleep = sleep if sleep is not None else time.sleep
+        self._digest: str | None = None  # of the server's model, from its first answer in this process
+        self._warned = False  # of scores on disk that another model gave
+        self._lock = threading.Lock()
         client = JsonClient(
             key=key,
             timeout=source.timeout_seconds,
@@ -98,13 +105,28 @@ class EndpointSource(RemoteSource[Item, float]):
         self._add({self._key_of(item): item for item in self._items(prompts, completions, details)})
 
     def ask(self, batch: list[Question]) -> list[float]:
-        """Request the scores of a batch and store them on disk. Raises GaveUp or Refused."""
+        """Request the scores of a batch and store them on disk. Raises GaveUp or Refused, and TrainingError if the model has changed."""
         items = [item for _, item in batch]
-        scores = self._client.post(str(self.source.endpoint), self._body(items), lambda answer: self._scores_in(answer, len(items)))
+
+        def read(answer: object) -> tuple[list[float], str | None]:
+            return self._scores_in(answer, len(items)), _digest_in(answer)
+
+        scores, digest = self._client.post(str(self.source.endpoint), self._body(items), read)
+        self._check_model(digest)
         if self.cache is not None:
             for (key, _), score in zip(batch, scores, strict=True):
-                self.cache.put(key, json.dumps(score))
+                self.cache.put(key, json.dumps(score if digest is None else [score, digest]))
         return scores
+
+    def _check_model(self, digest: str | None) -> None:
+        """Raise TrainingError if the server's model is not the one of its first answer."""
+        with self._lock:
+            self._digest = self._digest or digest
+            if digest != self._digest:
+                raise TrainingError(
+                    f"reward {self.name!r}: {self.source.endpoint} now serves another model ({_short(digest)}) than at the start of this "
+                    f"run ({_short(self._digest)}). Serve that one again and continue, or change the step to start it over"
+                )
 
     # Requests
 
@@ -153,8 +175,8 @@ class EndpointSource(RemoteSource[Item, float]):
     def _add(self, items: dict[str, Item]) -> None:
         """Request the scores of the items that are neither on disk nor already requested."""
         requests = self.begun()
-        for key in items:
-            if key not in requests and (kept := self._kept(key)) is not None:
+        for key, item in items.items():
+            if key not in requests and (kept := self._kept(key, item)) is not None:
                 requests.know(key, kept)
         requests.add(items)
 
@@ -208,9 +230,42 @@ class EndpointSource(RemoteSource[Item, float]):
 
     # Cache
 
-    def _kept(self, key: str) -> float | None:
-        kept = self.cache.get(key) if self.cache is not None else None
-        return None if kept is None else float(kept)
+    def _kept(self, key: str, item: Item) -> float | None:
+        """The stored score, unless it is of another model than the one that is served now."""
+        text = self.cache.get(key) if self.cache is not None else None
+        if text is None:
+            return None
+        stored = json.loads(text)
+        if not isinstance(stored, list):  # of a server that names no model
+            return float(stored)
+        score, digest = stored
+        if self._digest is None:
+            try:
+                score = self.ask([(key, item)])[0]  # to learn which model is served
+            except (GaveUp, Refused):
+                return None  # the next request reports it
+        if self._digest is not None and digest != self._digest:
+            if not self._warned:
+                logger.warning(
+                    "reward %r: %s serves another model (%s) than when some of these scores were stored (%s); they are requested again",
+                    self.name,
+                    self.source.endpoint,
+                    _short(self._digest),
+                    _short(digest),
+                )
+            self._warned = True
+            return None
+        return float(score)
+
+
+def _digest_in(answer: Any) -> str | None:
+    """The digest of the model in an answer of `stages serve`; None for other servers."""
+    digest = answer.get("digest") if isinstance(answer, dict) else None
+    return digest if isinstance(digest, str) else None
+
+
+def _short(digest: str | None) -> str:
+    return digest[:19] if digest is not None else "without a digest"
 
 
 def _last_number(data: object) -> object:

@@ -130,6 +130,33 @@ def test_received_scores_are_stored(server, tmp_path: Path) -> None:
     assert server.bodies[-1]["completions"] == ["a"]
 
 
+def test_stored_scores_of_another_served_model_are_not_used(server, tmp_path: Path, caplog) -> None:
+    cache = AnswerCache(tmp_path / "rewards.sqlite3")
+    served = {"digest": "sha256:aaaa", "add": 0.0}
+
+    def reply(body: dict[str, Any], number: int) -> tuple[int, Any]:
+        return 200, {"rewards": [score + served["add"] for score in lengths(body)], "digest": served["digest"]}
+
+    server.reply = reply
+    assert source(server, cache=cache).score(["p", "p", "p"], ["a", "bb", "ccc"]).tolist() == [1.0, 2.0, 3.0]
+    assert source(server, cache=cache).score(["p", "p", "p"], ["a", "bb", "ccc"]).tolist() == [1.0, 2.0, 3.0]
+    assert [body["completions"] for body in server.bodies] == [["a", "bb", "ccc"], ["a"]]  # one score tells which model is served
+    assert not caplog.records
+    served.update(digest="sha256:bbbb", add=10.0)
+    far = source(server, cache=cache)
+    assert far.score(["p", "p", "p"], ["a", "bb", "ccc"]).tolist() == [11.0, 12.0, 13.0]
+    assert [record.message for record in caplog.records] == [
+        f"reward 'far': {server.url} serves another model (sha256:bbbb) than when some of these scores were stored (sha256:aaaa); they are "
+        "requested again"
+    ]
+    served.update(digest="sha256:aaaa")
+    with pytest.raises(TrainingError, match=r"now serves another model \(sha256:aaaa\) than at the start of this run \(sha256:bbbb\)"):
+        far.score(["p"], ["dddd"])
+    server.reply = lambda body, number: (500, {})
+    with pytest.raises(TrainingError, match="gave no score for 1 of 1 completions: status 500"):
+        source(server, cache=cache).score(["p"], ["a"])
+
+
 def test_missing_columns_are_refused() -> None:
     row = Row({"prompt": "p", "answers": "x"})
     row.location = "data.jsonl:1"
