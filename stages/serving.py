@@ -6,25 +6,30 @@
     POST /score         {text_1, text_2} -> {data: [{index, score}]}                    (vLLM)
     GET  /health, /v1/models
 
-Every response has ``model`` and ``digest`` (of the model's content), so that each score can be traced to the weights that gave it.
+Every response has ``model`` and ``digest`` (of the model's content), so that each score can be traced to the weights that gave it. ``cut``
+says for each text whether it was too long for the model, so that its beginning was cut.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import socket
-import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import JSONResponse
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from stages.errors import LaunchError, StagesError
+from stages.corpora.conversations.messages import messages_of
+from stages.corpora.rows import Row
+from stages.corpora.tables.formats import check_characters
+from stages.errors import DataError, LaunchError, StagesError
 from stages.json_types import JsonObject
 from stages.rewards.classifier import ClassifierSource
 from stages.rewards.generative import GenerativeSource
@@ -33,13 +38,14 @@ from stages.rewards.source import judge
 
 if TYPE_CHECKING:
     from starlette.requests import Request
-    from starlette.responses import Response
 
     from stages.corpora.conversations.messages import Prompt
     from stages.registry.references import ResolvedModel
+    from stages.rewards.details import Judgement
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LONGEST_REQUEST = 64 * 2**20  # bytes
+CLIENT_LEFT = 499  # status of a request whose client has closed the connection; nobody receives it
 
 
 class BadRequest(Exception):
@@ -47,12 +53,11 @@ class BadRequest(Exception):
 
 
 class Scorer:
-    """Answers requests with one reward source. A lock lets one request at a time compute, because the source makes its own batches."""
+    """Answers requests with one reward source. Call it from one thread at a time: the source makes its own batches."""
 
     def __init__(self, source: RewardModelSource | ClassifierSource | GenerativeSource, model: ResolvedModel) -> None:
         self.source = source
         self.signature = {"model": model.ref, "digest": model.digest}
-        self._lock = threading.Lock()
 
     def get_reward(self, body: Mapping[str, object]) -> JsonObject:
         """Scores of prompts and completions. Without ``completions``, the texts to score are in ``query``.
@@ -63,12 +68,14 @@ class Scorer:
         prompts, completions = _pairs(body)
         if "completions" not in body and isinstance(self.source, RewardModelSource) and self.source.tokenizer.chat_template:
             prompts, completions = None, _texts(body, "query")
-        scores = self._score(prompts, completions) if prompts is not None else self._score_texts(completions)
-        return {"rewards": scores, "scores": scores, "extra_logs": {}}
+        judgement = judge(self.source, prompts, completions) if prompts is not None else self._judge_texts(completions)
+        scores = judgement.scores.tolist()
+        return {"rewards": scores, "scores": scores, "cut": _cut(judgement), "extra_logs": {}}
 
     def pooling(self, body: Mapping[str, object]) -> JsonObject:
         """The score of each complete text."""
-        return _listed({"data": [score], "object": "pooling"} for score in self._score_texts(_texts(body, "input")))
+        judgement = self._judge_texts(_texts(body, "input"))
+        return _listed({"data": [score], "object": "pooling", "cut": cut} for score, cut in _rows(judgement))
 
     def score(self, body: Mapping[str, object]) -> JsonObject:
         """The score of each pair of prompt and completion. A single text_1 is used with every text_2."""
@@ -77,30 +84,37 @@ class Scorer:
             first = first * len(second)
         if len(first) != len(second):
             raise BadRequest(f"text_1 has {len(first)} texts and text_2 {len(second)}; expected one, or as many")
-        return _listed({"score": score, "object": "score"} for score in self._score(first, second))
+        judgement = judge(self.source, first, second)
+        return _listed({"score": score, "object": "score", "cut": cut} for score, cut in _rows(judgement))
 
     def classify(self, body: Mapping[str, object]) -> JsonObject:
         """The probabilities of all labels for each complete text."""
         if not isinstance(self.source, ClassifierSource):
             raise BadRequest("a reward model has no classes; use /pooling, /score or /get_reward")
-        texts = _texts(body, "input")
-        with self._lock:
-            rows = self.source.probabilities(texts)
+        rows, cut = self.source.probabilities(_texts(body, "input"))
         names = self.source.names
-        return _listed({"label": names[max(range(len(row)), key=row.__getitem__)], "probs": row, "num_classes": len(row)} for row in rows)
+        return _listed(
+            {"label": names[max(range(len(row)), key=row.__getitem__)], "probs": row, "num_classes": len(row), "cut": was_cut}
+            for row, was_cut in zip(rows, cut.tolist(), strict=True)
+        )
 
-    def _score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
-        with self._lock:
-            return [float(score) for score in judge(self.source, prompts, completions).scores]
-
-    def _score_texts(self, texts: Sequence[str]) -> list[float]:
+    def _judge_texts(self, texts: Sequence[str]) -> Judgement:
         if isinstance(self.source, GenerativeSource):
             raise BadRequest(
                 "this model reads a prompt and its completion separately, but these texts do not show where the completion begins. Send "
                 "prompts and completions to /get_reward, or use /score"
             )
-        with self._lock:
-            return [float(score) for score in self.source.score_texts(texts)]
+        return self.source.judge_texts(texts)
+
+
+def _cut(judgement: Judgement) -> list[bool]:
+    """Which texts were cut, one entry for each."""
+    return judgement.cut.tolist() if judgement.cut is not None else [False] * len(judgement.scores)
+
+
+def _rows(judgement: Judgement) -> Iterable[tuple[float, bool]]:
+    """(score, whether the text was cut) of every text."""
+    return zip(judgement.scores.tolist(), _cut(judgement), strict=True)
 
 
 def _pairs(body: Mapping[str, object]) -> tuple[list[Prompt] | None, list[str]]:
@@ -120,12 +134,17 @@ def _pairs(body: Mapping[str, object]) -> tuple[list[Prompt] | None, list[str]]:
         raise BadRequest(f"{column} must be a list with one entry for each of the {len(completions)} completions")
     if column == "prompts":
         return list(_texts(body, "prompts")), completions
-    for turns in given:
-        good = isinstance(turns, list) and turns and all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in turns)
-        if not good:
-            raise BadRequest(f"messages contains {turns!r:.60}; expected a list of messages {{role, content}} for each completion")
-    plain = all(len(turns) == 1 and set(turns[0]) == {"role", "content"} and turns[0]["role"] == "user" for turns in given)
-    return [turns[0]["content"] for turns in given] if plain else given, completions
+    return [_prompt(turns, number) for number, turns in enumerate(given, 1)], completions
+
+
+def _prompt(turns: object, number: int) -> Prompt:
+    """The prompt in entry ``number`` of messages: a text if it is a single user turn of text. Raises DataError."""
+    row = Row({"messages": turns})
+    row.location = f"entry {number}"
+    prompt = messages_of(row, "messages")
+    first = prompt[0]
+    plain = len(prompt) == 1 and set(first) == {"role", "content"} and first["role"] == "user" and isinstance(first["content"], str)
+    return first["content"] if plain else prompt
 
 
 def _texts(body: Mapping[str, object], name: str) -> list[str]:
@@ -150,24 +169,29 @@ def make_app(scorer: Scorer, *, key: str | None = None) -> Starlette:
             return None
         return JSONResponse({"error": "this server requires its key as a bearer token", **scorer.signature}, status_code=401)
 
+    computing = asyncio.Lock()
+
     def answering(work: Callable[[JsonObject], JsonObject]) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
             if (refusal := denied(request)) is not None:
                 return refusal
             try:
-                if int(request.headers.get("content-length") or 0) > LONGEST_REQUEST:
-                    raise BadRequest(f"the request is longer than {LONGEST_REQUEST} bytes; send smaller batches")
-                body = json.loads(await request.body())
-                if not isinstance(body, dict):
-                    raise BadRequest("expected a JSON object")
-                return JSONResponse({**await run_in_threadpool(work, body), **scorer.signature})
-            except ValueError as error:
-                return JSONResponse({"error": f"the request is not valid JSON ({error})", **scorer.signature}, status_code=400)
+                body = await _body(request)
+                async with computing:
+                    if await request.is_disconnected():  # it has stopped waiting, or will send the request again
+                        return Response(status_code=CLIENT_LEFT)
+                    answered = await run_in_threadpool(work, body)
+                return JSONResponse({**answered, **scorer.signature})
+            except ClientDisconnect:
+                return Response(status_code=CLIENT_LEFT)
             except (BadRequest, StagesError) as error:
-                status = 400 if isinstance(error, BadRequest) else 500
+                status = 400 if isinstance(error, BadRequest | DataError) else 500
                 return JSONResponse({"error": str(error), **scorer.signature}, status_code=status)
 
         return answer
+
+    async def failed(request: Request, error: Exception) -> Response:
+        return JSONResponse({"error": f"the server failed ({type(error).__name__}: {error})", **scorer.signature}, status_code=500)
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok", **scorer.signature})
@@ -178,7 +202,25 @@ def make_app(scorer: Scorer, *, key: str | None = None) -> Starlette:
 
     calls = {"/get_reward": scorer.get_reward, "/pooling": scorer.pooling, "/classify": scorer.classify, "/score": scorer.score}
     routes = [Route(path, answering(work), methods=["POST"]) for path, work in calls.items()]
-    return Starlette(routes=[*routes, Route("/health", health), Route("/v1/models", models)])
+    handlers = {Exception: failed}  # the traceback is logged as well
+    return Starlette(routes=[*routes, Route("/health", health), Route("/v1/models", models)], exception_handlers=handlers)
+
+
+async def _body(request: Request) -> JsonObject:
+    """The JSON object of a request. Raises BadRequest, also for a body that is too long, with or without a content-length."""
+    content = bytearray()
+    async for part in request.stream():
+        content += part
+        if max(len(content), int(request.headers.get("content-length") or 0)) > LONGEST_REQUEST:
+            raise BadRequest(f"the request is longer than {LONGEST_REQUEST} bytes; send smaller batches")
+    try:
+        body = json.loads(content)
+        check_characters(body, "the request")
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the request is not valid JSON ({error})") from error
+    if not isinstance(body, dict):
+        raise BadRequest("expected a JSON object")
+    return body
 
 
 def serve(scorer: Scorer, *, host: str, port: int, key: str | None, say: Callable[[str], None]) -> None:

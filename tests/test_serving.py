@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -111,7 +113,7 @@ def test_requests_in_the_format_of_openrlhf(served) -> None:
     assert answer["rewards"] == answer["scores"] == pytest.approx(expected.tolist(), abs=1e-5)
     assert (answer["model"], answer["digest"]) == (made.signature["model"], made.signature["digest"])
     answer = httpx2.post(f"{address}/get_reward", json={"query": query}).json()  # nothing shows where the prompts end
-    assert answer["rewards"] == pytest.approx(made.source.score_texts(query).tolist(), abs=1e-5)
+    assert answer["rewards"] == pytest.approx(made.source.judge_texts(query).scores.tolist(), abs=1e-5)
     address, made = served["rm"]  # with a chat template, which has already been applied to these texts
     prompts = ["user: a film\nassistant: ", "user: p\nassistant: "]
     query = [prompt + text for prompt, text in zip(prompts, TEXTS, strict=True)]
@@ -127,7 +129,16 @@ def test_requests_in_the_format_of_openrlhf(served) -> None:
     [
         ("get_reward", {"query": "ok", "prompts": 5}, "prompts is 5; expected a list of texts"),
         ("get_reward", {"completions": ["a"], "prompts": ["p", "q"]}, "prompts must be a list with one entry for each of the 1"),
-        ("get_reward", {"completions": ["a"], "messages": [[{"content": "x"}]]}, "expected a list of messages"),
+        (
+            "get_reward",
+            {"completions": ["a"], "messages": [[{"content": "x"}]]},
+            "entry 1: messages, message 1: {'content': 'x'}; expected a role",
+        ),
+        ("get_reward", {"completions": ["a"], "messages": [[{"role": "user"}]]}, "expected text content"),
+        ("get_reward", {"completions": ["a"], "messages": [[{"role": "user", "content": None}]]}, "expected text content"),
+        ("get_reward", {"completions": ["a"], "messages": [[{"role": "user", "content": 5}]]}, "expected text content"),
+        ("get_reward", {"completions": ["a"], "messages": [[{"role": "wizard", "content": "x"}]]}, "expected a role"),
+        ("get_reward", {"completions": ["a", "b"], "messages": [TURNS, "x"]}, "entry 2: messages is str; expected a list of messages"),
         ("pooling", {"input": [[1, 2]]}, "expected a list of texts"),
         ("score", {"text_1": ["a", "b"], "text_2": ["c"]}, "text_1 has 2 texts and text_2 1"),
         ("pooling", [1], "expected a JSON object"),
@@ -139,6 +150,73 @@ def test_bad_requests(served, path, body, message) -> None:
     assert response.status_code == 400 and message in response.json()["error"]
     assert response.json()["digest"] == made.signature["digest"]
     assert httpx2.post(f"{address}/{path}", content=b"{").status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"query": ["a\\ud800b"]}', "contains \\ud800, half of a surrogate pair"),
+        (b'{"query": ["a\\u0000b"]}', "contains a NUL character"),
+        (b'{"query": ["a\xff"]}', "not valid JSON ('utf-8' codec can't decode byte 0xff"),
+        (b'{"query": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not valid JSON (maximum recursion depth exceeded"),
+        (iter([b" " * 2**20] * 65), "longer than 67108864 bytes; send smaller batches"),  # in chunks, without a content-length
+    ],
+)
+def test_bodies_that_are_no_texts_get_a_message(served, content, message) -> None:
+    response = httpx2.post(f"{served['classifier'][0]}/get_reward", content=content)
+    assert response.status_code == 400 and message in response.json()["error"]
+
+
+def test_texts_in_which_something_was_cut_are_marked(served) -> None:
+    address, made = served["rm"]
+    key, long = {"authorization": "Bearer k-secret-9"}, "word " * 2 * made.source.max_length
+    answer = httpx2.post(f"{address}/get_reward", json={"query": ["a", long]}, headers=key).json()
+    assert answer["cut"] == [False, True]
+    answer = httpx2.post(f"{address}/get_reward", json={"prompts": [long, "p"], "completions": ["a", "b"]}, headers=key).json()
+    assert answer["cut"] == [True, False]
+    for path, body in (("pooling", {"input": ["a", long]}), ("score", {"text_1": "a", "text_2": ["b", long]})):
+        assert [row["cut"] for row in httpx2.post(f"{address}/{path}", json=body, headers=key).json()["data"]] == [False, True]
+    address, made = served["classifier"]
+    rows = httpx2.post(f"{address}/classify", json={"input": ["a", "word " * 2 * made.source.max_length]}).json()["data"]
+    assert [row["cut"] for row in rows] == [False, True]
+
+
+def test_requests_of_clients_that_left_are_not_computed(served, monkeypatch) -> None:
+    address, made = served["classifier"]
+    host, port = address.removeprefix("http://").split(":")
+    computed: list[str] = []
+    started, finish, original = threading.Event(), threading.Event(), made.source.judge_texts
+
+    def slow(texts: list[str]) -> Any:
+        computed.extend(texts)
+        started.set()
+        assert finish.wait(30)
+        return original(texts)
+
+    monkeypatch.setattr(made.source, "judge_texts", slow)
+    answers: list[int] = []
+    first = threading.Thread(target=lambda: answers.append(httpx2.post(f"{address}/pooling", json={"input": "first"}).status_code))
+    first.start()
+    assert started.wait(30)
+    for content in (b'{"input": "left"}', b'{"input": "half'):  # both close the connection; the second one within its body
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(b"POST /pooling HTTP/1.1\r\nHost: x\r\nContent-Length: 17\r\n\r\n" + content)
+            time.sleep(0.3)
+    finish.set()
+    first.join(30)
+    assert answers == [200] and httpx2.post(f"{address}/pooling", json={"input": "last"}).status_code == 200
+    assert computed == ["first", "last"]
+
+
+def test_unexpected_error_is_answered_as_json(served, monkeypatch) -> None:
+    address, made = served["classifier"]
+
+    def broken(texts: list[str]) -> Any:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(made.source, "judge_texts", broken)
+    response = httpx2.post(f"{address}/pooling", json={"input": "a"})
+    assert response.status_code == 500 and response.json()["error"] == "the server failed (RuntimeError: no memory)"
 
 
 def test_key_is_required_except_for_health(served) -> None:

@@ -86,21 +86,26 @@ class ClassifierSource:
         rows, cut, completion_cut = self._encode(texts, completions)
         return Judgement(self._score_rows(rows), cut=cut, completion_cut=completion_cut)
 
-    def score_texts(self, texts: Sequence[str]) -> Tensor:
-        """Scores [N] of full texts that are not split into prompt and completion."""
-        with torch.no_grad():
-            return self._score_rows(self._encode(texts, texts)[0])
+    @torch.no_grad()
+    def judge_texts(self, texts: Sequence[str]) -> Judgement:
+        """Scores [N] of full texts that are not split into prompt and completion, and which texts were cut."""
+        rows, cut, _ = self._encode(texts, texts)
+        return Judgement(self._score_rows(rows), cut=cut)
 
-    def probabilities(self, texts: Sequence[str]) -> list[list[float]]:
-        """The probabilities of all labels for each full text. For a regression they are its raw values, as in transformers' pipeline."""
+    def probabilities(self, texts: Sequence[str]) -> tuple[list[list[float]], Tensor]:
+        """(probabilities of all labels for each full text, which texts [N] were cut).
+
+        For a regression, the raw values replace the probabilities, as in transformers' pipeline.
+        """
         probabilities = []
+        rows, cut, _ = self._encode(texts, texts)
         with torch.no_grad():
-            for row in self._encode(texts, texts)[0]:
+            for row in rows:
                 logits = self._logits([row])[0]
                 probabilities.append(
                     {"softmax": logits.softmax(dim=-1), "sigmoid": logits.sigmoid(), "regression": logits}[self.kind].tolist()
                 )
-        return probabilities
+        return probabilities, cut
 
     def _encode(self, texts: Sequence[str], completions: Sequence[str]) -> tuple[list[Row], Tensor, Tensor]:
         """Tokenize texts; returns (rows, which texts [N] were cut, which completions [N] were cut). Special tokens are never cut."""

@@ -87,12 +87,17 @@ class RewardModelSource:
         return Judgement(scores, cut=cut, completion_cut=completion_cut)
 
     @torch.no_grad()
-    def score_texts(self, texts: Sequence[str]) -> Tensor:
-        """Scores [N] of full texts. No chat template is applied. The end token is added to a text that does not end with it."""
+    def judge_texts(self, texts: Sequence[str]) -> Judgement:
+        """Scores [N] of full texts, and which of them were cut. No chat template is applied.
+
+        The end token is added to a text that does not end with it.
+        """
         end = self.tokenizer.eos_token_id
         rows = [list(self.tokenizer(text, verbose=False)["input_ids"]) for text in texts]
         rows = [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in rows]
-        return score_rows([self._kept(ids) for ids in rows], self.model, self.tokenizer.pad_token_id, self.batch_size, name=self.name)
+        kept = [self._kept(ids) for ids in rows]
+        cut = torch.tensor([len(ids) > len(short) for ids, short in zip(rows, kept, strict=True)], dtype=torch.bool)
+        return Judgement(score_rows(kept, self.model, self.tokenizer.pad_token_id, self.batch_size, name=self.name), cut=cut)
 
     def _encode(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[tuple[list[int], int]]:
         """(token ids of prompt and completion, prompt length in tokens) of every pair, not yet cut."""

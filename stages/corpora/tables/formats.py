@@ -160,17 +160,17 @@ def row_at(value: object, location: str, *, has_escapes: bool = False) -> Row:
     if not isinstance(value, dict):
         raise DataError(f"{location}: expected an object, got {type(value).__name__}")
     if has_escapes:
-        _check_characters(value, location)
+        check_characters(value, location)
     row = Row(value)
     row.location = location
     return row
 
 
-def _check_characters(value: object, location: str) -> None:
+def check_characters(value: object, location: str) -> None:
     """Raise DataError for characters that JSON escapes can express but text cannot: NUL, and half of a surrogate pair."""
     if isinstance(value, dict | list):
         for item in value.items() if isinstance(value, dict) else value:
-            _check_characters(list(item) if isinstance(item, tuple) else item, location)
+            check_characters(list(item) if isinstance(item, tuple) else item, location)
     elif isinstance(value, str) and not value.isascii():
         try:
             value.encode()
