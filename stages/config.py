@@ -203,7 +203,7 @@ class DataInput(Strict):
         if self.folds is not None and self.split_by is None:
             raise ValueError("folds needs split_by, the column whose groups are assigned to folds")
         if self.fold and (self.folds is None or self.fold >= self.folds):
-            raise ValueError(f"fold={self.fold} must be below folds={self.folds}")
+            raise ValueError(f"fold={self.fold} must be below folds={self.folds}; folds are counted from 0")
         return self
 
     def data_inputs(self) -> dict[str, list[DataSource]]:
@@ -427,7 +427,7 @@ class VllmStart(Strict):
     def _arguments_are_free(cls, value: dict[str, str | int | float | bool]) -> dict[str, str | int | float | bool]:
         taken = sorted({name.replace("-", "_") for name in value} & OWN_VLLM_ARGUMENTS)
         if taken:
-            raise ValueError(f"arguments names {', '.join(taken)}, which the run sets itself")
+            raise ValueError(f"arguments names {', '.join(taken)}, which the run sets itself; remove it")
         return value
 
 

@@ -40,7 +40,9 @@ def check_texts(recipe: Recipe, step: RecipeStep, registry: Registry) -> None:
         try:
             check_rendering(tokenizer, shown)
         except DataError as error:
-            raise DataError(f"{recipe.source.location(('steps', step.index))} ({step.name}): {field_path} cannot read {error}") from error
+            raise DataError(
+                f"{recipe.source.location(('steps', step.index))} ({step.name}): the model of {field_path} cannot read {error}"
+            ) from error
 
 
 def tokenizer_digests(recipe: Recipe, step: RecipeStep, registry: Registry) -> dict[str, str]:

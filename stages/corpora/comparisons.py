@@ -174,14 +174,14 @@ def _ranked(row: Row, column: str, preferred: str | None) -> tuple[list[Any], li
     else:
         raise DataError(f"{row.location}: {column} is {type(value).__name__}; expected a list of texts")
     if len(value) < 2:
-        raise DataError(f"{row.location}: {len(value)} completion(s); a comparison needs at least 2")
+        raise DataError(f"{row.location}: {len(value)} completion(s); a comparison needs at least 2. Add one, or remove the row")
     return value, ranks
 
 
 def _groups(row: Row, columns: Sequence[str]) -> dict[str, str]:
     for column in columns:
         if column not in row:
-            raise DataError(f"{row.location}: group_by names {column!r}, and the row has {', '.join(row)}")
+            raise DataError(f"{row.location}: group_by names {column!r}, and the row has {', '.join(row)}; name one of these columns")
     return {column: str(row[column]) for column in columns}
 
 

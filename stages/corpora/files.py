@@ -67,7 +67,8 @@ def read_splits(data: DataInput, curator: RowFilter | None = None) -> tuple[list
         train, heldout = curator.training(train), curator.heldout(heldout)
         for rows, which in ((train, "training"), (heldout, "held-out")):
             if not rows:
-                raise DataError(f"{_names(data.train)}: curation leaves no {which} row ({dict(curator.left_out)})")
+                reasons = ", ".join(f"{reason} {count}" for reason, count in curator.left_out.items())
+                raise DataError(f"{_names(data.train)}: curation leaves no {which} row (all rows left out: {reasons}); relax its limits")
     return train, heldout
 
 

@@ -79,7 +79,7 @@ def load_prompt_rows(
         if limit is not None and len(prompts) == limit:
             break
     if not prompts:
-        raise DataError(f"{', '.join(source.path for source in sources)}: curation leaves no prompt")
+        raise DataError(f"{', '.join(source.path for source in sources)}: curation leaves no prompt; relax its limits")
     return prompts
 
 

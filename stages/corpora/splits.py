@@ -30,7 +30,9 @@ def hold_out(rows: Sequence[Row], data: DataInput, name: str) -> tuple[list[Row]
     groups = shuffled_groups({str(row[column]) for row in rows})
     if data.folds is not None:
         if len(groups) < data.folds:
-            raise DataError(f"{name}: {len(groups)} different {column} are too few for {data.folds} folds")
+            raise DataError(
+                f"{name}: {len(groups)} different {column} are too few for {data.folds} folds; lower folds to {len(groups)} or less"
+            )
         chosen = set(groups[data.fold :: data.folds])
     else:
         chosen = set(groups[: max(1, round(len(groups) * data.validation_fraction))])

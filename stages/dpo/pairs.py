@@ -62,7 +62,7 @@ def usable(rows: list[Pair], max_length: int, context: StepContext, which: str) 
         equal = f"left out {len(fitting) - len(kept)} of {len(fitting)} {which} pairs, because their two texts have equal tokens"
         context.runtime.console.print(f"{context.name}: {equal}")
     if fitting and not kept:
-        raise DataError(f"no {which} pair is left: the completions of all {len(fitting)} have equal tokens")
+        raise DataError(f"no {which} pair is left: the two texts of all {len(fitting)} have equal tokens; add pairs with different texts")
     if not kept:
         shortest = min((row.length for row in rows), default=0)
         fits = f"no {which} pair fits max_length={max_length}"

@@ -78,7 +78,7 @@ class VllmClient:
         listed = self._get("/v1/models", lambda answer: _field(answer, "data"))
         names = [str(one["id"]) for one in listed if not one.get("parent")]
         if not names:
-            raise ModelError(f"the vLLM server {self.url} lists no base model under /v1/models")
+            raise ModelError(f"the vLLM server {self.url} lists no base model under /v1/models; start it with --model BASE (docs/vllm.md)")
         self._base_model = names[0]
         return self._base_model
 

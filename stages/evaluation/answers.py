@@ -13,7 +13,7 @@ from stages.corpora.encoding.blocks import encode_documents, overlapping_windows
 from stages.corpora.templates import encode_prompt
 from stages.engines.opening import step_sampler
 from stages.errors import DataError
-from stages.evaluation.config import BestOfN, EvaluationConfig
+from stages.evaluation.config import BestOfN, EvaluationConfig, no_answers
 from stages.evaluation.few_shot import FewShot, few_shot_prompts, few_shot_text, validation_prompts
 from stages.evaluation.prompts import Exclusion
 from stages.evaluation.scoring import every_score
@@ -146,7 +146,10 @@ def ask(
             exclusions.append(Exclusion(f"prompts longer than the {longest} tokens that {name} can read", own.count(False), len(prompts)))
         fits = [fit and mine for fit, mine in zip(fits, own, strict=True)]
         if not any(fits):
-            raise DataError(f"candidate {name!r}: no prompt has at most {longest} tokens, its context length minus the completion")
+            raise DataError(
+                f"candidate {name!r}: no prompt has at most {longest} tokens, its context length minus "
+                f"generation.max_new_tokens={config.generation.max_new_tokens}. Lower max_new_tokens, or use shorter prompts"
+            )
     kept = [index for index, fit in enumerate(fits) if fit]
     rows = [(index, sample) for index in kept for sample in range(config.samples_per_prompt)]
     return Asked(
@@ -281,7 +284,7 @@ def read_answers(config: EvaluationConfig, asked: Asked, name: str) -> Answers:
         text = completions.get(prompt_key(question.prompt), {}).get(question.sample)
         samples.append(Sample(text) if text is not None else None)
     if samples.count(None) == len(samples):
-        raise DataError(f"candidate {name!r}: its completions answer none of the {len(samples)} prompts; prompts must be equal")
+        raise DataError(no_answers(name, len(samples)))
     return Answers(samples)
 
 

@@ -58,11 +58,19 @@ class CandidateInput(Strict):
     def check_data(self, name: str, prompts: list[Prompt]) -> None:
         """Raise DataError if the completions or the examples of candidate ``name`` cannot be used with ``prompts``."""
         if self.completions is not None and not {prompt_key(prompt) for prompt in prompts} & set(load_completions(self.completions)):
-            raise DataError(f"candidate {name!r}: its completions answer none of the {len(prompts)} prompts; prompts must be equal")
+            raise DataError(no_answers(name, len(prompts)))
         if self.few_shot is not None:
             few_shot_text(self.few_shot, 0)
             if self.few_shot.choose is not None:
                 validation_prompts(self.few_shot, prompts, run=False)
+
+
+def no_answers(name: str, num_prompts: int) -> str:
+    """The message for completions of other prompts than those of the evaluation."""
+    return (
+        f"candidate {name!r}: its completions answer none of the {num_prompts} prompts of data; the texts of the prompts must be equal. "
+        "Use the prompts of this file as data, or write completions for those of data"
+    )
 
 
 def _candidate(value: object) -> object:
@@ -142,7 +150,7 @@ class EvaluationConfig(StepConfig):
             if reference.model is None or reference.few_shot is not None or reference.best_of is not None:
                 raise ValueError(f"kl_reference={self.kl_reference!r} must be a model without few_shot and best_of")
         if self.token_details is not None and self.kl_reference is None and self.token_details.value is None:
-            raise ValueError("token_details needs kl_reference, token_details.value, or both")
+            raise ValueError("token_details needs kl_reference, token_details.value, or both; set one, or remove token_details")
         return self
 
     def _check_people(self, judge: PeopleJudge) -> None:
@@ -249,7 +257,7 @@ class EvaluationConfig(StepConfig):
         judgements = load_judgements(judge.judgements)
         if not judgements.candidates & set(self.candidates):
             known = f"it judges {', '.join(sorted(judgements.candidates)[:10])}; candidates are {', '.join(self.candidates)}"
-            raise DataError(f"judge {judge.shown_name!r}: its judgements contain no candidate; {known}")
+            raise DataError(f"judge {judge.shown_name!r}: its judgements contain no candidate; {known}. Use the same names")
 
 
 def _reward_input(reward: RewardInput, field_path: str) -> dict[str, ModelInput]:

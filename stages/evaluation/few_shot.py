@@ -51,7 +51,9 @@ def few_shot_text(settings: FewShot, seed: int, *, draw: int = 0, instruction: i
     """
     rows = read_rows(settings.data)
     if len(rows) < settings.num_examples:
-        raise DataError(f"few_shot.data has {len(rows)} rows, fewer than num_examples={settings.num_examples}")
+        raise DataError(
+            f"few_shot.data has {len(rows)} rows, fewer than num_examples={settings.num_examples}; add rows, or lower num_examples"
+        )
     stream = random.Random(f"few shot {seed}" if draw == 0 else f"few shot {seed} {draw}")
     chosen = [demonstration(row) for row in stream.sample(rows, settings.num_examples)]
     # Not str.format, because a text may contain braces.

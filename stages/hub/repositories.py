@@ -96,7 +96,9 @@ def content_ids(kind: Kind, identifier: str, commit: str) -> dict[str, str | Non
         snapshot = folder_of(kind, identifier) / "snapshots" / commit
         return {path.relative_to(snapshot).as_posix(): _blob_of(path) for path in snapshot.rglob("*") if path.is_file()}
     if len(look_up(kind, identifier, commit).files) > MOST_FILES:
-        raise HubError(f"{NOUNS[kind]} {identifier!r} has more than {MOST_FILES:,} files")
+        raise HubError(
+            f"{NOUNS[kind]} {identifier!r} has more than {MOST_FILES:,} files; download what you need (hf download) and use that folder"
+        )
 
     def ask() -> dict[str, str | None]:
         info = HfApi().repo_info(identifier, repo_type=kind, revision=commit, timeout=TIMEOUT, files_metadata=True)

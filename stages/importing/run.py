@@ -103,9 +103,13 @@ def _with_role(layout: Layout, role: Role | None) -> Layout:
                 f"--role {role}: the head is that of a classifier ({layout.head_name}); a {role} needs score.weight [1, d]. Import it "
                 "without --role, and name a label in the recipe: reward: [{model: NAME, label: LABEL}]"
             )
-        raise ModelError(f"--role {role}: the model has no scalar head ({layout.library})")
+        raise ModelError(
+            f"--role {role}: the model has no scalar head ({layout.library}). Leave --role out, to import it as a language model"
+        )
     if role == "classifier" and (layout.head is not None or layout.role not in HEADS):
-        raise ModelError(f"--role classifier: the model has no classification head ({layout.head_name or layout.library})")
+        raise ModelError(
+            f"--role classifier: the model has no classification head ({layout.head_name or layout.library}). Leave --role out"
+        )
     notes = [note for note in layout.notes if "--role" not in note]
     if role == "language_model" and layout.head_name and not layout.body:
         notes.append(not_kept([layout.head_name]))
@@ -132,7 +136,8 @@ def _convert_folder(source: Path, folder: Path, allow_pickle: bool, base: str | 
         raise no_weights(source)
     layout = recognise(weights, head_file, config)
     if not layout.body:
-        raise ModelError(f"{source} contains only a head ({layout.head_name or ', '.join(sorted(weights)[:4])}) and no transformer")
+        head = layout.head_name or ", ".join(sorted(weights)[:4])
+        raise ModelError(f"{source} contains only a head ({head}) and no transformer; copy the weights of the complete model there")
     if not (folder / "config.json").exists():
         raise ModelError(f"{source} has no config.json; copy there the config.json of the model that was trained")
     quantization = unquantized(config, weights, source)

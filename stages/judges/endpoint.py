@@ -122,7 +122,8 @@ class EndpointClient:
             shown = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
             raise ModelError(
                 f"judge {self.judge.name!r} gave no verdict on {missing} of the first {len(preferences)} of {total} comparisons "
-                f"(max_failed_share={self.judge.max_failed_share}): {shown}. Verdicts are cached: the next run asks only for the rest"
+                f"(max_failed_share={self.judge.max_failed_share}): {shown}. Check the endpoint and the model. "
+                "Verdicts are cached: the next run asks only for the rest"
             )
 
     def _compare_both_ways(self, item: Comparison) -> tuple[float | None, str]:

@@ -74,7 +74,7 @@ class Incoming:
 
 def _objects(content: object) -> list[JsonObject]:
     if not isinstance(content, list) or not all(isinstance(item, dict) for item in content):
-        raise DataError("expected a JSON list of objects")
+        raise DataError(f"expected a JSON list of objects, got {type(content).__name__}")
     return content
 
 

@@ -302,7 +302,10 @@ class RewardModel(ScalarModel):
         Ziegler et al. 2019: gain 1 / sigma and bias -gain * mu. Raises ModelError if all scores were equal.
         """
         if deviation <= 0:
-            raise ModelError("the reward model gives every text the same score, which cannot be scaled to variance 1")
+            raise ModelError(
+                "the reward model gives every text the same score, which cannot be scaled to variance 1. "
+                "Remove normalization, or train it on more comparisons"
+            )
         self.score_head.bias.sub_(mean).div_(deviation)
         self.score_head.weight.div_(deviation)
         return 1 / deviation
@@ -382,7 +385,9 @@ def read_head(model: ResolvedModel) -> tuple[Tensor, float]:
         weight = file.get_tensor("score.weight").float()
         bias = float(file.get_tensor("score.bias")) if "score.bias" in stored else 0.0
     if weight.shape[0] != 1:
-        raise ModelError(f"the head of {model.ref!r} has {weight.shape[0]} outputs; a reward model has 1. Is it a classifier?")
+        raise ModelError(
+            f"the head of {model.ref!r} has {weight.shape[0]} outputs; a reward model has 1. For a classifier, add label: LABEL"
+        )
     config_file = cached_file(model.path, "config.json", revision=model.input.revision, _raise_exceptions_for_missing_entries=False)
     config = json.loads(Path(config_file).read_text(encoding="utf-8")) if config_file is not None else {}
     return weight, float(config.get("reward_bias", bias))

@@ -323,18 +323,18 @@ class PPOStepConfig(CheckpointedStepConfig):
         if self.rollout_batch_size % self.minibatch_size:
             raise ValueError(f"{self.setting('rollout_batch_size')} must be a multiple of {self.setting('minibatch_size')}")
         if self.total_episodes < self.rollout_batch_size:
-            raise ValueError(f"{self.setting('total_episodes')} is less than {self.setting('rollout_batch_size')}")
+            raise ValueError(f"{self.setting('total_episodes')} is less than {self.setting('rollout_batch_size')}, one iteration; raise it")
         if self.whiten.scope == "minibatch" and self.minibatch_size < 8:
             raise ValueError(
                 f"whiten.scope=minibatch needs minibatch_size >= 8 for a usable variance, got {self.setting('minibatch_size')}"
             )
         check_trainable(self.policy, self.lora, "policy")
         if self.generation.temperature == 0:
-            raise ValueError("generation.temperature=0 is greedy: all samples of a prompt would be equal, so PPO could not learn")
+            raise ValueError("generation.temperature=0 is greedy: all samples of a prompt would be equal, so PPO could not learn. Use 1")
         if self.training.adam_style == "tensorflow" and self.training.optimizer != "adamw":
             raise ValueError(f"training.adam_style=tensorflow requires optimizer: adamw, got {self.training.optimizer!r}")
         if self.training.adam_style == "tensorflow" and self.training.weight_decay:
-            raise ValueError("training.weight_decay requires adam_style: torch")
+            raise ValueError("training.weight_decay requires adam_style: torch, got tensorflow; remove weight_decay, or change adam_style")
         if self.ema.publish_last and self.ema.decay is None:
             raise ValueError("ema.publish_last requires ema.decay: without an average the last weights are published anyway")
         if self.generation.vllm is None and self.importance_cap != type(self).model_fields["importance_cap"].default:

@@ -404,7 +404,7 @@ class Registry:
         if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
             raise RegistryError(f"{destination} exists and is not an empty folder; name another one or empty it")
         if problems := self.verify(record.ref):
-            raise RegistryError(f"{record.ref} is damaged and was not exported: {'; '.join(problems)}")
+            raise RegistryError(f"{record.ref} is damaged and was not exported: {'; '.join(problems)}. Remove it and run its recipe again")
         partial = destination.with_name(f".{destination.name}.{uuid.uuid4().hex}")
         partial.parent.mkdir(parents=True, exist_ok=True)
         try:

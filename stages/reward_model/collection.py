@@ -29,7 +29,7 @@ from stages.labelling.config import People
 from stages.labelling.publishing import SCORES, publish_scores, publish_tasks, scored_by, step_folder
 from stages.labelling.simulated import ranked
 from stages.labelling.tasks import task_of
-from stages.labelling.waiting import QUALITY, ask_people, home_of, keep_quality
+from stages.labelling.waiting import QUALITY, ask_people, command, home_of, keep_quality
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.models.parts import moved_to
 from stages.reward_model.collection_config import Collection
@@ -92,7 +92,8 @@ def _ask_people(collection: Collection, people: People, context: StepContext, pr
     ask_people(folder, people, context)
     rows = context.runtime.decide(lambda: [row for _, row in labelled_rows(folder)])
     if not rows:
-        raise DataError(f"{context.name}: there is no usable ranking")
+        used = "skipped, flagged, or of annotators below pass_mark"
+        raise DataError(f"{context.name}: no ranking can be used: {used}. Rank more with: {command(context)}")
     quality = context.runtime.decide(lambda: keep_quality(folder, context.checkpoint_folder / QUALITY))
     annotators = {row["annotator"] for row in rows}
     share = quality["agreement"]["pairwise"]["share"]

@@ -75,12 +75,17 @@ class Collection(Strict):
     def _scores_texts(self) -> Collection:
         if isinstance(self.judge, AskPeople):
             if self.completions_per_prompt > MOST_COMPLETIONS:
-                raise ValueError(f"completions_per_prompt={self.completions_per_prompt}: people rank at most {MOST_COMPLETIONS} at a time")
+                raise ValueError(
+                    f"completions_per_prompt={self.completions_per_prompt}: people rank at most {MOST_COMPLETIONS} at a time; lower it"
+                )
             if self.tie_width:
-                raise ValueError("tie_width needs a judge that scores; people set ties themselves")
+                raise ValueError("tie_width needs a judge that scores; people set ties themselves. Remove tie_width")
             target = self.judge.people.target
             if target is not None and target > self.num_prompts:
-                raise ValueError(f"judge.people.target={target} is more than num_prompts={self.num_prompts}, with one task per prompt")
+                raise ValueError(
+                    f"judge.people.target={target} is more than num_prompts={self.num_prompts}, with one task per prompt; "
+                    "lower target, or raise num_prompts"
+                )
         elif self.judge.ensemble is not None or self.judge.level == "token":
             raise ValueError("collect.judge must be a single model or function with one score per completion")
         return self

@@ -73,7 +73,7 @@ class Normalization(Strict):
     @model_validator(mode="after")
     def _samples(self) -> Normalization:
         if self.on != "samples" and (self.sampler is not None or self.before_training):
-            raise ValueError("normalization.sampler and before_training need on: samples")
+            raise ValueError("normalization.sampler and before_training need on: samples; set it, or remove them")
         return self
 
 

@@ -158,21 +158,21 @@ class RewardInput(Strict):
         if self.endpoint is not None:
             self._check_endpoint(self.endpoint)
         elif given := [name for name in ENDPOINT_FIELDS if self._is_changed(name)]:
-            raise ValueError(f"{', '.join(given)} needs an endpoint")
+            raise ValueError(f"{', '.join(given)} needs an endpoint; set endpoint, or remove it")
         elif self.model is None and self.label is not None:
-            raise ValueError("label needs a classifier, but model is not set")
+            raise ValueError("label needs a classifier, but model is not set; set model, or remove label")
         if self.retries and self.function is None and self.endpoint is None:
             raise ValueError("retries needs a function or an endpoint; a model gives the same score every time")
         if self.level == "token" and (self.label is not None or self.ensemble is not None or self.endpoint is not None):
             raise ValueError("level: token needs a reward model or a function, not a classifier, an endpoint or an ensemble")
         if self.ensemble is not None:
             if self.name is None:
-                raise ValueError("an ensemble needs a name")
+                raise ValueError("an ensemble needs a name; add name: NAME")
             if any(member.ensemble is not None or member.level == "token" for member in self.ensemble):
                 raise ValueError("a member of an ensemble must be a model or a function with level: completion")
             check_names(self.ensemble, "ensemble")
         elif self.combine != "mean":
-            raise ValueError(f"combine: {self.combine} needs an ensemble")
+            raise ValueError(f"combine: {self.combine} needs an ensemble, a list of sources; set ensemble, or remove combine")
         return self
 
     def _is_changed(self, name: str) -> bool:
@@ -183,10 +183,10 @@ class RewardInput(Strict):
         """Raise ValueError if the fields of a generative reward model contradict each other."""
         if self.answers is None:
             if self._is_changed("question"):
-                raise ValueError("question needs answers")
+                raise ValueError('question needs answers, for example answers: [" Yes", " No"]')
             return
         if self.model is None or self.label is not None or self.level == "token":
-            raise ValueError("answers needs model: a language model, with level: completion and without label")
+            raise ValueError("answers needs model: a language model, level: completion, and no label")
         check_question(self.question, self.answers)
 
     def _check_endpoint(self, address: str) -> None:

@@ -106,7 +106,9 @@ class FunctionSource:
         try:
             scores = torch.as_tensor(returned, dtype=torch.float32)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise TrainingError(f"reward function {self.address} returned {returned!r:.80}; expected one number per completion") from error
+            raise TrainingError(
+                f"reward function {self.address} returned {returned!r:.80}; expected one number, or None, per completion"
+            ) from error
         return checked(scores, self.name, completions)
 
     def _call(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details) -> Any:
@@ -190,7 +192,9 @@ class SpanFunctionSource(FunctionSource):
             for position, score in row or []:
                 if not 0 <= position <= len(text):
                     has = f"{text[:80]!r} has {len(text)} characters"
-                    raise TrainingError(f"reward function {self.address} scored position {position}, and {has}")
+                    raise TrainingError(f"reward function {self.address} scored position {position}, and {has}; expected 0 to {len(text)}")
                 if not math.isfinite(score):
-                    raise TrainingError(f"reward function {self.address} returned {score} for the completion {text[:80]!r}")
+                    raise TrainingError(
+                        f"reward function {self.address} returned {score} for the completion {text[:80]!r}; expected a finite number"
+                    )
         return spans

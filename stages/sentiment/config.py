@@ -72,7 +72,7 @@ class SentimentConfig(TrainingStepConfig):
     def _one_origin(self) -> SentimentConfig:
         check_origin(self.model, self.architecture, self.tokenizer, self.lora, further="fine-tuning")
         if self.model is not None and self.masked is not None:
-            raise ValueError("masked needs architecture; a pretrained model does not need it")
+            raise ValueError("masked needs architecture (random weights); with model, remove masked")
         check_trainable(self.model, self.lora)
         folded = [name.casefold() for name in self.labels]
         if twice := [name for name in self.labels if folded.count(name.casefold()) > 1]:

@@ -61,7 +61,9 @@ def encode(
     separate = untrained = 0
     for demonstration in demonstrations:
         if not completion_only and has_untrained_reply(demonstration):
-            raise DataError(f"{demonstration.location}: a reply has weight 0, but completion_only_loss: false trains on every token")
+            raise DataError(
+                f"{demonstration.location}: a reply has weight 0, but completion_only_loss: false trains on every token; remove one of them"
+            )
         made = training_rows(tokenizer, demonstration, train_on=train_on)
         separate += max(len(made) - 1, 0)
         untrained += not made

@@ -50,7 +50,7 @@ def push(
     versions = versions_to_share(record, registry)
     for source, _ in versions:
         if problems := registry.verify(source.ref):
-            raise RegistryError(f"{source.ref} is damaged and was not pushed: {'; '.join(problems)}")
+            raise RegistryError(f"{source.ref} is damaged and was not pushed: {'; '.join(problems)}. Remove it and run its recipe again")
     repository = look_up_own(identifier)
     before, stored = _version_there(repository, record, registry) if repository is not None else (None, [])
     shared = [version for _, version in versions]

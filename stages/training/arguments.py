@@ -48,7 +48,10 @@ def split_batch(settings: OptimizerSettings, num_processes: int, *, most: int | 
     batch. Raises RecipeError if a process would have no sequence.
     """
     if settings.batch_size < num_processes:
-        raise RecipeError(f"training.batch_size={settings.batch_size} is less than one sequence for each of {num_processes} processes")
+        raise RecipeError(
+            f"training.batch_size={settings.batch_size} is less than one sequence for each of {num_processes} processes; "
+            f"raise it to {num_processes} or more, or start fewer processes"
+        )
     share = -(-settings.batch_size // num_processes)
     rows = settings.rows_per_pass if most is None else min(settings.rows_per_pass, most)
     num_microbatches = -(-share // rows)

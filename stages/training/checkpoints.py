@@ -199,7 +199,9 @@ def load_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         raise ModelError(f"{path} contains the weights of a different model ({', '.join(differ[:3])}); remove its folder to start again")
     for name, tensor in tensors.items():
         if saved[name].shape != tensor.shape:
-            raise ModelError(f"{path}: {name} has shape {tuple(saved[name].shape)}, expected {tuple(tensor.shape)}")
+            raise ModelError(
+                f"{path}: {name} has shape {tuple(saved[name].shape)}, expected {tuple(tensor.shape)}; remove its folder to start again"
+            )
         tensor.copy_(_like(saved[name], tensor))
 
 

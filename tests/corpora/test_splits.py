@@ -73,7 +73,7 @@ def test_annotators_of_the_embedded_world_are_folds() -> None:
     ("fields", "message"),
     [
         ({"folds": 5}, "folds needs split_by"),
-        ({"split_by": "user", "folds": 5, "fold": 5}, "fold=5 must be below folds=5"),
+        ({"split_by": "user", "folds": 5, "fold": 5}, "fold=5 must be below folds=5; folds are counted from 0"),
         ({"split_by": "user", "validation": "x"}, "remove one of them"),
     ],
 )
@@ -85,7 +85,7 @@ def test_contradictions_are_refused(table: str, fields: dict, message: str) -> N
 def test_unsplittable_data_is_refused(table: str) -> None:
     with pytest.raises(DataError, match="split_by: author needs that column in every row; the row has text, user"):
         split(table, split_by="author")
-    with pytest.raises(DataError, match="12 different user are too few for 13 folds"):
+    with pytest.raises(DataError, match="12 different user are too few for 13 folds; lower folds to 12 or less"):
         split(table, split_by="user", folds=13)
     with pytest.raises(DataError, match="all rows have one user"):
         Path(table).write_text(json.dumps({"text": "t", "user": "u"}) + "\n")

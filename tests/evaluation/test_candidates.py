@@ -42,7 +42,9 @@ def test_candidate_from_a_completions_file(prompts, step_context, models, config
 def test_completions_file_with_other_prompts_is_refused(prompts, config, write_rows) -> None:
     elsewhere = write_rows("elsewhere", [{"prompt": "unknown", "completion": "x"}])
     settings = config(prompts, candidates={"base": "b", "elsewhere": {"completions": elsewhere}})
-    with pytest.raises(DataError, match="candidate 'elsewhere': its completions answer none of the 4 prompts"):
+    with pytest.raises(
+        DataError, match="candidate 'elsewhere': its completions answer none of the 4 prompts of data.* Use the prompts of this file"
+    ):
         settings.check_data()
     with pytest.raises(DataError, match="have no completion; expected prompt . completion"):
         config(prompts, candidates={"x": {"completions": write_rows("bad", [{"prompt": "the film"}])}}).check_data()

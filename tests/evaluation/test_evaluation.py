@@ -108,7 +108,7 @@ def test_few_shot_text(tmp_path) -> None:
     text = few_shot_text(settings, 0)
     assert text.startswith("Answer:\nQ: p") and text.count("Q:") == 2 and text.count("A: {c") == 2
     assert text == few_shot_text(settings, 0) != few_shot_text(settings, 1)
-    with pytest.raises(DataError, match="has 3 rows, fewer than num_examples=4"):
+    with pytest.raises(DataError, match="has 3 rows, fewer than num_examples=4; add rows, or lower num_examples"):
         few_shot_text(settings.model_copy(update={"num_examples": 4}), 0)
 
 

@@ -67,7 +67,7 @@ def test_token_level_function_with_invalid_results_is_refused(tmp_path, monkeypa
     for name, message in (
         ("floats", "expected one list of .character position, score. per completion"),
         ("short", "returned 0 lists; expected one per completion .1."),
-        ("outside", "scored position 9, and 'joy' has 3 characters"),
+        ("outside", "scored position 9, and 'joy' has 3 characters; expected 0 to 3"),
     ):
         with pytest.raises(TrainingError, match=message):
             SpanFunctionSource(name, f"span_rewards:{name}").score_spans(["p"], ["joy"])

@@ -149,16 +149,19 @@ def test_prompts_without_room_for_a_completion_are_left_out(ppo_config, ppo_cont
     ("fields", "message"),
     [
         ({"rollout_batch_size": 10}, "rollout_batch_size=10 must be a multiple of minibatch_size=6"),
-        ({"total_episodes": 6}, "total_episodes=6 is less than rollout_batch_size=12"),
+        ({"total_episodes": 6}, "total_episodes=6 is less than rollout_batch_size=12, one iteration; raise it"),
         ({"generation": {"temperature": 0.0}}, "temperature=0 is greedy"),
         ({"policy": {"ref": "p", "quantization": "nf4"}}, "needs lora"),
         ({"reward": [{"function": "a:b"}, {"function": "c:b"}]}, "two sources have the name 'b'"),
-        ({"training": {"adam_style": "tensorflow", "weight_decay": 0.1}}, "weight_decay requires adam_style: torch"),
+        (
+            {"training": {"adam_style": "tensorflow", "weight_decay": 0.1}},
+            "weight_decay requires adam_style: torch, got tensorflow; remove weight_decay",
+        ),
         ({"whitening_scope": "minibatch"}, "minibatch_size >= 8"),
         ({"publish_last": True}, "ema.publish_last requires ema.decay"),
         ({"generation": {"ignore_eos": True}, "missing_eos": "replace"}, "no completion ends"),
-        ({"reward": [{"ensemble": [{"function": "a:b"}, {"function": "c:d"}]}]}, "an ensemble needs a name"),
-        ({"reward": [{"function": "a:b", "combine": "min"}]}, "combine: min needs an ensemble"),
+        ({"reward": [{"ensemble": [{"function": "a:b"}, {"function": "c:d"}]}]}, "an ensemble needs a name; add name: NAME"),
+        ({"reward": [{"function": "a:b", "combine": "min"}]}, "combine: min needs an ensemble, a list of sources"),
     ],
 )
 def test_contradictions_are_refused(ppo_config, fields, message) -> None:

@@ -266,5 +266,5 @@ def test_groups_come_from_the_data(comparisons, step_context, sft, tmp_path) -> 
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     metrics = run(config(str(path), group_by=["confidence"], training={"max_steps": 1, "batch_size": 2}), step_context(models=sft)).metrics
     assert [row["value"] for row in metrics["heldout_accuracy_by_group"]["confidence"]] == ["0", "1"]
-    with pytest.raises(DataError, match="group_by names 'batch', and the row has"):
+    with pytest.raises(DataError, match="group_by names 'batch', and the row has .*; name one of these columns"):
         config(str(path), group_by=["batch"]).check_data()

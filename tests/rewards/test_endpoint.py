@@ -179,7 +179,7 @@ def test_saved_settings_can_be_loaded(fields) -> None:
         ({"endpoint": "http://h", "protocol": "classify"}, "needs label, the number of the class, and output: probability or logprob"),
         ({"endpoint": "http://h", "label": 1}, "label needs protocol: classify"),
         ({"endpoint": "http://h", "protocol": "pooling", "columns": ["a"]}, "need protocol: openrlhf"),
-        ({"function": "a:b", "on_failure": "wait"}, "on_failure needs an endpoint"),
+        ({"function": "a:b", "on_failure": "wait"}, "on_failure needs an endpoint; set endpoint, or remove it"),
         ({"endpoint": "http://h", "level": "token"}, "not a classifier, an endpoint"),
     ],
 )

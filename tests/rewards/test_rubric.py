@@ -110,7 +110,7 @@ def test_a_rubric_is_an_input_of_the_step(tmp_path) -> None:
         ({"model": "m", "answers": ["Yes", "Yes"]}, "expected two texts that differ"),
         ({"model": "m", "answers": ["Yes", "No"], "question": "Good?"}, "question must contain {completion}"),
         ({"model": "m", "answers": ["Yes", "No"], "label": 1}, "answers needs model"),
-        ({"model": "m", "question": "{completion}"}, "question needs answers"),
+        ({"model": "m", "question": "{completion}"}, "question needs answers, for example answers"),
     ],
 )
 def test_contradictions_are_refused(fields, message) -> None:

@@ -32,7 +32,7 @@ def test_batch_is_divided_over_processes(batch: int, micro: int, processes: int,
 
 
 def test_a_batch_too_small_for_the_processes_is_an_error() -> None:
-    with pytest.raises(RecipeError, match="batch_size=2 is less than one sequence for each of 3 processes"):
+    with pytest.raises(RecipeError, match="batch_size=2 is less than one sequence for each of 3 processes; raise it to 3 or more"):
         split_batch(OptimizerSettings(batch_size=2, microbatch_size=2), 3)
 
 

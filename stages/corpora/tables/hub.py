@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from stages.config import DataSource
 from stages.corpora.rows import Row, column_of
-from stages.corpora.tables.formats import read_file, rows_of_parts, with_locations
+from stages.corpora.tables.formats import EXPECTED, read_file, rows_of_parts, with_locations
 from stages.corpora.tables.layout import Layout, Part, find_split, front_matter, is_data, layout_of, parts_of, suffix_of
 from stages.errors import DataError, HubUnreachable
 from stages.hub.contents import content_digest
@@ -81,7 +81,7 @@ def hub_layout(repository: Repository, source: DataSource) -> Layout:
     if any(layout.splits.values()):
         return layout
     kinds = sorted({suffix_of(name) or name for name in repository.files})
-    raise DataError(f"{repository.id}: the data set has no file in a supported format (it has {', '.join(kinds[:8])})")
+    raise DataError(f"{repository.id}: the data set has no file in a supported format (it has {', '.join(kinds[:8])}); expected {EXPECTED}")
 
 
 def check_source(repository: Repository, source: DataSource, split: str) -> None:
