@@ -32,6 +32,7 @@ html_theme = "furo"
 html_static_path = ["static"]
 html_css_files = ["wide.css"]
 html_title = f"Tristage {release}"
+html_show_copyright = False  # the licence is Apache-2.0; see LICENSE
 
 HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
 LINK = re.compile(r"^\| \[[^\]]+\]\((\w[\w-]*)\.md\)", re.MULTILINE)  # a row of a table of pages in index.md

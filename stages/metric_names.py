@@ -197,7 +197,7 @@ MEANINGS = {
     STOPPED_SHARE: "share of completions with an end token",
     STOPPED_SCORE: "mean score of the completions with an end token, after all penalties",
     UNSTOPPED_SCORE: "mean score of the completions without one",
-    REPETITION: "share of a completion's 4-grams that occur in it twice",
+    REPETITION: "share of a completion's 4-grams that repeat an earlier one",
     DISTINCT_SHARE: "share of different completions",
     SAMPLING_GAP: "largest difference between sampled and recomputed log-probabilities of a token, in nats",
     SAMPLING_GAP_MEAN: "mean absolute difference of them, where another engine samples",

@@ -56,8 +56,8 @@ LENGTH_FACTOR = 2.5
 """length_drift: factor by which completions are longer or shorter than at first. A learned style may change the length. A larger change
 suggests that the reward favours a length."""
 REPETITION_RISE = 0.25
-"""repetition: rise of the share of 4-grams that occur twice in a completion. Sampled text has some repetition from the start, so only the
-rise counts."""
+"""repetition: rise of the share of a completion's 4-grams that repeat an earlier one. Sampled text has some repetition from the start, so
+only the rise counts."""
 DISTINCT_SHARE = 0.5
 """sameness: share of different completions, relative to that at first. A few short answers are equal by chance, but not half of them."""
 STOPPED_DROP = 0.3
@@ -395,7 +395,7 @@ def _repetition(history: History, settings: HealthSettings) -> Iterator[Alarm]:
     if first is not None and now > first + REPETITION_RISE:
         yield Alarm(
             "repetition",
-            f"{now:.0%} of a completion's 4-grams occur in it twice ({first:.0%} at first): the policy repeats itself; raise kl.coef",
+            f"{now:.0%} of a completion's 4-grams repeat an earlier one ({first:.0%} at first): the policy repeats itself; raise kl.coef",
         )
 
 
