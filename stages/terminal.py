@@ -55,20 +55,17 @@ class Speaker:
     @contextmanager
     def load(cls, ref: str, registry: Registry, runtime: Runtime, engine: str = "local") -> Iterator[Speaker]:
         """Context manager that loads the model ``ref``. ``engine``: what samples, as read by ``engine_of``."""
-        from stages.engines.opening import check_reachable, open_sampler
-        from stages.models.loading import load_language_model, load_tokenizer
-        from stages.models.parts import moved_to
+        from stages.engines.opening import Workplace, check_reachable, open_sampler
+        from stages.models.loaded import LoadedModel
 
         settings = GenerationSettings(engine=engine_of(engine))
         check_reachable(settings)
         source = resolve_model(ref, registry)
         dtype = _dtype(source, registry, runtime)
-        tokenizer = load_tokenizer(source)
-        model = moved_to(load_language_model(source, dtype=dtype, trainable=False, tokenizer=tokenizer), runtime.device)
+        loaded = LoadedModel.frozen(source, dtype, runtime.device)
         cache = registry.root.parent / "cache"
-        log, folder = cache / "vllm.log", cache / "served"
-        with open_sampler(settings, model, tokenizer, source, runtime=runtime, log=log, folder=folder, dtype=dtype) as sampler:
-            yield cls(ref, model, tokenizer, sampler)
+        with open_sampler(settings, loaded, Workplace(runtime, cache / "vllm.log", cache / "served")) as sampler:
+            yield cls(ref, loaded.model, loaded.tokenizer, sampler)
 
     @property
     def converses(self) -> bool:

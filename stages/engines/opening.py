@@ -6,7 +6,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
@@ -21,6 +21,7 @@ from stages.engines.vllm_start import Served, StartedServer, wants_gpu
 from stages.errors import LaunchError, ModelError
 from stages.models.adapters.served import total_rank, updates_of
 from stages.models.adapters.stacks import stack_of, trained_on
+from stages.models.loaded import LoadedModel
 from stages.models.loading import config_of
 from stages.models.passes.responses import Policy
 from stages.models.sharding import unsharded_state_dict
@@ -32,9 +33,6 @@ from stages.sampling.support import plain_model, weight_of
 from stages.step import StepContext
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerBase
-
     from stages.model_types import TransformersModel
     from stages.sampling.sampler import Sampler
 
@@ -70,36 +68,31 @@ def _key(vllm: Vllm) -> str | None:
     return secret(vllm.api_key_variable) if vllm.api_key_variable is not None else None
 
 
+@dataclass(frozen=True)
+class Workplace:
+    """Where a sampler works: its process, the log file of a started server, and a folder for the files that servers read.
+
+    ``folder`` is used only if no better one exists (see ``_shared_folder``).
+    """
+
+    runtime: Runtime
+    log: Path
+    folder: Path
+
+
 @contextmanager
 def step_sampler(
     settings: GenerationSettings,
-    model: TransformersModel,
-    tokenizer: PreTrainedTokenizerBase,
-    source: ResolvedModel,
+    loaded: LoadedModel,
     context: StepContext,
     *,
-    dtype: torch.dtype,
     trains: Trains = "nothing",
     policy: Policy | None = None,
-    merges_adapters: bool = True,
     shared: SharedServer | None = None,
 ) -> Iterator[Sampler]:
-    """Call ``open_sampler`` with the settings of a step, and add the sampler's report to the run's summary."""
-    opened = open_sampler(
-        settings,
-        model,
-        tokenizer,
-        source,
-        runtime=context.runtime,
-        log=context.folder / "vllm.log",
-        folder=context.cache_folder / "served",
-        dtype=dtype,
-        trains=trains,
-        policy=policy,
-        merges_adapters=merges_adapters,
-        shared=shared,
-    )
-    with opened as sampler:
+    """``open_sampler`` in the folders of a step; the sampler's report is added to the run's summary."""
+    workplace = Workplace(context.runtime, context.folder / "vllm.log", context.cache_folder / "served")
+    with open_sampler(settings, loaded, workplace, trains=trains, policy=policy, shared=shared) as sampler:
         try:
             yield sampler
         finally:
@@ -110,54 +103,49 @@ def step_sampler(
 @contextmanager
 def open_sampler(
     settings: GenerationSettings,
-    model: TransformersModel,
-    tokenizer: PreTrainedTokenizerBase,
-    source: ResolvedModel,
+    loaded: LoadedModel,
+    workplace: Workplace,
     *,
-    runtime: Runtime,
-    log: Path,
-    folder: Path,
-    dtype: torch.dtype,
     trains: Trains = "nothing",
     policy: Policy | None = None,
-    merges_adapters: bool = True,
     shared: SharedServer | None = None,
 ) -> Iterator[Sampler]:
     """Open the sampler that ``settings`` ask for, and close it at the end of the context.
 
-    ``source``: the resolved model from which ``model`` was loaded, in ``dtype``. ``trains``: the part of the model that will be trained. If
-    it is not "nothing", the caller must call ``take_weights`` before it samples. ``policy``: the model as a policy, if the caller has one.
-    ``merges_adapters``: whether loading merged the adapters of ``source`` into the weights of ``model``, as it does without quantization.
-    ``log``: the log file of a started server. ``folder``: the folder for adapters and weights if no better one exists (see
-    ``_shared_folder``). ``shared``: a started server stays there for the next sampler, unless it has the merged weights of this model.
+    ``trains``: the part of the model that will be trained. If it is not "nothing", the caller must call ``take_weights`` before it
+    samples. ``policy``: the model as a policy, if the caller has one. ``shared``: a started server stays there for the next sampler, unless
+    it has the merged weights of this model.
 
     Raises LaunchError if no server can be started or reached, ModelError if a server cannot serve the model.
     """
     vllm = settings.vllm
     if vllm is None:
-        yield LocalSampler(model, tokenizer)
+        yield LocalSampler(loaded.model, loaded.tokenizer)
         return
 
     check_reachable(settings)
-    policy = policy or Policy(model, temperature=1.0, autocast=None)
+    runtime = workplace.runtime
+    policy = policy or Policy(loaded.model, temperature=1.0, autocast=None)
     policy.activate()
-    location = _shared_folder(vllm, folder, model) / f"{shared_memory.PREFIX}{runtime.decide(lambda: secrets.token_hex(6))}"
+    location = (
+        _shared_folder(vllm, workplace.folder, loaded.model) / f"{shared_memory.PREFIX}{runtime.decide(lambda: secrets.token_hex(6))}"
+    )
     say = lambda line: runtime.console.print(line, style="yellow", markup=False)  # noqa: E731
     with ExitStack() as stack:
         if runtime.is_main and location.parent == shared_memory.FOLDER:
             stack.enter_context(shared_memory.claimed(location))
         stack.callback(shutil.rmtree, location, ignore_errors=True)
-        weights, served = _plan_weights(settings, model, tokenizer, source, dtype, trains, merges_adapters, location, runtime)
+        weights, served = _plan_weights(settings, loaded, trains, location, runtime)
         served = replace(served, logprobs_mode=logprobs_mode(policy.temperature))
         started, urls, key = None, vllm.url or [], _key(vllm)
         if vllm.start is not None:
             if runtime.is_main:
-                started = _server_for(vllm.start, served, log, location, shared, stack)
+                started = _server_for(vllm.start, served, workplace.log, location, shared, stack)
                 if not started.is_running():
-                    runtime.console.print(f"starting a vLLM server (its log: {log})", markup=False)
+                    runtime.console.print(f"starting a vLLM server (its log: {workplace.log})", markup=False)
             urls, key = runtime.decide(lambda: _started(started))
         servers = Servers(urls, vllm, key, say=say, started=started)
-        sampler = VllmSampler(policy, tokenizer, vllm, servers, weights, runtime=runtime, dtype=dtype, folder=location)
+        sampler = VllmSampler(policy, loaded.tokenizer, vllm, servers, weights, runtime=runtime, dtype=loaded.dtype, folder=location)
         stack.callback(sampler.close)
         if trains == "nothing":
             sampler.take_weights()
@@ -185,22 +173,14 @@ def _started(server: StartedServer | None) -> tuple[list[str], str]:
 
 
 def _plan_weights(
-    settings: GenerationSettings,
-    model: TransformersModel,
-    tokenizer: PreTrainedTokenizerBase,
-    source: ResolvedModel,
-    dtype: torch.dtype,
-    trains: Trains,
-    merges_adapters: bool,
-    shared: Path,
-    runtime: Runtime,
+    settings: GenerationSettings, loaded: LoadedModel, trains: Trains, folder: Path, runtime: Runtime
 ) -> tuple[Weights, Served]:
     """Decide how the weights reach the servers, and what a started server must serve.
 
-    If a started server cannot begin with the saved base model, this writes the current weights for it. Raises ModelError if a server
-    cannot serve the model.
+    If a started server cannot begin with the saved base model, this writes the current weights for it into ``folder``. Raises ModelError
+    if a server cannot serve the model.
     """
-    vllm = settings.vllm
+    vllm, source = settings.vllm, loaded.source
     assert vllm is not None
     on_gpu = vllm.start is not None and wants_gpu(vllm.start, runtime.device.type)
     base, quantization = stack_of(source).base, source.input.quantization
@@ -209,7 +189,7 @@ def _plan_weights(
         _refuse_head_size(base)
     served = Served(
         base.path,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(loaded.dtype).removeprefix("torch."),
         quantization=quantization,
         revision=base.input.revision if base.kind == "hub" else None,
         trust_remote_code=base.input.trust_remote_code,
@@ -219,28 +199,26 @@ def _plan_weights(
     try:
         if trains == "full":
             raise ModelError("all weights train")
-        merged = _merged_adapters(source) if merges_adapters and quantization == "none" else ()
-        _same_rows(model, base)
-        rank = total_rank(updates_of(model, merged))
+        merged = _merged_adapters(source) if loaded.merges_adapters and quantization == "none" else ()
+        _same_rows(loaded.model, base)
+        rank = total_rank(updates_of(loaded.model, merged))
     except ModelError as error:
         if trains == "adapter" or quantization != "none" or (vllm.start is None and trains == "nothing"):
             raise
         if trains == "nothing":
             runtime.console.print(f"vLLM serves {source.ref} with its adapters merged: {error}", markup=False)
         if vllm.start is not None:
-            _write_to_start(model, tokenizer, shared / "start", dtype, runtime)
-        return Weights("full" if trains == "full" else "base"), replace(served, model=str(shared / "start"), revision=None)
+            _write_to_start(loaded, folder / "start", runtime)
+        return Weights("full" if trains == "full" else "base"), replace(served, model=str(folder / "start"), revision=None)
     return Weights("adapter" if rank else "base", merged, base.path), replace(served, lora_rank=rank)
 
 
-def _write_to_start(
-    model: TransformersModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype, runtime: Runtime
-) -> None:
+def _write_to_start(loaded: LoadedModel, folder: Path, runtime: Runtime) -> None:
     """Write the current model and its tokenizer for a server to start from. Call it on every process."""
-    state = unsharded_state_dict(model)
+    state = unsharded_state_dict(loaded.model)
     if runtime.is_main:
-        write_full_weights(model, folder, dtype, state)
-        tokenizer.save_pretrained(folder)
+        write_full_weights(loaded.model, folder, loaded.dtype, state)
+        loaded.tokenizer.save_pretrained(folder)
 
 
 def _merged_adapters(source: ResolvedModel) -> tuple[ResolvedModel, ...]:

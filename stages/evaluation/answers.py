@@ -18,8 +18,8 @@ from stages.evaluation.few_shot import FewShot, few_shot_prompts, few_shot_text,
 from stages.evaluation.prompts import Exclusion
 from stages.evaluation.scoring import every_score
 from stages.evaluation.tasks import measure_task
-from stages.models.loading import config_of, load_language_model, load_tokenizer
-from stages.models.parts import moved_to
+from stages.models.loaded import LoadedModel
+from stages.models.loading import config_of, load_tokenizer
 from stages.models.passes.likelihood import measure_likelihood
 from stages.rewards.details import Details, columns_of
 from stages.sampling.generation import decode_completions, episode_seed
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from stages.corpora.conversations.messages import Prompt
     from stages.corpora.prompts import PromptRow
     from stages.engines.shared_server import SharedServer
-    from stages.model_types import TransformersModel
     from stages.registry.references import ResolvedModel
     from stages.step import StepContext
 
@@ -97,18 +96,15 @@ class Asked:
 
 
 @contextmanager
-def loaded(config: EvaluationConfig, context: StepContext, name: str) -> Iterator[tuple[TransformersModel, PreTrainedTokenizerBase]]:
-    """Model and tokenizer of a candidate. Only one candidate is in memory at a time."""
-
-    source = context.models[f"candidates.{name}"]
-    tokenizer = load_tokenizer(source)
-    dtype = context.runtime.dtype(config.precision)
-    model = moved_to(load_language_model(source, dtype=dtype, trainable=False, tokenizer=tokenizer), context.runtime.device)
-    context.runtime.say_model(f"{context.name}: {name}", model, dtype)
+def loaded(config: EvaluationConfig, context: StepContext, name: str) -> Iterator[LoadedModel]:
+    """Context manager that loads a candidate. Only one candidate is in memory at a time."""
+    runtime, dtype = context.runtime, context.runtime.dtype(config.precision)
+    candidate = LoadedModel.frozen(context.models[f"candidates.{name}"], dtype, runtime.device)
+    runtime.say_model(f"{context.name}: {name}", candidate.model, dtype)
     try:
-        yield model.eval(), tokenizer
+        yield candidate
     finally:
-        del model
+        del candidate
         gc.collect()
 
 
@@ -201,8 +197,8 @@ def _sample_tries(
     assert settings is not None
     longest = _positions_of(context.models[f"candidates.{name}"]) - config.generation.max_new_tokens
     asked = [row.prompt for row in validation]
-    with loaded(config, context, name) as (model, tokenizer):
-        encoded = [_encode_prompts(tokenizer, few_shot_prompts(settings, text, asked)) for text in texts]
+    with loaded(config, context, name) as candidate:
+        encoded = [_encode_prompts(candidate.tokenizer, few_shot_prompts(settings, text, asked)) for text in texts]
         fits = [index for index in range(len(validation)) if all(len(rows[index]) <= longest for rows in encoded)]
         if not fits:
             raise DataError(f"candidate {name!r}: no prompt of few_shot.choose.data fits {longest} tokens in every try; use fewer examples")
@@ -210,7 +206,7 @@ def _sample_tries(
         seeds = [(-1, index) for index in fits]  # all tries share random streams, which differ from those of the evaluation
         tries = []
         for rows in encoded:
-            samples = _sample(config, context, name, model, tokenizer, [rows[index] for index in fits], seeds, server)
+            samples = _sample(config, context, candidate, [rows[index] for index in fits], seeds, server)
             tries.append([cut(sample, settings) for sample in samples])
     return [validation[index] for index in fits], tries
 
@@ -252,11 +248,11 @@ def answer(
     draws = candidate.best_of.n if candidate.best_of is not None else 1
     each = f", {draws} times each" if draws > 1 else ""
     context.runtime.console.print(f"{context.name}: {name} answers {len(prompt_ids)} prompts{each}")
-    with loaded(config, context, name) as (model, tokenizer):
+    with loaded(config, context, name) as writer:
         # The first draw has the stream of the plain answer, so that best-of-1 equals that answer.
         seeds = [(row,) if draw == 0 else (row, draw) for row in range(len(prompt_ids)) for draw in range(draws)]
         ids = [row for row in prompt_ids for _ in range(draws)]
-        made = [cut(sample, candidate.few_shot) for sample in _sample(config, context, name, model, tokenizer, ids, seeds, server)]
+        made = [cut(sample, candidate.few_shot) for sample in _sample(config, context, writer, ids, seeds, server)]
         answers = Answers([made[start] for start in range(0, len(made), draws)])
         if draws > 1:
             answers.draws = [made[start : start + draws] for start in range(0, len(made), draws)]
@@ -264,8 +260,8 @@ def answer(
             answers.perplexity, answers.bits_per_byte, answers.tasks = twin.perplexity, twin.bits_per_byte, twin.tasks
         else:
             if config.perplexity is not None:
-                answers.perplexity, answers.bits_per_byte = _perplexity(config, context, model, tokenizer)
-            answers.tasks = _tasks(config, context, model, tokenizer)
+                answers.perplexity, answers.bits_per_byte = _perplexity(config, context, writer)
+            answers.tasks = _tasks(config, context, writer)
     if candidate.best_of is not None:
         _pick_best(config, context, asked, name, answers, candidate.best_of)
     return answers
@@ -309,18 +305,15 @@ def answered_by_someone(asked: Asked, answers: dict[str, Answers]) -> Asked:
 def _sample(
     config: EvaluationConfig,
     context: StepContext,
-    name: str,
-    model: TransformersModel,
-    tokenizer: PreTrainedTokenizerBase,
+    candidate: LoadedModel,
     prompt_ids: list[list[int]],
     stream_keys: Sequence[tuple[int, ...]],
     server: SharedServer | None,
 ) -> list[Sample]:
-    """Sample a completion of every prompt by the candidate ``name``, with the random streams of ``stream_keys``.
+    """Sample a candidate's completion of every prompt, with the random streams of ``stream_keys``.
 
     Prompts are distributed over the processes.
     """
-    source, dtype = context.models[f"candidates.{name}"], context.runtime.dtype(config.precision)
 
     def work(own: list[int]) -> list[Sample]:
         seeds = [episode_seed(context.seed, *stream_keys[row]) for row in own]
@@ -330,7 +323,7 @@ def _sample(
             Sample(text, prompt_ids[row], ids[kept].tolist(), values[kept].tolist(), stopped)
             for row, text, ids, values, kept, stopped in zip(
                 own,
-                decode_completions(tokenizer, generated),
+                decode_completions(candidate.tokenizer, generated),
                 generated.response_ids,
                 generated.logprobs,
                 mask,
@@ -339,7 +332,7 @@ def _sample(
             )
         ]
 
-    with step_sampler(config.generation, model, tokenizer, source, context, dtype=dtype, shared=server) as sampler:
+    with step_sampler(config.generation, candidate, context, shared=server) as sampler:
         return context.runtime.distribute(len(prompt_ids), work)
 
 
@@ -373,25 +366,24 @@ def details_of(questions: Sequence[Question], samples: Sequence[Sample]) -> Deta
     return Details(columns_of([question.columns for question in questions]), [one.response_ids for one in samples] if sampled else None)
 
 
-def _tasks(
-    config: EvaluationConfig, context: StepContext, model: TransformersModel, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, dict[str, float]]:
+def _tasks(config: EvaluationConfig, context: StepContext, candidate: LoadedModel) -> dict[str, dict[str, float]]:
     runtime = context.runtime
     shares = {"process_index": runtime.process_index, "num_processes": runtime.num_processes, "batch_size": config.generation.batch_size}
-    return {name: measure_task(model, tokenizer, task.load(), task, **shares).as_json() for name, task in config.tasks.items()}
+    measured = {
+        name: measure_task(candidate.model, candidate.tokenizer, task.load(), task, **shares) for name, task in config.tasks.items()
+    }
+    return {name: result.as_json() for name, result in measured.items()}
 
 
-def _perplexity(
-    config: EvaluationConfig, context: StepContext, model: TransformersModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[float, float]:
+def _perplexity(config: EvaluationConfig, context: StepContext, candidate: LoadedModel) -> tuple[float, float]:
     """Perplexity per token, and bits per byte, which is comparable across tokenizers."""
     texts = config.load_texts()
     likelihood = measure_likelihood(
-        model,
-        overlapping_windows(encode_documents(tokenizer, texts), config.perplexity_block_size),
-        pad_token_id=int(tokenizer.pad_token_id),
+        candidate.model,
+        overlapping_windows(encode_documents(candidate.tokenizer, texts), config.perplexity_block_size),
+        pad_token_id=int(candidate.tokenizer.pad_token_id),
         batch_size=config.generation.batch_size,
         device=context.runtime.device,
-        dtype=context.runtime.dtype(config.precision),
+        dtype=candidate.dtype,
     )
     return likelihood.perplexity, likelihood.bits_per_byte(sum(len(text.encode()) for text in texts))

@@ -17,6 +17,7 @@ from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.prompts import Exclusion
 from stages.json_types import JsonObject
 from stages.models.heads import ValueModel
+from stages.models.loaded import LoadedModel
 from stages.models.loading import load_tokenizer
 from stages.models.passes.budget import each_group
 from stages.models.passes.responses import Policy, sequence_batch, sequence_values
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from stages.model_types import TransformersModel
     from stages.step import StepContext
 
 
@@ -51,11 +51,11 @@ def measure_kl(config: EvaluationConfig, context: StepContext, answers: dict[str
             continue
         measured[name] = [sample for sample in answer.samples if sample is not None]
         if name != config.kl_reference:
-            with loaded(config, context, name) as (model, tokenizer):
-                own[name] = _logprobs(config, model, tokenizer.pad_token_id, measured[name])
-    with loaded(config, context, config.kl_reference) as (model, tokenizer):
+            with loaded(config, context, name) as model:
+                own[name] = _logprobs(config, model, measured[name])
+    with loaded(config, context, config.kl_reference) as model:
         for name, samples in measured.items():
-            answer, reference = answers[name], _logprobs(config, model, tokenizer.pad_token_id, samples)
+            answer, reference = answers[name], _logprobs(config, model, samples)
             pairs = zip(own.get(name, reference), reference, strict=True)
             answer.token_kl = [torch.sub(by_candidate, by_reference).tolist() for by_candidate, by_reference in pairs]
             if config.candidates[name].best_of is None:
@@ -63,9 +63,10 @@ def measure_kl(config: EvaluationConfig, context: StepContext, answers: dict[str
     return left_out
 
 
-def _logprobs(config: EvaluationConfig, model: TransformersModel, pad_token_id: int, samples: Sequence[Sample]) -> list[Tensor]:
-    """Log-probabilities of each sample's tokens under ``model``, at the sampling temperature."""
-    policy = Policy(model, temperature=config.generation.temperature or 1.0, autocast=None)
+def _logprobs(config: EvaluationConfig, loaded: LoadedModel, samples: Sequence[Sample]) -> list[Tensor]:
+    """Log-probabilities of each sample's tokens under a model, at the sampling temperature."""
+    pad_token_id = int(loaded.tokenizer.pad_token_id)
+    policy = Policy(loaded.model, temperature=config.generation.temperature or 1.0, autocast=None)
     logprobs: list[Tensor] = []
 
     def measure(indices: Sequence[int]) -> None:
@@ -76,7 +77,7 @@ def _logprobs(config: EvaluationConfig, model: TransformersModel, pad_token_id: 
     size, order = config.generation.batch_size, range(len(samples))
     with torch.inference_mode():
         groups = [order[start : start + size] for start in range(0, len(samples), size)]
-        each_group("log-probabilities of completions", groups, measure, known_by=model)
+        each_group("log-probabilities of completions", groups, measure, known_by=loaded.model)
     return logprobs
 
 

@@ -27,6 +27,7 @@ from stages.metric_names import (
     source_of,
 )
 from stages.models.layers.compiled import NOT_WANTED
+from stages.models.loaded import LoadedModel
 from stages.models.passes.budget import PassBudget, PassTooLarge
 from stages.models.sharding import grouped, shard
 from stages.ppo.config import PPOStepConfig
@@ -165,17 +166,13 @@ class PPORun:
     @contextmanager
     def sampling(self) -> Iterator[None]:
         """Inside, the engine that the recipe names samples."""
-        config, roles = self.config, self.roles
+        config, roles, dtype = self.config, self.roles, self.runtime.dtype(self.config.precision)
         opened = step_sampler(
             config.generation,
-            roles.policy.model,
-            roles.tokenizer,
-            self.context.models["policy"],
+            LoadedModel(roles.policy.model, roles.tokenizer, self.context.models["policy"], dtype, merges_adapters=config.lora is None),
             self.context,
-            dtype=self.runtime.dtype(config.precision),
             trains="full" if config.lora is None else "adapter",
             policy=roles.policy,
-            merges_adapters=config.lora is None,
         )
         with opened as roles.sampler:
             if not roles.sampler.is_local:

@@ -30,8 +30,7 @@ from stages.labelling.publishing import SCORES, publish_scores, publish_tasks, s
 from stages.labelling.simulated import ranked
 from stages.labelling.tasks import task_of
 from stages.labelling.waiting import QUALITY, ask_people, command, home_of, keep_quality
-from stages.models.loading import load_language_model, load_tokenizer
-from stages.models.parts import moved_to
+from stages.models.loaded import LoadedModel
 from stages.reward_model.collection_config import Collection
 from stages.rewards.building import build_source
 from stages.rewards.config import RewardInput
@@ -212,12 +211,11 @@ def _sample(
 ) -> list[dict[str, list[int]]]:
     """Distinct completions of every prompt by one policy with their token ids, as many as a comparison could use."""
     source = context.models[f"collect.policies[{index}].model"]
-    tokenizer = load_tokenizer(source)
-    runtime, dtype = context.runtime, context.runtime.dtype(precision)
-    model = moved_to(load_language_model(source, dtype=dtype, trainable=False, tokenizer=tokenizer), runtime.device)
+    loaded = LoadedModel.frozen(source, context.runtime.dtype(precision), context.runtime.device)
+    tokenizer = loaded.tokenizer
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     completions: list[dict[str, list[int]]] = [{} for _ in prompts]
-    with step_sampler(collection.generation, model, tokenizer, source, context, dtype=dtype) as sampler:
+    with step_sampler(collection.generation, loaded, context) as sampler:
         for attempt in range(collection.completions_per_prompt * collection.attempts):
             wanted = [prompt_index for prompt_index, texts in enumerate(completions) if len(texts) < collection.completions_per_prompt]
             if not wanted:
@@ -229,7 +227,7 @@ def _sample(
             for prompt_index, text, made, ended in zip(wanted, texts, ids_made, generated.stopped.tolist(), strict=True):
                 if text and (ended or not collection.only_ended):
                     completions[prompt_index].setdefault(text, made)
-    del model, sampler
+    del loaded, sampler
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return completions

@@ -29,8 +29,8 @@ from stages.metric_names import (
     heldout_names,
 )
 from stages.models.heads import RewardModel
-from stages.models.loading import load_language_model, load_tokenizer
-from stages.models.parts import moved_to
+from stages.models.loaded import LoadedModel
+from stages.models.loading import load_tokenizer
 from stages.models.sharding import unsharded
 from stages.reward_model.collection import collect_comparisons
 from stages.reward_model.config import RewardModelConfig
@@ -191,14 +191,12 @@ def _texts_to_normalize_on(config: RewardModelConfig, context: StepContext, comp
             "set normalization.sampler"
         )
     runtime, generation = context.runtime, config.normalization.generation
-    tokenizer = load_tokenizer(source)
-    policy = moved_to(
-        load_language_model(source, dtype=runtime.dtype(config.precision), trainable=False, tokenizer=tokenizer), runtime.device
-    )
+    policy = LoadedModel.frozen(source, runtime.dtype(config.precision), runtime.device)
+    tokenizer = policy.tokenizer
     distinct = list({repr(item.prompt): item.prompt for item in comparisons.train}.values())
     prompts = [distinct[index % len(distinct)] for index in range(config.normalization.num_samples)]
     seeds = [episode_seed(context.seed, -3, index) for index in range(len(prompts))]
-    with step_sampler(generation, policy, tokenizer, source, context, dtype=runtime.dtype(config.precision)) as sampler:
+    with step_sampler(generation, policy, context) as sampler:
         generated = sampler.sample([encode_prompt(tokenizer, prompt) for prompt in prompts], generation, seeds)
     texts = decode_completions(tokenizer, generated)
     del policy, sampler

@@ -21,6 +21,7 @@ from stages.json_types import JsonObject
 from stages.metric_names import HELDOUT_LOG_LOSS, HELDOUT_LOSS_AFTER, HELDOUT_LOSS_BEFORE, NUM_DEMONSTRATIONS, curation_names
 from stages.models.adapters.attaching import refuse_output_adapter
 from stages.models.layers.dropout import set_residual_dropout
+from stages.models.loaded import LoadedModel
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.models.passes.likelihood import Likelihood
 from stages.rewards.signature import columns_asked_for
@@ -185,7 +186,7 @@ def _selector(
         return _likelihood(trainer, config, context, tokenizer, heldout).loss
 
     dtype = context.runtime.dtype(config.precision)
-    selector = Selector(selection, context, trainer.model, tokenizer, prompts, measure_loss, dtype=dtype)
+    selector = Selector(selection, context, LoadedModel(trainer.model, tokenizer, context.models["model"], dtype), prompts, measure_loss)
     trainer.add_callback(selection_callback(selector, trainer))
     return selector
 

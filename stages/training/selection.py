@@ -20,6 +20,7 @@ from stages.corpora.templates import encode_prompt
 from stages.engines.opening import step_sampler
 from stages.errors import RecipeError
 from stages.metric_names import SELECTION_LOSS, SELECTION_SCORE
+from stages.models.loaded import LoadedModel
 from stages.models.sharding import unsharded
 from stages.process.storage import sync, write_json
 from stages.rewards.building import build_reward
@@ -30,9 +31,8 @@ from stages.training.checkpoints import load_tensors, save_tensors, trainable
 from stages.training.config import Selection
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from stages.model_types import TransformersModel
     from stages.training.step_trainer import StepTrainer
 
 
@@ -60,25 +60,21 @@ class Selector:
         self,
         selection: Selection,
         context: StepContext,
-        model: TransformersModel,
-        tokenizer: PreTrainedTokenizerBase,
+        trained: LoadedModel,
         prompts: Sequence[PromptRow],
         measure_loss: Callable[[], float],
-        *,
-        dtype: torch.dtype,
     ) -> None:
-        self.selection, self.context, self.model, self.tokenizer = selection, context, model, tokenizer
-        self.measure_loss, self.dtype = measure_loss, dtype
+        self.selection, self.context, self.trained, self.measure_loss = selection, context, trained, measure_loss
         rows = list(prompts)[: selection.num_prompts]
         self.prompts, self.columns = [row.prompt for row in rows], [row.columns for row in rows]
-        self.prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in self.prompts]
-        require_room(model, self.prompt_ids, selection.generation)  # fail now instead of after the first epoch
+        self.prompt_ids = [encode_prompt(trained.tokenizer, prompt) for prompt in self.prompts]
+        require_room(trained.model, self.prompt_ids, selection.generation)  # fail now instead of after the first epoch
         self.reward = build_reward(
             selection.reward,
             context.models,
             "selection.reward",
             device=context.runtime.device,
-            dtype=dtype,
+            dtype=trained.dtype,
             cache_folder=context.cache_folder,
         )
         self.folder = context.checkpoint_folder / "selection"
@@ -96,7 +92,7 @@ class Selector:
         """Sample and score; save the weights if they are the best so far. Call on every process."""
         if any(one.optimizer_step == optimizer_step for one in self.tried):
             return
-        with unsharded(self.model):  # the processes sample independently
+        with unsharded(self.trained.model):  # the processes sample independently
             tried = Tried(optimizer_step, self._score(), self.measure_loss())
         self.tried.append(tried)
         self.context.log(optimizer_step, {SELECTION_SCORE: tried.score, SELECTION_LOSS: tried.heldout_loss})
@@ -104,7 +100,7 @@ class Selector:
         if is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
         if best_of(self.tried) is tried:
-            save_tensors(trainable(self.model), path := self._file(optimizer_step), write=is_main)
+            save_tensors(trainable(self.trained.model), path := self._file(optimizer_step), write=is_main)
             if is_main:
                 sync(path)
         if is_main:  # written last, so that listed files are complete
@@ -115,7 +111,7 @@ class Selector:
         best = best_of(self.tried)
         self.context.runtime.wait_for_everyone()
         if best is not self.tried[-1]:
-            load_tensors(trainable(self.model), self._file(best.optimizer_step))
+            load_tensors(trainable(self.trained.model), self._file(best.optimizer_step))
         self.context.runtime.console.print(
             f"{self.context.name}: of {len(self.tried)} evaluated models, the one after {best.optimizer_step} optimizer steps scores "
             f"best ({best.score:.3f}; the last {self.tried[-1].score:.3f})"
@@ -132,19 +128,16 @@ class Selector:
         seeds = [episode_seed(self.context.seed, row) for row in own]
         opened = step_sampler(
             self.selection.generation,
-            self.model,
-            self.tokenizer,
-            self.context.models["model"],
+            self.trained,
             self.context,
-            dtype=self.dtype,
-            trains="adapter" if hasattr(self.model, "peft_config") else "full",
+            trains="adapter" if hasattr(self.trained.model, "peft_config") else "full",
         )
-        with opened as sampler, torch.autocast(runtime.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+        with opened as sampler, torch.autocast(runtime.device.type, dtype=self.trained.dtype, enabled=self.trained.dtype != torch.float32):
             sampler.take_weights()
             generated = sampler.sample([self.prompt_ids[row] for row in own], self.selection.generation, seeds)
         ids = [ids[mask].tolist() for ids, mask in zip(generated.response_ids.cpu(), generated.response_mask.cpu(), strict=True)]
         details = Details(columns_of([self.columns[row] for row in own]), ids)
-        texts = decode_completions(self.tokenizer, generated)
+        texts = decode_completions(self.trained.tokenizer, generated)
         scores = self.reward.score([self.prompts[row] for row in own], texts, details).total.tolist()
         if runtime.num_processes > 1:
             scores = gather_object(scores)

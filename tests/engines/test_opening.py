@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from stages.config import GenerationSettings, ModelInput
-from stages.engines.opening import open_sampler
+from stages.engines.opening import Workplace, open_sampler
 from stages.errors import ModelError
+from stages.models.loaded import LoadedModel
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.process.runtime import Runtime
 from stages.registry.references import ResolvedModel
@@ -24,7 +25,7 @@ def test_heads_that_vllm_cannot_compute_on_a_cpu_are_refused_before_a_server_sta
     tokenizer = load_tokenizer(source)
     model = load_language_model(source, dtype=torch.float32, trainable=False, tokenizer=tokenizer)
     settings = GenerationSettings.model_validate({"engine": {"vllm": {"start": {"python": "/nowhere"}}}})
-    places = {"log": tmp_path / "vllm.log", "folder": tmp_path}
-    opened = open_sampler(settings, model, tokenizer, source, runtime=Runtime(quiet=True), dtype=torch.float32, **places)
+    workplace = Workplace(Runtime(quiet=True), tmp_path / "vllm.log", tmp_path)
+    opened = open_sampler(settings, LoadedModel(model, tokenizer, source, torch.float32), workplace)
     with pytest.raises(ModelError, match=r"heads of 'tiny' have 8 dimensions, and vLLM's build for CPUs has only heads of 32, 64"), opened:
         pass

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from stages.config import GenerationSettings, LoraSettings, VllmStart
-from stages.engines.opening import open_sampler
+from stages.engines.opening import Workplace, open_sampler
 from stages.engines.vllm_start import StartedServer, find_installed
 from stages.errors import LaunchError, TrainingError
+from stages.models.loaded import LoadedModel
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.models.passes.responses import Policy
 from stages.process.runtime import Runtime
@@ -47,10 +48,8 @@ def served(wide_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     model = load_language_model(source, dtype=torch.float32, lora=LoraSettings(r=4), tokenizer=tokenizer)
     policy = Policy(model, temperature=1.0, autocast=None)
     folder = tmp_path_factory.mktemp("served")
-    places = {"log": folder / "vllm.log", "folder": folder}
-    opened = open_sampler(
-        SETTINGS, model, tokenizer, source, runtime=Runtime(quiet=True), dtype=torch.float32, trains="adapter", policy=policy, **places
-    )
+    workplace = Workplace(Runtime(quiet=True), folder / "vllm.log", folder)
+    opened = open_sampler(SETTINGS, LoadedModel(model, tokenizer, source, torch.float32), workplace, trains="adapter", policy=policy)
     with opened as sampler:
         yield sampler, policy, tokenizer
 

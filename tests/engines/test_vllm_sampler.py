@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from stages.config import LoraSettings, ModelInput, Vllm
-from stages.engines.opening import check_reachable, open_sampler
+from stages.engines.opening import Workplace, check_reachable, open_sampler
 from stages.engines.vllm_servers import Servers
 from stages.errors import LaunchError, ModelError, RecipeError, TrainingError
+from stages.models.loaded import LoadedModel
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.models.saving import save_model
 from stages.process.runtime import Runtime
@@ -33,9 +34,8 @@ def opened(tiny_llama_folder: Path, resolve_folder: Any, tmp_path: Path) -> Any:
         source = source or resolve_folder(tiny_llama_folder)
         tokenizer = load_tokenizer(source)
         model = load_language_model(source, dtype=torch.float32, trainable=False, tokenizer=tokenizer)
-        runtime = Runtime(quiet=True)
-        places = {"log": tmp_path / "vllm.log", "folder": tmp_path / "served"}
-        sampler = open_sampler(settings, model, tokenizer, source, runtime=runtime, dtype=torch.float32, **places, **fields)
+        workplace = Workplace(Runtime(quiet=True), tmp_path / "vllm.log", tmp_path / "served")
+        sampler = open_sampler(settings, LoadedModel(model, tokenizer, source, torch.float32), workplace, **fields)
         return sampler, LocalSampler(model, tokenizer)
 
     return make

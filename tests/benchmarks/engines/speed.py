@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from stages.config import GenerationSettings, ModelInput
-from stages.engines.opening import open_sampler
+from stages.engines.opening import Workplace, open_sampler
+from stages.models.loaded import LoadedModel
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.loop import PPORun
@@ -77,8 +78,8 @@ def measure_speed(options: argparse.Namespace, kept: Kept, folder: Path) -> None
     model = load_language_model(source, dtype=torch.float32, trainable=False, tokenizer=tokenizer)
     with served(source.path, folder / "vllm.log") as server:
         settings = GenerationSettings.model_validate({"engine": server.engine, "ignore_eos": True})
-        places = {"log": folder / "log", "folder": folder / "served"}
-        with open_sampler(settings, model, tokenizer, source, runtime=Runtime(quiet=True), dtype=torch.float32, **places) as other:
+        workplace = Workplace(Runtime(quiet=True), folder / "log", folder / "served")
+        with open_sampler(settings, LoadedModel(model, tokenizer, source, torch.float32), workplace) as other:
             samplers: dict[str, Sampler] = {"local": LocalSampler(model, tokenizer), "vllm": other}
             for turn in range(1, options.rounds + 1):
                 for batch in options.batches:
