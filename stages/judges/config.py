@@ -5,49 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag
 
 from stages.config import DataField, DataSource, Strict
 from stages.labelling.config import PeopleJudge
-from stages.rewards.config import RewardInput
+from stages.rewards.config import ChatEndpoint, RewardInput
 
 SCORING = {"protocol", "served_model", "columns", "label_column", "on_failure", "cache"}
 """Fields that only an endpoint which scores single completions has."""
 CRITERIA = "Which response answers the prompt better? Judge by helpfulness, truth and harmlessness, not by length or by order."
 
 
-class EndpointJudge(Strict):
-    """A language model behind an OpenAI-compatible endpoint (vLLM, llama.cpp, transformers serve, a provider). Asked in both orders."""
+class EndpointJudge(ChatEndpoint):
+    """A language model behind an OpenAI-compatible endpoint that compares two completions, in both orders."""
 
-    endpoint: str = Field(pattern=r"^https?://\S+$", description="Address up to /v1, e.g. http://localhost:8000/v1.")
-    model: str = Field(min_length=1, description="Name of the model at the endpoint.")
     name: str = Field("llm", pattern=r"^[\w.-]+$", description="Name in reports.")
-    api_key_variable: str | None = Field(
-        None, pattern=r"^[A-Za-z_]\w*$", description="Environment variable with the API key. The key is never written to a file."
-    )
     criteria: str = Field(CRITERIA, min_length=1, description="Text for the judge: what makes a response better.")
     against: Literal["last", "all"] = Field(
         "last", description="last: compare the last candidate with each of the others; all: compare all pairs."
     )
     num_prompts: int | None = Field(None, ge=1, description="Judge only this many prompts; null: all. Two requests per pair and prompt.")
-    max_tokens: int = Field(16, ge=1, description="Maximum number of tokens of a reply.")
-    concurrency: int = Field(8, ge=1, description="Maximum number of simultaneous requests.")
-    timeout_seconds: float = Field(60.0, gt=0, description="Maximum time for one reply, in seconds.")
-    retries: int = Field(4, ge=0, description="Further attempts after a time-out, a dropped connection, or status 408, 429 or 5xx.")
-    backoff_seconds: float = Field(
-        1.0, ge=0, description="Seconds before the first retry, doubled for each one. A server may ask for more."
-    )
     max_failed_share: float = Field(
         0.1, ge=0, le=1, description="The step ends with an error if a larger share of the comparisons has no verdict."
     )
-    price_per_million_input: float | None = Field(None, ge=0, description="Price of a million prompt tokens, to compute the cost.")
-    price_per_million_output: float | None = Field(None, ge=0, description="Price of a million reply tokens.")
-
-    @model_validator(mode="after")
-    def _no_secret(self) -> EndpointJudge:
-        if "@" in self.endpoint:
-            raise ValueError("endpoint contains a password, which would be written to logs and reports; set api_key_variable instead")
-        return self
 
     @property
     def shown_name(self) -> str:

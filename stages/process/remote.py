@@ -5,6 +5,7 @@ An API key is sent only in the request header.
 
 from __future__ import annotations
 
+import json
 import random
 import socket
 import sqlite3
@@ -12,6 +13,8 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -19,6 +22,7 @@ from typing import Any, TypeVar
 import httpx2
 
 from stages.errors import ModelError
+from stages.json_types import JsonObject
 
 T = TypeVar("T")
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
@@ -200,6 +204,27 @@ def asked_wait(header: str | None) -> float:
         return min(LONGEST_WAIT, max(0.0, float(header or 0)))
     except ValueError:
         return 0.0
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A request to a language model behind an OpenAI-compatible endpoint. ``key`` identifies it in an ``AnswerCache``."""
+
+    url: str
+    body: JsonObject
+    key: str
+
+    @classmethod
+    def of(cls, endpoint: str, model: str, *, system: str, user: str, max_tokens: int) -> ChatRequest:
+        """Ask ``model`` for the most likely reply to a system and a user message. ``endpoint``: the address up to /v1."""
+        body: JsonObject = {
+            "model": model,
+            "messages": [{"role": "system", "content": system}, {"role": "user", "content": user}],
+            "temperature": 0,
+            "max_tokens": max_tokens,
+        }
+        key = sha256(json.dumps([endpoint, body], sort_keys=True).encode()).hexdigest()
+        return cls(f"{endpoint.rstrip('/')}/chat/completions", body, key)
 
 
 def chat_reply(content: object) -> tuple[str, int, int]:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.config import SCORING_ROWS, DataField, DataSource, ModelField, ModelInput, Strict
 from stages.errors import RecipeError
@@ -26,19 +26,15 @@ def check_question(question: str, answers: list[str]) -> None:
         raise ValueError("question must contain {completion}, and usually {prompt}")
 
 
-class RubricJudge(Strict):
-    """A language model behind an OpenAI-compatible endpoint that grades each completion by a rubric."""
+class ChatEndpoint(Strict):
+    """A language model behind an OpenAI-compatible endpoint (vLLM, llama.cpp, transformers serve, a provider)."""
 
     endpoint: str = Field(pattern=r"^https?://\S+$", description="Address up to /v1, e.g. http://localhost:8000/v1.")
     model: str = Field(min_length=1, description="Name of the model at the endpoint.")
-    rubric: DataField = Field(description="A text file that describes good completions.")
-    scale: list[float] = Field([1.0, 10.0], min_length=2, max_length=2, description="Lowest and highest grade.")
     api_key_variable: str | None = Field(
         None, pattern=r"^[A-Za-z_]\w*$", description="Environment variable with the API key. The key is never written to a file."
     )
     max_tokens: int = Field(16, ge=1, description="Maximum number of tokens of a reply.")
-    attempts: int = Field(2, ge=1, description="Maximum requests per completion until a reply has a grade.")
-    max_refused_share: float = Field(0.1, ge=0, le=1, description="The run ends if a larger share of a call's completions has no grade.")
     concurrency: int = Field(8, ge=1, description="Maximum number of simultaneous requests.")
     timeout_seconds: float = Field(60.0, gt=0, description="Maximum time for one reply, in seconds.")
     retries: int = Field(4, ge=0, description="Further attempts after a time-out, a dropped connection, or status 408, 429 or 5xx.")
@@ -48,10 +44,29 @@ class RubricJudge(Strict):
     price_per_million_input: float | None = Field(None, ge=0, description="Price of a million prompt tokens, to compute the cost.")
     price_per_million_output: float | None = Field(None, ge=0, description="Price of a million reply tokens.")
 
+    @field_validator("endpoint")
+    @classmethod
+    def _no_secret(cls, value: str) -> str:
+        return without_password(value)
+
+    @property
+    def prices(self) -> tuple[float, float] | None:
+        """Prices of a prompt token and of a reply token; None if one of them is unknown."""
+        if self.price_per_million_input is None or self.price_per_million_output is None:
+            return None
+        return self.price_per_million_input / 1e6, self.price_per_million_output / 1e6
+
+
+class RubricJudge(ChatEndpoint):
+    """A language model behind an OpenAI-compatible endpoint that grades each completion by a rubric."""
+
+    rubric: DataField = Field(description="A text file that describes good completions.")
+    scale: list[float] = Field([1.0, 10.0], min_length=2, max_length=2, description="Lowest and highest grade.")
+    attempts: int = Field(2, ge=1, description="Maximum requests per completion until a reply has a grade.")
+    max_refused_share: float = Field(0.1, ge=0, le=1, description="The run ends if a larger share of a call's completions has no grade.")
+
     @model_validator(mode="after")
     def _consistent(self) -> RubricJudge:
-        if has_password(self.endpoint):
-            raise ValueError("endpoint contains a password, which would appear in logs and reports. Name a variable with api_key_variable")
         if self.scale[0] >= self.scale[1]:
             raise ValueError(f"scale is [{self.scale[0]:g}, {self.scale[1]:g}]; expected the lowest and then the highest grade")
         if len(self.rubric) != 1:
@@ -59,9 +74,11 @@ class RubricJudge(Strict):
         return self
 
 
-def has_password(address: str) -> bool:
-    """Whether a URL has a user name or a password before its host."""
-    return "@" in address.partition("://")[2].partition("/")[0]
+def without_password(address: str) -> str:
+    """The URL ``address`` itself. Raises ValueError if it has a user name or a password before its host."""
+    if "@" in address.partition("://")[2].partition("/")[0]:
+        raise ValueError("endpoint contains a password, which would appear in logs and reports. Name a variable with api_key_variable")
+    return address
 
 
 class RewardInput(Strict):
@@ -191,8 +208,7 @@ class RewardInput(Strict):
 
     def _check_endpoint(self, address: str) -> None:
         """Raise ValueError if the fields of an endpoint contradict each other."""
-        if has_password(address):
-            raise ValueError("endpoint contains a password, which would appear in logs and reports. Name a variable with api_key_variable")
+        without_password(address)
         if self.protocol == "classify":
             if not isinstance(self.label, int) or self.output == "logit":
                 raise ValueError("protocol: classify needs label, the number of the class, and output: probability or logprob")

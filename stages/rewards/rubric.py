@@ -9,15 +9,13 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from hashlib import sha256
 
 import torch
 from torch import Tensor
 
 from stages.corpora.conversations.messages import Prompt, transcript
 from stages.errors import TrainingError
-from stages.json_types import JsonObject
-from stages.process.remote import AnswerCache, GaveUp, JsonClient, Refused, chat_reply
+from stages.process.remote import AnswerCache, ChatRequest, GaveUp, JsonClient, Refused, chat_reply
 from stages.rewards.background import RemoteSource
 from stages.rewards.config import RewardInput, read_rubric
 from stages.rewards.details import NOTHING, Details, Judgement
@@ -65,13 +63,11 @@ def shown(prompt: Prompt, completion: str) -> str:
     return f"<prompt>\n{transcript(prompt)}\n</prompt>\n\n<response>\n{completion}\n</response>"
 
 
-Question = tuple[str, JsonObject]
-"""(key, body of the request for a grade)."""
 Grade = tuple[float | None, int, int]
 """(grade, tokens sent, tokens received); 0 tokens if the grade was already known."""
 
 
-class RubricSource(RemoteSource[JsonObject, Grade]):
+class RubricSource(RemoteSource[ChatRequest, Grade]):
     """A language model behind an OpenAI-compatible endpoint that grades each completion by a rubric.
 
     After a reply without a grade, the request is repeated. Such a reply is never stored on disk. If no attempt gives a grade, the source
@@ -106,7 +102,7 @@ class RubricSource(RemoteSource[JsonObject, Grade]):
         Equal pairs of prompt and completion are graded once; only the first has token counts above 0. Raises TrainingError if a request
         fails, or if too many completions have no grade.
         """
-        answers = self._grades(self._questions(prompts, completions))
+        answers = self._grades(self._chat_requests(prompts, completions))
         grades = [grade for grade, _, _ in answers]
         refused = grades.count(None)
         if refused > self.judge_input.max_refused_share * len(grades):
@@ -123,30 +119,28 @@ class RubricSource(RemoteSource[JsonObject, Grade]):
         )
 
     def _cost(self, tokens: Tensor) -> dict[str, Tensor]:
-        prices = (self.judge_input.price_per_million_input, self.judge_input.price_per_million_output)
-        if None in prices:
-            return {}
-        return {"cost": (tokens * torch.tensor(prices, dtype=torch.float32)).sum(dim=1) / 1e6}
+        prices = self.judge_input.prices
+        return {} if prices is None else {"cost": (tokens * torch.tensor(prices)).sum(dim=1)}
 
     def begin(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> None:
         """Request the grades of these completions and return immediately. ``judge`` collects the answers and raises the errors."""
-        self.begun().add(dict(self._questions(prompts, completions)))
+        self.begun().add({request.key: request for request in self._chat_requests(prompts, completions)})
 
-    def ask(self, batch: list[Question]) -> list[Grade]:
+    def ask(self, batch: list[tuple[str, ChatRequest]]) -> list[Grade]:
         """Send a batch of requests and return the grades in the replies. Raises GaveUp or Refused."""
-        return [self._grade(*question) for question in batch]
+        return [self._grade(request) for _, request in batch]
 
-    def _grades(self, questions: Sequence[Question]) -> list[Grade]:
-        """The grade of each question. Questions that were not begun are sent now. Raises TrainingError if a request fails."""
+    def _grades(self, asked: Sequence[ChatRequest]) -> list[Grade]:
+        """The grade of each request. Requests that were not begun are sent now. Raises TrainingError if a request fails."""
         grades: list[Grade] = []
         seen: set[str] = set()
         try:
             with self.taken() as requests:
-                requests.add(dict(questions))
-                for key, _ in questions:
-                    answer = requests.answer(key)
-                    grades.append((answer[0], 0, 0) if key in seen else answer)
-                    seen.add(key)
+                requests.add({request.key: request for request in asked})
+                for request in asked:
+                    answer = requests.answer(request.key)
+                    grades.append((answer[0], 0, 0) if request.key in seen else answer)
+                    seen.add(request.key)
         except (GaveUp, Refused) as error:
             address, model = self.judge_input.endpoint, self.judge_input.model
             raise TrainingError(
@@ -155,31 +149,25 @@ class RubricSource(RemoteSource[JsonObject, Grade]):
             ) from error
         return grades
 
-    def _questions(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Question]:
-        bodies = [self._body(*pair) for pair in zip(prompts, completions, strict=True)]
-        return [(sha256(json.dumps([self.judge_input.endpoint, body], sort_keys=True).encode()).hexdigest(), body) for body in bodies]
-
-    def _body(self, prompt: Prompt, completion: str) -> JsonObject:
-        low, high = self.judge_input.scale
+    def _chat_requests(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[ChatRequest]:
+        judge, (low, high) = self.judge_input, self.judge_input.scale
         system = GRADER.replace("{low}", f"{low:g}").replace("{high}", f"{high:g}").replace("{rubric}", self.rubric)
-        return {
-            "model": self.judge_input.model,
-            "messages": [{"role": "system", "content": system}, {"role": "user", "content": shown(prompt, completion)}],
-            "temperature": 0,
-            "max_tokens": self.judge_input.max_tokens,
-        }
+        return [
+            ChatRequest.of(judge.endpoint, judge.model, system=system, user=shown(*pair), max_tokens=judge.max_tokens)
+            for pair in zip(prompts, completions, strict=True)
+        ]
 
-    def _grade(self, asked: str, body: JsonObject) -> Grade:
-        """The grade for the request ``body``: from disk if it is known, else from up to ``attempts`` requests."""
-        kept = self.cache.get(asked) if self.cache is not None else None
+    def _grade(self, request: ChatRequest) -> Grade:
+        """The grade for a request: from disk if it is known, else from up to ``attempts`` requests."""
+        kept = self.cache.get(request.key) if self.cache is not None else None
         if kept is not None and (grade := read_grade(kept, self.judge_input.scale)) is not None:
             return grade, 0, 0
         sent = received = 0
         for _ in range(self.judge_input.attempts):
-            reply, *tokens = self._client.post(f"{self.judge_input.endpoint.rstrip('/')}/chat/completions", body, chat_reply)
+            reply, *tokens = self._client.post(request.url, request.body, chat_reply)
             sent, received = sent + tokens[0], received + tokens[1]
             if (grade := read_grade(reply, self.judge_input.scale)) is not None:
                 if self.cache is not None:
-                    self.cache.put(asked, reply)
+                    self.cache.put(request.key, reply)
                 return grade, sent, received
         return None, sent, received
