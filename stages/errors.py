@@ -21,7 +21,7 @@
 
 import errno
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -114,6 +114,11 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     by_message = isinstance(error, RuntimeError | OSError) or type(error).__name__ == "SafetensorError"
     return by_message and any(words in str(error).lower() for words in ALLOCATION_FAILURES)
+
+
+def some_of(names: Sequence[str], most: int = 4) -> str:
+    """The first names for a message, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 @contextmanager

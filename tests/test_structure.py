@@ -33,7 +33,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "tokens": set(),
     "sampling": {"kernels", "tokens"},
     "models": {"hub", "kernels", "process", "registry", "rl", "sampling", "tokens"},
-    "memory": {"corpora", "kernels", "models", "sampling", "tokens"},
+    "memory": {"corpora", "kernels", "models", "process", "sampling", "tokens"},
     "engines": {"models", "process", "registry", "sampling", "step"},
     "corpora": {"hub", "models", "registry", "tokens"},
     "rewards": {"corpora", "kernels", "memory", "models", "process", "registry", "rl", "sampling", "tokens"},

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from stages.config import DataSource, ModelInput, Strict
 from stages.corpora.files import fingerprint
+from stages.errors import some_of
 from stages.json_types import JsonObject, json_object
 from stages.process.packages import source_of
 from stages.recipe.functions import addresses
@@ -168,10 +169,9 @@ def why(old: FingerprintParts, new: FingerprintParts) -> str:
     before, after = _flat(old.get("settings", {})), _flat(new["settings"])
     settings = [key for key in sorted({*before, *after}) if before.get(key, _ABSENT) != after.get(key, _ABSENT)]
     names = former_names(new["stage"])
-    shown = [f"{names.get(key, key)} ({_word(before, key)} -> {_word(after, key)})" for key in settings[:3]]
+    shown = [f"{names.get(key, key)} ({_word(before, key)} -> {_word(after, key)})" for key in settings]
     if settings:
-        more = f" and {len(settings) - 3} more" if len(settings) > 3 else ""
-        changes.append(f"setting changed: {', '.join(shown)}{more}")
+        changes.append(f"setting changed: {some_of(shown, 3)}")
     if old.get("seed") != new["seed"]:
         changes.append(f"seed changed ({old.get('seed')} -> {new['seed']})")
     for noun, then, now in (("input", old.get("inputs", {}), new["inputs"]), ("data", old.get("data", {}), new["data"])):

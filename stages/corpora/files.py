@@ -26,7 +26,7 @@ from stages.corpora.tables.hub import DECIDE, content_of, read_hub
 from stages.corpora.tables.layout import PACKED, SUFFIXES, UNSPLIT, Layout, is_data, layout_of, parts_of
 from stages.corpora.world.lexicon import world_files
 from stages.corpora.world.parts import PREFIX, world_rows
-from stages.errors import DataError
+from stages.errors import DataError, some_of
 from stages.registry.contents import file_sha256
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def _read_folder(path: Path, source: DataSource, split: str) -> Iterator[Row]:
 
 def _say_unread(path: Path, layout: Layout, source: DataSource) -> None:
     """Warn about data files that belong to no split. Raises DataError if the source names no split, because the intent is unclear."""
-    left = f"{', '.join(layout.unread[:3])}{f' and {len(layout.unread) - 3} more' if len(layout.unread) > 3 else ''}"
+    left = some_of(layout.unread, 3)
     if source.split is None:
         raise DataError(
             f"some file names contain a split ({', '.join(layout.splits)}) and others do not ({left}); set split, or select all files with "

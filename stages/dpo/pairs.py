@@ -14,6 +14,7 @@ from stages.corpora.templates import encode_pair
 from stages.dpo.config import DPOStepConfig
 from stages.errors import DataError
 from stages.step import StepContext
+from stages.training.lengths import short_enough
 
 
 @dataclass(frozen=True)
@@ -56,18 +57,11 @@ def encode(config: DPOStepConfig, comparisons: Sequence[Comparison], tokenizer: 
 
 def usable(rows: list[Pair], max_length: int, context: StepContext, which: str) -> tuple[list[Pair], dict[str, int]]:
     """Return (pairs with at most ``max_length`` tokens and different texts, numbers of dropped pairs by reason)."""
-    fitting = [row for row in rows if row.length <= max_length]
+    fitting = short_enough(rows, lambda row: row.length, max_length, f"{which} pair", context)
     kept = [row for row in fitting if row.chosen_ids != row.rejected_ids]
     if len(kept) < len(fitting):
         equal = f"left out {len(fitting) - len(kept)} of {len(fitting)} {which} pairs, because their two texts have equal tokens"
         context.runtime.console.print(f"{context.name}: {equal}")
-    if fitting and not kept:
-        raise DataError(f"no {which} pair is left: the two texts of all {len(fitting)} have equal tokens; add pairs with different texts")
     if not kept:
-        shortest = min((row.length for row in rows), default=0)
-        fits = f"no {which} pair fits max_length={max_length}"
-        raise DataError(f"{fits}: the shortest of {len(rows)} has {shortest} tokens; raise max_length, or add shorter rows")
-    if len(fitting) < len(rows):
-        left_out = len(rows) - len(fitting)
-        context.runtime.console.print(f"{context.name}: left out {left_out} of {len(rows)} {which} pairs longer than {max_length} tokens")
+        raise DataError(f"no {which} pair is left: the two texts of all {len(fitting)} have equal tokens; add pairs with different texts")
     return kept, {"too_long_pairs": len(rows) - len(fitting), "equal_pairs": len(fitting) - len(kept)}

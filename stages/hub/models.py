@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from stages.errors import HubError
+from stages.errors import HubError, some_of
 from stages.hub.repositories import Repository, fetch
 
 CONFIG, ADAPTER_CONFIG, INDEX = "config.json", "adapter_config.json", "model.safetensors.index.json"
@@ -37,14 +37,14 @@ def _check_weights(repository: Repository, names: list[str]) -> None:
     pickled = [name for name in names if name.endswith(PICKLED) and name != "training_args.bin"]
     if pickled:
         raise HubError(
-            f"the model {repository.id!r} has its weights only as {_some(pickled)}: pickle files can run code when they are read, so they "
-            f"are not loaded. Look for a pull request with safetensors at {repository.page}/discussions and use it "
+            f"the model {repository.id!r} has its weights only as {some_of(pickled, 3)}: pickle files can run code when they are read, so "
+            f"they are not loaded. Look for a pull request with safetensors at {repository.page}/discussions and use it "
             "({ref: ..., revision: refs/pr/N}), or convert the weights if you trust them and use that folder"
         )
     if repository.is_cached:
         fetch(repository, "model.safetensors")  # raises: offline, and the cache has only the small files
     others = [name for name in names if name.endswith(OTHERS)]
-    formats = f"only {_some(others)}" if others else "none"
+    formats = f"only {some_of(others, 3)}" if others else "none"
     raise HubError(f"the model {repository.id!r} has no *.safetensors (weights found: {formats}); choose a repository that has them")
 
 
@@ -67,7 +67,3 @@ def adapter_base(repository: Repository) -> tuple[str, str | None] | None:
     config: dict[str, str | None] = json.loads(fetch(repository, ADAPTER_CONFIG).read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path")
     return (str(base), config.get("revision")) if base else None
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -13,7 +13,7 @@ from typing import Literal, TypedDict, cast
 import torch
 from torch import Tensor
 
-from stages.errors import ModelError
+from stages.errors import ModelError, some_of
 from stages.json_types import JsonObject
 
 Role = Literal["language_model", "reward_model", "value_model", "classifier"]
@@ -95,7 +95,7 @@ def _require_finite(name: str, weight: Tensor) -> None:
 def _full_layout(weights: dict[str, Tensor], head_file: dict[str, Tensor], config: HeadConfig) -> Layout:
     names = set(weights)
     if all(name.startswith(HEADS_ONLY) for name in names):
-        raise ModelError(f"the weights contain only a value head ({_some(sorted(names))}) and no transformer; import the complete model")
+        raise ModelError(f"the weights contain only a value head ({some_of(sorted(names))}) and no transformer; import the complete model")
     if head_file:
         return _separate_head(weights, head_file)
     if any(name.startswith(DEEPSPEED_CHAT) for name in names):
@@ -120,7 +120,7 @@ def _adapter_layout(weights: dict[str, Tensor], head_file: dict[str, Tensor], ad
     others = sorted(name for name in weights if not name.startswith(HEADS_ONLY))
     if others:
         raise ModelError(
-            f"the folder contains both an adapter and a complete model ({_some(others)}). Remove adapter_config.json to import the "
+            f"the folder contains both an adapter and a complete model ({some_of(others)}). Remove adapter_config.json to import the "
             "complete model, or move its weights away to import the adapter"
         )
     if head_file:
@@ -227,7 +227,7 @@ def _trlx(weights: dict[str, Tensor]) -> Layout:
 
 def _dropped_two_layers(names: Sequence[str]) -> str:
     return (
-        f"dropped: {_some(names)}, which has two layers (or a branch of the transformer) in trlX; the value network here has one linear "
+        f"dropped: {some_of(names)}, which has two layers (or a branch of the transformer) in trlX; the value network here has one linear "
         "layer. Start PPO's value network from a reward model or from the policy"
     )
 
@@ -325,11 +325,7 @@ def _split(weights: dict[str, Tensor], prefix: str, head: Head) -> tuple[dict[st
 
 def not_kept(names: Sequence[str]) -> str:
     """The note on tensors that the imported model does not contain."""
-    return f"not kept: {_some(names)}"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return f"not kept: {some_of(names)}"
 
 
 def assumed_reward(name: str, *, has_policy: bool = False) -> str:

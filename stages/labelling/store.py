@@ -21,7 +21,7 @@ from stages.errors import DataError, StorageError
 from stages.labelling.assignment import Assignment, overlap_tasks, shown_order
 from stages.labelling.publishing import SCORES, SETTINGS, LabelSettings, read_settings
 from stages.labelling.questions import AnswerError, checked_answer
-from stages.process.storage import STORAGE, sync
+from stages.process.storage import STORAGE, read_json, sync
 
 OPEN = "open.json"  # annotator -> the task that they have open
 
@@ -158,7 +158,7 @@ class Store:
         self._ids: dict[str, LabelAnswer] = {}
         for _, answer in read_answers(folder / ANSWERS):
             self._take(answer)
-        self._hold_open(_read_open(folder / OPEN))
+        self._hold_open(read_json(folder / OPEN))
         self._log = Log(folder / ANSWERS)
         self.cut_off = self._log.open()
 
@@ -378,14 +378,6 @@ def _state_of(folder: Path) -> list[tuple[int, int, int] | None]:
         except FileNotFoundError:
             states.append(None)
     return states
-
-
-def _read_open(path: Path) -> dict[str, str]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def shown_gold(names: list[str], annotator: str, seed: int) -> list[str]:

@@ -23,6 +23,7 @@ from stages.errors import ModelError, StagesError
 from stages.memory.decoding import DecodingMemory, LayerStates
 from stages.memory.passes import PassKind, PassMemory, Polynomial
 from stages.memory.weights import AdapterWeights, ModelWeights, Quantizable
+from stages.process.storage import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -176,11 +177,13 @@ def _counted(key: str, kind: PassKind, count: Callable[[], object], otherwise: s
 
 def _known(key: str, count: Callable[[], Fields]) -> Fields:
     """What is kept under ``key``; if there is nothing, what ``count`` returns."""
-    if key not in _counts:
-        _counts.update(_read(_file.get()))
+    path = _file.get()
+    if key not in _counts and path is not None:
+        _counts.update(read_json(path))
     if key not in _counts:
         _counts[key] = count()
-        _write(_file.get(), key)
+        if path is not None:
+            _write(path, key)
     return _counts[key]
 
 
@@ -224,23 +227,11 @@ def _code() -> list[str]:
     return [path.with_suffix(".py").read_text(encoding="utf-8") for path in paths]
 
 
-def _read(path: Path | None) -> dict[str, Fields]:
-    if path is None:
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _write(path: Path | None, key: str) -> None:
+def _write(path: Path, key: str) -> None:
     """Add a count to the file."""
-    if path is None:
-        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**_read(path), key: _counts[key]}), encoding="utf-8")
+        write_json(path, {**read_json(path), key: _counts[key]})
     except OSError as error:
         logger.info("the counts of activations cannot be saved: %s", error)
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from transformers.utils import cached_file
 
 from stages.config import LoraSettings, ModelInput
-from stages.errors import ModelError
+from stages.errors import ModelError, some_of
 from stages.models.adapters.applying import dequantized, merged_stack, unmerged_stack
 from stages.models.adapters.attaching import NEW_MODULES, attach_lora
 from stages.models.adapters.saved import SavedAdapter, head_size, read_adapter
@@ -452,7 +452,8 @@ def _refuse_missing(
     body = [name for name in [*missing, *wrong] if not has_prefix or (name.startswith(prefix) and "pooler" not in name.split("."))]
     if body:
         raise ModelError(
-            f"{model.ref!r} lacks weights of {type(loaded).__name__} ({_some(body)} missing or of another shape); the folder is incomplete"
+            f"{model.ref!r} lacks weights of {type(loaded).__name__} ({some_of(body)} missing or of another shape); the folder is "
+            "incomplete"
         )
     head = [name for name in [*missing, *wrong] if name not in supplied]  # the transformer is complete, so these belong to the head
     if require_head and by_config and any(name in shapes for name in head):
@@ -464,11 +465,7 @@ def _refuse_missing(
         )
     if head and require_head:
         raise ModelError(
-            f"{model.ref!r} has no trained head for {type(loaded).__name__} ({_some(head)} missing or with a different shape); "
+            f"{model.ref!r} has no trained head for {type(loaded).__name__} ({some_of(head)} missing or with a different shape); "
             "a random head would give meaningless scores. Train one with a step of this recipe, or use a model that has one"
         )
     return head
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

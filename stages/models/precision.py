@@ -9,7 +9,6 @@ is stored with its checkpoints, so a resumed step never changes its dtype.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +21,7 @@ from stages.models.adapters.stacks import stack_of
 from stages.process.console import announcing
 from stages.process.hardware import cpu_name, has_amx
 from stages.process.runtime import AutoPrecision
-from stages.process.storage import write_json
+from stages.process.storage import read_json, write_json
 from stages.registry.references import ResolvedModel
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def auto_precision(width: Callable[[], int], cache: Path, *, kept: Path | None =
     ``width()``: that of the models' hidden states. ``cache``: the folder of earlier measurements. ``kept``: the file with the decision of
     an interrupted step, which is reused; it is written if it does not exist.
     """
-    if kept is not None and (earlier := _read(kept)):
+    if kept is not None and (earlier := read_json(kept)):
         with suppress(KeyError, TypeError):
             return AutoPrecision(str(earlier["precision"]), f"{earlier['reason']}; decided when the step began")
     decided = _decided(width, cache)
@@ -81,12 +80,12 @@ def _gain(width: int, file: Path) -> tuple[float, bool]:
     import torch
 
     key = f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, width {width}"
-    known = _read(file)
+    known = read_json(file)
     if isinstance(gain := known.get(key), float):
         return gain, False
     seconds = pass_seconds(width)
     made = round(seconds["fp32"] / seconds["bf16"], 3)
-    _write(file, {**_read(file), key: made})
+    _write(file, {**read_json(file), key: made})
     return made, True
 
 
@@ -155,14 +154,6 @@ def width_of(models: Iterable[ResolvedModel], architecture: Mapping[str, object]
         with suppress(StagesError, OSError, ValueError, AttributeError):  # the step reports the problem of the model
             widths.append(int(config_of(stack_of(model).base).get_text_config().hidden_size))
     return max(widths, default=UNKNOWN_WIDTH)
-
-
-def _read(path: Path) -> dict[str, object]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _write(path: Path, content: Mapping[str, object]) -> None:

@@ -19,7 +19,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from stages.config import DataSource, ModelInput
-from stages.errors import RecipeError
+from stages.errors import RecipeError, some_of
 from stages.json_types import JsonObject
 from stages.shipped import shipped_recipes
 
@@ -306,8 +306,7 @@ def _recipes_near(path: Path) -> str:
     shipped = sorted(shipped_recipes())
     if (advice := nearest(path, [*nearby, *shipped])).startswith("did you mean"):
         return advice
-    listed = f"{', '.join(nearby[:MOST_LISTED])}{f' and {len(nearby) - MOST_LISTED} more' if len(nearby) > MOST_LISTED else ''}"
-    return f"known: {listed}; included: {', '.join(shipped)}" if nearby else f"known: {', '.join(shipped)}"
+    return f"known: {some_of(nearby, MOST_LISTED)}; included: {', '.join(shipped)}" if nearby else f"known: {', '.join(shipped)}"
 
 
 def parse_value(text: str, location: str) -> object:

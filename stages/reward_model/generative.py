@@ -34,7 +34,7 @@ from stages.models.saving import save_model
 from stages.models.sharding import unsharded
 from stages.reward_model.config import RewardModelConfig
 from stages.reward_model.measuring import measure_beside, say_measured
-from stages.reward_model.preferences import Agreement, EncodedComparison, agreement
+from stages.reward_model.preferences import NO_PREFERENCE, Agreement, EncodedComparison, agreement
 from stages.reward_model.rows import say_lost, usable
 from stages.reward_model.training import RankingTrainer, make_trainer
 from stages.rewards.details import Judgement
@@ -163,7 +163,7 @@ def encode(comparison: Comparison, judging: GenerativeSource) -> EncodedComparis
 def measure(judging: GenerativeSource, comparisons: Sequence[Comparison], encoded: Sequence[EncodedComparison]) -> Agreement:
     """Agreement of the log-odds with held-out comparisons. Raises DataError if there are none."""
     if not comparisons:
-        raise DataError("no held-out comparison has a preference; use validation data with pairs that are not ties")
+        raise DataError(NO_PREFERENCE)
     prompts = [item.prompt for item in comparisons for _ in item.completions]
     completions = [completion_text(text) for item in comparisons for text in item.completions]
     training = judging.model.training

@@ -14,7 +14,7 @@ from stages.metric_names import HELDOUT_LOG_ACCURACY, HELDOUT_LOG_LOSS
 from stages.models.heads import RewardModel
 from stages.models.sharding import unsharded
 from stages.reward_model.config import RewardModelConfig
-from stages.reward_model.preferences import Agreement, EncodedComparison, agreement
+from stages.reward_model.preferences import NO_PREFERENCE, Agreement, EncodedComparison, agreement
 from stages.rewards.building import build_reward
 from stages.rewards.learned import score_rows
 from stages.step import StepContext
@@ -75,7 +75,7 @@ def measure(
 ) -> Agreement:
     """Agreement of the model's scores with held-out comparisons (stages.reward_model.preferences)."""
     if not comparisons:
-        raise DataError("no held-out comparison has a preference; use validation data with pairs that are not ties")
+        raise DataError(NO_PREFERENCE)
     training = model.training
     model.eval()
     rows = [row for item in comparisons for row in item.rows]

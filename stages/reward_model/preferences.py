@@ -19,6 +19,7 @@ from stages.stats.intervals import wilson_interval
 
 MARGINS = (0.25, 0.5, 1.0, 2.0)  # edges of the margin bins
 EQUAL_LENGTH = 0.1  # relative difference below which lengths count as equal
+NO_PREFERENCE = "no held-out comparison has a preference; use validation data with pairs that are not ties"
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def agreement(scores: Tensor, comparisons: Sequence[EncodedComparison], *, gain:
     text_index = torch.tensor([text_index for item in comparisons for text_index in item.texts])
     better, worse = ranking_pairs(ranks, prompt_index, text_index)
     if len(better) == 0:
-        raise DataError("no held-out comparison has a preference; use validation data with pairs that are not ties")
+        raise DataError(NO_PREFERENCE)
     margins = (scores[better] - scores[worse]) / gain
     correct = margins > 0
     confidence = margins.abs().sigmoid()

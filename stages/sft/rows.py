@@ -16,7 +16,6 @@ from stages.corpora.files import read_rows
 from stages.corpora.rows import text_of
 from stages.errors import DataError
 from stages.sft.config import SFTStepConfig
-from stages.step import StepContext
 
 HELDOUT_EVERY = 20  # every n-th block of the pretraining mix is held out
 MOST_HELDOUT_BLOCKS = 64
@@ -69,20 +68,6 @@ def encode(
         untrained += not made
         rows += [EncodedRow(row.ids, row.prompt_length, row.trained) for row in made]
     return Encoded(rows, separate, untrained)
-
-
-def short_enough(rows: list[EncodedRow], max_length: int, context: StepContext, which: str) -> list[EncodedRow]:
-    """The rows with at most ``max_length`` tokens. Longer ones are not truncated, because that would teach a false ending."""
-    kept = [row for row in rows if len(row.ids) <= max_length]
-    if not kept:
-        shortest = min((len(row.ids) for row in rows), default=0)
-        fits = f"no {which} demonstration fits max_length={max_length}"
-        raise DataError(f"{fits}: the shortest of {len(rows)} has {shortest} tokens; raise max_length, or add shorter rows")
-    if len(kept) < len(rows):
-        context.runtime.console.print(
-            f"{context.name}: left out {len(rows) - len(kept)} of {len(rows)} {which} demonstrations longer than {max_length} tokens"
-        )
-    return kept
 
 
 @dataclass(frozen=True)

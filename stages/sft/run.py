@@ -26,13 +26,14 @@ from stages.models.loading import load_language_model, load_tokenizer
 from stages.models.passes.likelihood import Likelihood
 from stages.rewards.signature import columns_asked_for
 from stages.sft.config import SFTStepConfig
-from stages.sft.rows import Encoded, EncodedRow, encode, fitted, pretraining_blocks, short_enough
+from stages.sft.rows import Encoded, EncodedRow, encode, fitted, pretraining_blocks
 from stages.sft.trainer import DemonstrationTrainer, make_trainer
 from stages.step import Publication, StepContext, StepResult
 from stages.tokens.positions import row_length
 from stages.tokens.turns import turn_form
 from stages.training.arguments import weights_dtype
 from stages.training.best import heldout_likelihood, publish_trained
+from stages.training.lengths import short_enough
 from stages.training.running import train
 from stages.training.selection import Selector, selection_callback
 
@@ -54,8 +55,10 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
     model = _load_model(config, context, tokenizer)
     max_length: int = row_length(config.max_length, model.config, tokenizer, unlimited=1024)
     _say_form(tokenizer, encoded, context)
-    rows = short_enough(encoded.rows, max_length, context, "training")
-    heldout = short_enough(encoded_heldout.rows, max_length, context, "held-out")
+    rows, heldout = (
+        short_enough(side.rows, lambda row: len(row.ids), max_length, f"{which} demonstration", context)
+        for side, which in ((encoded, "training"), (encoded_heldout, "held-out"))
+    )
     mixed = pretraining_blocks(config, tokenizer, len(rows), context.seed)
 
     trainer = make_trainer(config, context, model, tokenizer, rows + mixed.train, max_length)

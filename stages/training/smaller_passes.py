@@ -6,15 +6,12 @@ message. The same command continues from the last checkpoint with smaller passes
 
 from __future__ import annotations
 
-import json
 import math
 from typing import TYPE_CHECKING
 
-from stages.process.storage import write_json
+from stages.process.storage import read_json, write_json
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from stages.step import StepContext
 
 FILE = "pass-limits.json"
@@ -23,25 +20,17 @@ FILE = "pass-limits.json"
 def write_limit(context: StepContext, work: str, size: int) -> str:
     """Limit the passes of ``work`` to ``size`` (tokens or examples) from the next start on. Returns the next move, a sentence."""
     path = context.checkpoint_folder / FILE
-    known = _read(path)
+    known = read_json(path)
     write_json(path, {**known, work: min(size, known.get(work, size))})
     return "Run the same command again: it continues from the last checkpoint with passes of half the size"
 
 
 def read_limit(context: StepContext, work: str) -> int | None:
     """The limit that earlier starts set for ``work``, the same on every process; None if there is none. Call it on every process."""
-    own = _read(context.checkpoint_folder / FILE).get(work)
+    own = read_json(context.checkpoint_folder / FILE).get(work)
     (largest,) = context.runtime.largest(-math.inf if own is None else -own)  # machines without a common disk have a file each
     if largest == -math.inf:
         return None
     limit = int(-largest)
     context.runtime.console.print(f"{context.name}: memory ran out in an earlier start, so passes are smaller ({work}: at most {limit})")
     return limit
-
-
-def _read(path: Path) -> dict[str, int]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -18,7 +18,7 @@ from pathlib import PurePosixPath
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from stages.errors import DataError
+from stages.errors import DataError, some_of
 from stages.json_types import JsonObject
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
@@ -250,8 +250,7 @@ def _matching(names: list[str], patterns: Sequence[str], what: str | None, *, an
 def _nearest(wanted: str, known: Iterable[str], what: str) -> str:
     choices = list(known)
     near = difflib.get_close_matches(wanted, choices, n=1, cutoff=0.6)
-    listed = ", ".join(choices[:10]) + (f" and {len(choices) - 10} more" if len(choices) > 10 else "")
-    return f"did you mean {near[0]!r}?" if near else f"{what}: {listed or 'none'}"
+    return f"did you mean {near[0]!r}?" if near else f"{what}: {some_of(choices, 10) or 'none'}"
 
 
 # Choosing a split

@@ -7,6 +7,7 @@ base in its adapter_config.json.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,8 +66,7 @@ def stack_of(model: ResolvedModel) -> Stack:
     adapters: list[ResolvedModel] = []
     below = model
     while is_adapter(below):
-        if below.path in [adapter.path for adapter in adapters]:
-            raise ModelError(f"the adapter {below.ref!r} is its own base; name its base in base_model_name_or_path of {ADAPTER_CONFIG}")
+        _refuse_circle(below, [adapter.path for adapter in adapters])
         if below.record is None:
             check_adapter(below)
         adapters.append(below)
@@ -76,13 +76,18 @@ def stack_of(model: ResolvedModel) -> Stack:
 
 def check_folder(model: ResolvedModel) -> None:
     """Raise ModelError if a model in a folder is an adapter that cannot be loaded. Checks only folders; makes no requests."""
-    seen: set[str] = set()
+    seen: list[str] = []
     while model.kind == "folder" and is_adapter(model):
-        if model.path in seen:
-            raise ModelError(f"the adapter {model.ref!r} is its own base; name its base in base_model_name_or_path of {ADAPTER_CONFIG}")
-        seen.add(model.path)
+        _refuse_circle(model, seen)
+        seen.append(model.path)
         check_adapter(model)
         model = find_base(model)
+
+
+def _refuse_circle(adapter: ResolvedModel, above: Sequence[str]) -> None:
+    """Raise ModelError if the path of an adapter is among those of the adapters ``above`` it."""
+    if adapter.path in above:
+        raise ModelError(f"the adapter {adapter.ref!r} is its own base; name its base in base_model_name_or_path of {ADAPTER_CONFIG}")
 
 
 def tokenizer_source(model: ResolvedModel) -> ResolvedModel:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from stages.errors import some_of
 from stages.sampling.support import plain_model
 
 if TYPE_CHECKING:
@@ -30,7 +31,11 @@ def order_classes(model: TransformersModel, classes: Sequence[str] | None, label
         return
     if len(classes) != len(labels):
         logger.warning(
-            "%s has %d classes (%s) and labels has %d: its head is replaced by a new one", ref, len(classes), _shown(classes), len(labels)
+            "%s has %d classes (%s) and labels has %d: its head is replaced by a new one",
+            ref,
+            len(classes),
+            some_of(classes, 6),
+            len(labels),
         )
         return
     index = {name.casefold(): number for number, name in enumerate(classes)}
@@ -39,14 +44,10 @@ def order_classes(model: TransformersModel, classes: Sequence[str] | None, label
     elif not all(UNNAMED.fullmatch(name) for name in classes):
         logger.warning(
             "the classes %s of %s are now called %s, in this order; change the order of labels if it is wrong",
-            _shown(classes),
+            some_of(classes, 6),
             ref,
-            _shown(labels),
+            some_of(labels, 6),
         )
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def _last_layer(model: nn.Module, size: int) -> nn.Module:
