@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 
 from stages.corpora.prompts import shuffled_forever
@@ -41,14 +42,14 @@ from stages.ppo.records.metrics import iteration_metrics, run_line, run_metrics
 from stages.ppo.records.publishing import publish_best, publish_policy, publish_value
 from stages.ppo.roles import load_roles
 from stages.ppo.rollout.collecting import ScoringError, collect, recomputes_logprobs
+from stages.ppo.rollout.episodes import Episodes
 from stages.ppo.rollout.measuring import measuring_budget
-from stages.ppo.rollout.rollout import Rollout
+from stages.ppo.rollout.rollout import Rollout, joined
 from stages.ppo.rollout.sampling import ServedRollouts, check_overlap
 from stages.ppo.update.optimizers import WeightAverage, learning_rate_factor, make_optimizer
 from stages.ppo.update.updater import UpdateProgress, Updater, UpdateResult
 from stages.process.gpus import measured_gpu_memory
 from stages.rewards.building import build_reward
-from stages.rewards.details import columns_of
 from stages.rl.kl import AdaptiveKLController, FixedKLController
 from stages.sampling.generation import episode_seed
 from stages.sampling.sampler import SamplerLost
@@ -259,16 +260,13 @@ class PPORun:
                     self.roles,
                     self.reward,
                     self.monitors,
-                    [one.prompt for one in chosen],
-                    [one.ids for one in chosen],
-                    [episode_seed(self.context.seed, iteration, row) for row in range(len(chosen))],
+                    Episodes.of(chosen, self.context.seed, iteration).share(self.runtime.process_index, self.runtime.num_processes),
                     self.config,
-                    columns=columns_of([one.columns for one in chosen]),
-                    process_index=self.runtime.process_index,
-                    num_processes=self.runtime.num_processes,
                     budget=self.measuring,
                     sampling=served.current if served is not None else None,
                 )
+                if self.runtime.num_processes > 1:
+                    rollout = joined(gather_object([rollout]))
         except SamplerLost as error:
             raise self._sampler_lost(error, chosen) from error
         except PassTooLarge as error:

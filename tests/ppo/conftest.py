@@ -69,6 +69,7 @@ def make_rollout() -> Any:
     """make_rollout(roles, config) -> one collected rollout of twelve episodes."""
     from stages.corpora.templates import encode_prompt
     from stages.ppo.rollout.collecting import collect
+    from stages.ppo.rollout.episodes import Episodes
     from stages.rewards.function import FunctionSource
     from stages.rewards.source import CombinedReward
 
@@ -77,7 +78,8 @@ def make_rollout() -> Any:
         ids = [encode_prompt(roles.tokenizer, prompt) for prompt in prompts]
         reward = CombinedReward([(FunctionSource("letters", "letters_reward:letters"), 1.0)])
         torch.manual_seed(seed)
-        return collect(roles, reward, CombinedReward([]), prompts, ids, [seed * 100 + row for row in range(len(ids))], config)
+        episodes = Episodes(prompts, ids, [seed * 100 + row for row in range(len(ids))])
+        return collect(roles, reward, CombinedReward([]), episodes, config)
 
     return make
 

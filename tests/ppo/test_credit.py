@@ -40,6 +40,7 @@ def test_characters_are_those_of_the_text_after_the_prompt(tokenizer_of) -> None
 def test_token_level_function_in_a_complete_rollout(ppo_config, ppo_context) -> None:
     from stages.corpora.templates import encode_prompt
     from stages.ppo.rollout.collecting import collect
+    from stages.ppo.rollout.episodes import Episodes
     from stages.ppo.update.targets import targets
 
     reward_input = {"function": "letters_reward:each_e", "level": "token", "weight": 2.0}
@@ -48,7 +49,7 @@ def test_token_level_function_in_a_complete_rollout(ppo_config, ppo_context) -> 
     reward = build_reward(config.reward, {}, "reward", **CPU)
     prompts = ["the film", "joy"] * 6
     ids = [encode_prompt(roles.tokenizer, prompt) for prompt in prompts]
-    rollout = collect(roles, reward, build_reward([], {}, "monitors", **CPU), prompts, ids, list(range(12)), config)
+    rollout = collect(roles, reward, build_reward([], {}, "monitors", **CPU), Episodes(prompts, ids, range(12)), config)
     target = targets(rollout, config, kl_coef=0.0)
     paid = 0
     for row, text in enumerate(rollout.completions):

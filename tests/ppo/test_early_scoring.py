@@ -42,7 +42,9 @@ def collected(config: Any, context: Any, *, overlap: bool, monkeypatch: pytest.M
     from stages.ppo.roles import load_roles
     from stages.ppo.rollout.collecting import collect
     from stages.ppo.rollout.early_scoring import EarlyScoring
+    from stages.ppo.rollout.episodes import Episodes
     from stages.rewards.building import build_reward
+    from stages.rewards.details import Details
 
     if not overlap:
         monkeypatch.setattr(EarlyScoring, "on_finished", None)
@@ -53,7 +55,7 @@ def collected(config: Any, context: Any, *, overlap: bool, monkeypatch: pytest.M
     ids = [encode_prompt(roles.tokenizer, prompt) for prompt in asked]
     forward = roles.policy.model.forward
     roles.policy.model.forward = lambda *given, **named: (time.sleep(seconds_per_step), forward(*given, **named))[1]
-    return collect(roles, reward, monitors, asked, ids, list(range(12)), config, columns={"row": list(range(12))})
+    return collect(roles, reward, monitors, Episodes(asked, ids, range(12), Details({"row": list(range(12))})), config)
 
 
 def test_scores_with_and_without_overlap_are_equal(server, ppo_config, ppo_context, monkeypatch) -> None:

@@ -20,6 +20,7 @@ from stages.ppo.loop import run
 from stages.ppo.records.publishing import publish_value
 from stages.ppo.roles import load_roles
 from stages.ppo.rollout.collecting import collect
+from stages.ppo.rollout.episodes import Episodes
 from stages.ppo.update.targets import targets
 from stages.ppo.update.updater import Updater
 from stages.registry.references import ResolvedModel
@@ -89,7 +90,7 @@ def rolled(roles: Any, config: Any, context: Any) -> Any:
     )
     prompts = (PROMPTS * 2)[: config.rollout_batch_size]
     ids = [encode_prompt(roles.tokenizer, prompt) for prompt in prompts]
-    return collect(roles, reward, CombinedReward([]), prompts, ids, list(range(len(ids))), config)
+    return collect(roles, reward, CombinedReward([]), Episodes(prompts, ids, range(len(ids))), config)
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from stages.corpora.conversations.messages import Prompt
@@ -20,8 +19,9 @@ from stages.ppo.config import PPOStepConfig
 from stages.ppo.roles import Roles
 from stages.ppo.rollout.credit import token_scores
 from stages.ppo.rollout.early_scoring import EarlyScoring
+from stages.ppo.rollout.episodes import Episodes
 from stages.ppo.rollout.measuring import measure, measuring_budget
-from stages.ppo.rollout.rollout import Rollout, joined
+from stages.ppo.rollout.rollout import Rollout
 from stages.ppo.rollout.sampling import Sampling
 from stages.process.gpus import measured_gpu_memory
 from stages.rewards.details import Details
@@ -42,74 +42,35 @@ def collect(
     roles: Roles,
     reward: CombinedReward,
     monitors: CombinedReward,
-    prompts: Sequence[Prompt],
-    prompt_ids: Sequence[list[int]],
-    seeds: Sequence[int],
+    episodes: Episodes,
     config: PPOStepConfig,
     *,
-    columns: Mapping[str, Sequence[object]] | None = None,
-    process_index: int = 0,
-    num_processes: int = 1,
     budget: PassBudget | None = None,
     sampling: Sampling | None = None,
 ) -> Rollout:
-    """Sample a completion for every prompt and measure it. Each process takes every ``num_processes``-th episode.
+    """Sample a completion for every episode, measure and score it.
 
-    ``sampling``: samples this process's episodes by an engine outside this process, and may already run; None: the local sampler samples.
-    ``budget``: token budget of the measuring passes, kept from one rollout to the next (None: a new one from the config). ``columns``:
-    further columns of the prompts' rows, for reward functions that request them. Raises ScoringError if a reward source returns a
-    non-finite score, SamplerLost if the sampler is no longer available.
+    ``sampling``: samples the episodes by an engine outside this process, and may already run; None: the local sampler samples.
+    ``budget``: token budget of the measuring passes, kept from one rollout to the next (None: a new one from the config). Raises
+    ScoringError if a reward source returns a non-finite score, SamplerLost if the sampler is no longer available.
     """
-    own = list(range(process_index, len(prompts), num_processes))
-    share = _Share(
-        [prompts[row] for row in own],
-        [prompt_ids[row] for row in own],
-        [seeds[row] for row in own],
-        Details(columns or {}).rows(own),
-    )
-    rollout = _collect_share(roles, reward, monitors, share, config, budget or measuring_budget(config, roles.policy.device), sampling)
-    return rollout if num_processes == 1 else joined(gather_object([rollout]))
-
-
-@dataclass(frozen=True)
-class _Share:
-    """This process's episodes before they are sampled. ``details``: further columns of the prompts' rows."""
-
-    prompts: list[Prompt]
-    prompt_ids: list[list[int]]
-    seeds: list[int]
-    details: Details
-
-
-def _collect_share(
-    roles: Roles,
-    reward: CombinedReward,
-    monitors: CombinedReward,
-    share: _Share,
-    config: PPOStepConfig,
-    budget: PassBudget,
-    sampling: Sampling | None,
-) -> Rollout:
-    """Sample, measure and score this process's episodes."""
+    budget = budget or measuring_budget(config, roles.policy.device)
     phases, retreats = _Phases(), budget.retreats
     roles.policy.activate()
-    if sampling is None:
-        early = EarlyScoring((reward, monitors), roles.tokenizer, share.prompts, share.prompt_ids, share.details)
-    else:
-        early = sampling.early
+    early = EarlyScoring((reward, monitors), roles.tokenizer, episodes) if sampling is None else sampling.early
     with early:
         with phases.phase("generation"):
-            sampled = _sample(roles, share, config, sampling, early)
+            sampled = _sample(roles, episodes, config, sampling, early)
         with phases.phase("measuring"):
-            measured = _measure(roles, share, sampled, config, budget)
+            measured = _measure(roles, episodes, sampled, config, budget)
         hidden_seconds = early.seconds() if early.sources else None
         with phases.phase("scoring"):
-            scored, judged = _score(roles, reward, monitors, share, sampled)
-    scores, paid = _penalized(roles, share, scored, sampled, config)
+            scored, judged = _score(roles, reward, monitors, episodes, sampled)
+    scores, paid = _penalized(roles, episodes, scored, sampled, config)
     is_ahead = sampling is not None and sampling.lag > 0
     return Rollout(
-        prompts=share.prompts,
-        prompt_ids=share.prompt_ids,
+        prompts=list(episodes.prompts),
+        prompt_ids=list(episodes.prompt_ids),
         completions=sampled.completions,
         response_ids=sampled.response_ids,
         response_mask=sampled.mask,
@@ -167,8 +128,8 @@ class _Sampled:
         return [ids[kept].tolist() for ids, kept in zip(self.response_ids, self.mask, strict=True)]
 
 
-def _sample(roles: Roles, share: _Share, config: PPOStepConfig, sampling: Sampling | None, early: EarlyScoring) -> _Sampled:
-    """Sample a completion for each prompt of the share, by the engine of ``sampling`` or by the local sampler."""
+def _sample(roles: Roles, episodes: Episodes, config: PPOStepConfig, sampling: Sampling | None, early: EarlyScoring) -> _Sampled:
+    """Sample a completion for each episode, by the engine of ``sampling`` or by the local sampler."""
     began = time.perf_counter()
     with roles.policy.precision():
         if sampling is not None:
@@ -176,7 +137,7 @@ def _sample(roles: Roles, share: _Share, config: PPOStepConfig, sampling: Sampli
         else:
             # The processes sample at their own pace, so each needs the complete policy. No other model is gathered.
             with unsharded(roles.policy.model):
-                generated = roles.sampler.sample(share.prompt_ids, config.generation, share.seeds, on_finished=early.on_finished)
+                generated = roles.sampler.sample(episodes.prompt_ids, config.generation, episodes.seeds, on_finished=early.on_finished)
     waited = time.perf_counter() - began
     roles.sampler.sleep()
     completions = decode_completions(roles.tokenizer, generated)
@@ -196,35 +157,35 @@ class _Measured:
     bootstrap_values: Tensor
 
 
-def _measure(roles: Roles, share: _Share, sampled: _Sampled, config: PPOStepConfig, budget: PassBudget) -> _Measured:
+def _measure(roles: Roles, episodes: Episodes, sampled: _Sampled, config: PPOStepConfig, budget: PassBudget) -> _Measured:
     """Compute the log-probabilities and values of the sampled completions."""
     bootstrap = (sampled.mask.sum(dim=1) < config.generation.max_new_tokens) & (config.score_placement == "after")
     recompute = recomputes_logprobs(roles, config)
-    measured = measure(roles, share.prompt_ids, sampled.responses(), bootstrap, budget, recompute=recompute)
+    measured = measure(roles, episodes.prompt_ids, sampled.responses(), bootstrap, budget, recompute=recompute)
     tokens = {name: unflatten(flat, sampled.mask) for name, flat in measured.items() if name != "bootstrap"}
-    bootstrap_values = torch.zeros(len(share.prompts)).masked_scatter(bootstrap, measured["bootstrap"])
+    bootstrap_values = torch.zeros(len(episodes.prompts)).masked_scatter(bootstrap, measured["bootstrap"])
     return _Measured(tokens["sampled"] if recompute else None, tokens["reference"], tokens["values"], bootstrap, bootstrap_values)
 
 
-def _score(roles: Roles, reward: CombinedReward, monitors: CombinedReward, share: _Share, sampled: _Sampled) -> tuple[Scores, Scores]:
+def _score(roles: Roles, reward: CombinedReward, monitors: CombinedReward, episodes: Episodes, sampled: _Sampled) -> tuple[Scores, Scores]:
     """The scores of the reward and of the monitors. Raises ScoringError with the episodes if a source fails."""
     judges = [*reward.modules(), *monitors.modules()]
-    known = Details(share.details.columns, sampled.responses())
+    known = Details(episodes.details.columns, sampled.responses())
     try:
         with roles.offload.awake(*judges), compiled_passes():
-            scored = reward.score(share.prompts, sampled.completions, known)
+            scored = reward.score(episodes.prompts, sampled.completions, known)
             if not monitors.sources:
                 return scored, Scores(torch.zeros(0), {})
-            return scored, monitors.score(share.prompts, sampled.completions, known, may_abstain=True)
+            return scored, monitors.score(episodes.prompts, sampled.completions, known, may_abstain=True)
     except TrainingError as error:
-        raise ScoringError(str(error), list(zip(share.prompts, sampled.completions, strict=True))) from error
+        raise ScoringError(str(error), list(zip(episodes.prompts, sampled.completions, strict=True))) from error
 
 
-def _penalized(roles: Roles, share: _Share, scored: Scores, sampled: _Sampled, config: PPOStepConfig) -> tuple[Tensor, Tensor]:
+def _penalized(roles: Roles, episodes: Episodes, scored: Scores, sampled: _Sampled, config: PPOStepConfig) -> tuple[Tensor, Tensor]:
     """(scores [B] after the penalties for length and for a missing stop token, the parts of them with a position in the text [B, R])."""
     paid = torch.zeros(sampled.mask.shape)
     if scored.spans is not None:
-        paid = token_scores(roles.tokenizer, share.prompt_ids, sampled.responses(), scored.spans, sampled.mask.shape[1])
+        paid = token_scores(roles.tokenizer, episodes.prompt_ids, sampled.responses(), scored.spans, sampled.mask.shape[1])
     if config.missing_eos == "replace":  # the penalty replaces the complete score
         paid[~sampled.stopped] = 0.0
     shorter = penalize_length(scored.total, sampled.mask.sum(dim=1), penalty=config.length_penalty)

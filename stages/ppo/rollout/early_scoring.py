@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from stages.corpora.conversations.messages import Prompt
+from stages.ppo.rollout.episodes import Episodes
 from stages.rewards.background import RemoteSource
 from stages.rewards.details import Details
 from stages.rewards.source import CombinedReward
@@ -23,16 +23,9 @@ class EarlyScoring:
     such as a request to stop, discards the scores that were requested early.
     """
 
-    def __init__(
-        self,
-        rewards: Sequence[CombinedReward],
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: Sequence[Prompt],
-        prompt_ids: Sequence[list[int]],
-        details: Details,
-    ) -> None:
+    def __init__(self, rewards: Sequence[CombinedReward], tokenizer: PreTrainedTokenizerBase, episodes: Episodes) -> None:
         self.sources = [leaf for reward in rewards for leaf in reward.leaves() if isinstance(leaf, RemoteSource)]
-        self._tokenizer, self._prompts, self._prompt_ids, self._details = tokenizer, prompts, prompt_ids, details
+        self._tokenizer, self._episodes = tokenizer, episodes
 
     def __enter__(self) -> EarlyScoring:
         return self
@@ -53,10 +46,10 @@ class EarlyScoring:
 
     def _begin(self, finished: list[Finished]) -> None:
         rows, responses = [one.row for one in finished], [one.response_ids for one in finished]
-        completions = [completion_text(self._tokenizer, self._prompt_ids[one.row], one.response_ids) for one in finished]
-        details = Details(self._details.rows(rows).columns, responses)
+        completions = [completion_text(self._tokenizer, self._episodes.prompt_ids[one.row], one.response_ids) for one in finished]
+        details = Details(self._episodes.details.rows(rows).columns, responses)
         for source in self.sources:
-            source.begin([self._prompts[row] for row in rows], completions, details)
+            source.begin([self._episodes.prompts[row] for row in rows], completions, details)
 
     def seconds(self) -> float:
         """Seconds of remote scoring so far, summed over the sources. The run did not wait during this time."""

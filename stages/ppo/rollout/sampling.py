@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
@@ -16,10 +16,10 @@ from stages.ppo.config import PPOStepConfig
 from stages.ppo.data import EncodedPrompt
 from stages.ppo.roles import Roles
 from stages.ppo.rollout.early_scoring import EarlyScoring
+from stages.ppo.rollout.episodes import Episodes
 from stages.process.runtime import Runtime
-from stages.rewards.details import Details, columns_of
 from stages.rewards.source import CombinedReward
-from stages.sampling.generation import Finished, Generated, episode_seed, joined
+from stages.sampling.generation import Finished, Generated, joined
 from stages.sampling.sampler import SamplerLost, ServedSampler
 
 FILE, SAMPLER = "sampled.json", "sampler"  # in the folder of a checkpoint
@@ -68,27 +68,24 @@ class Sampling:
     """Samples this process's share of an iteration's episodes, with the weights that the sampler has when it begins.
 
     ``iteration``: that of the episodes. ``lag``: number of updates between these weights and the policy that will train on the episodes.
-    ``early``: scores finished completions by remote rewards. ``gather``: returns the values of all processes (``Runtime.gather``).
-    ``finished``: completions that are already known, by index in the share.
+    ``early``: scores finished completions by remote rewards. ``finished``: known completions by index in the share. ``gather``: returns the
+    values of all processes (``Runtime.gather``).
     """
 
     def __init__(
         self,
         sampler: ServedSampler,
-        prompt_ids: Sequence[list[int]],
-        seeds: Sequence[int],
+        episodes: Episodes,
         settings: GenerationSettings,
         early: EarlyScoring,
-        *,
-        iteration: int,
-        lag: int,
+        so_far: SampledSoFar,
         gather: Callable[[bool], list[bool]],
-        finished: Mapping[int, Finished],
     ) -> None:
-        self.iteration, self.lag, self.early = iteration, lag, early
-        self.finished = dict(finished)
+        """``so_far``: what is sampled of this share of the episodes."""
+        self.iteration, self.lag, self.early = so_far.iteration, so_far.lag, early
+        self.finished = dict(so_far.finished)
         self.seconds = 0.0  # of sampling so far
-        self._sampler, self._prompt_ids, self._seeds, self._settings, self._gather = sampler, prompt_ids, seeds, settings, gather
+        self._sampler, self._episodes, self._settings, self._gather = sampler, episodes, settings, gather
         self._thread: threading.Thread | None = None
         self._lost: SamplerLost | None = None
         self._error: BaseException | None = None
@@ -115,7 +112,8 @@ class Sampling:
             if not self._sampler.revive():
                 raise SamplerLost(str(self._lost or "another process of the run has no vLLM server left"), self.finished)
             self._sample()
-        return joined(self._prompt_ids, [self.finished[row] for row in range(len(self._prompt_ids))], pad_token_id)
+        ids = self._episodes.prompt_ids
+        return joined(ids, [self.finished[row] for row in range(len(ids))], pad_token_id)
 
     def _in_thread(self) -> None:
         try:
@@ -125,7 +123,7 @@ class Sampling:
 
     def _sample(self) -> None:
         """Sample the missing completions as far as the sampler can."""
-        missing = [row for row in range(len(self._prompt_ids)) if row not in self.finished]
+        missing = [row for row in range(len(self._episodes.prompt_ids)) if row not in self.finished]
         self._lost = None
         if not missing:
             return
@@ -138,7 +136,7 @@ class Sampling:
 
         began = time.perf_counter()
         try:
-            ids, seeds = [self._prompt_ids[row] for row in missing], [self._seeds[row] for row in missing]
+            ids, seeds = [self._episodes.prompt_ids[row] for row in missing], [self._episodes.seeds[row] for row in missing]
             self._sampler.sample(ids, self._settings, seeds, on_finished=note)
         except SamplerLost as error:
             self._lost = error
@@ -223,17 +221,7 @@ class ServedRollouts:
     def _sampling(self, chosen: Sequence[EncodedPrompt], sampled: SampledSoFar) -> Sampling:
         """The sampling of this process's share of the episodes of ``sampled.iteration``, without those that are finished."""
         index, count = self._runtime.process_index, self._runtime.num_processes
-        own = range(index, len(chosen), count)
-        prompts, ids = [chosen[row].prompt for row in own], [chosen[row].ids for row in own]
-        details = Details(columns_of([chosen[row].columns for row in own]))
-        return Sampling(
-            self._sampler,
-            ids,
-            [episode_seed(self._seed, sampled.iteration, row) for row in own],
-            self._config.generation,
-            EarlyScoring(self._rewards, self._roles.tokenizer, prompts, ids, details),
-            iteration=sampled.iteration,
-            lag=sampled.lag,
-            gather=self._runtime.gather,
-            finished={row // count: one for row, one in sampled.finished.items() if row % count == index},
-        )
+        episodes = Episodes.of(chosen, self._seed, sampled.iteration).share(index, count)
+        finished = {row // count: one for row, one in sampled.finished.items() if row % count == index}
+        early = EarlyScoring(self._rewards, self._roles.tokenizer, episodes)
+        return Sampling(self._sampler, episodes, self._config.generation, early, replace(sampled, finished=finished), self._runtime.gather)
