@@ -55,7 +55,7 @@ def as_field(name: str, value: object, folder: Path, tokenizer: PreTrainedTokeni
     return _plain(name, value)
 
 
-def _plain(name: str, value: Any) -> object:
+def _plain(name: str, value: object) -> object:
     """A value that YAML can express; a scalar of numpy or torch becomes a number."""
     if value is None or isinstance(value, str | bool | int | float):
         return value
@@ -203,7 +203,7 @@ def _line(row: Mapping[str, object], row_number: int) -> str:
         raise
 
 
-def _json_value(value: Any) -> object:
+def _json_value(value: object) -> object:
     """Values of numpy, torch and pandas, and dates. Raises TypeError for any other object."""
     if hasattr(value, "tolist"):
         plain: object = value.tolist()

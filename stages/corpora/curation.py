@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import compress
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -200,7 +200,7 @@ def _masked_row(row: Row) -> Row:
     return row.with_values({name: _masked(value) for name, value in row.items()})
 
 
-def _masked(value: Any) -> Any:
+def _masked(value: object) -> object:
     if isinstance(value, str):
         return mask_pii(value)
     if isinstance(value, dict):

@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from functools import partial
 
 import torch
 from accelerate.utils import gather_object
@@ -79,14 +79,15 @@ class PPORun:
         check_overlap(config, runtime.device.type)
         self.roles = roles = load_roles(config, context)
         runtime.say_model(f"{config.name}: policy", roles.policy.model, dtype)
-        sources: dict[str, Any] = {
-            "device": runtime.device,
-            "dtype": dtype,
-            "load": lambda model: roles.load_reward_model(model, dtype=dtype),
-            "cache_folder": context.cache_folder,
-        }
-        self.reward = build_reward(config.reward, context.models, "reward", **sources)
-        self.monitors = build_reward(config.monitors, context.models, "monitors", **sources)
+        build = partial(
+            build_reward,
+            device=runtime.device,
+            dtype=dtype,
+            load=lambda model: roles.load_reward_model(model, dtype=dtype),
+            cache_folder=context.cache_folder,
+        )
+        self.reward = build(config.reward, context.models, "reward")
+        self.monitors = build(config.monitors, context.models, "monitors")
         judges = [module for module in (*self.reward.modules(), *self.monitors.modules()) if not roles.shares(module)]
         if runtime.shards:
             self._shard(judges)
