@@ -25,6 +25,7 @@ CHARACTERS_PER_TOKEN = 3.0
 """Used without a tokenizer. Low enough for the small vocabularies of models trained from scratch."""
 SAMPLE = 2000  # rows read
 LONGEST = 20  # number of longest texts (in characters) that are tokenized
+PIECES, PIECE = 16, 1000  # a longer text than all pieces together is counted by this number of pieces of this number of characters
 TYPICAL = 256  # number of examples whose lengths decide how full the passes of a Trainer are
 
 
@@ -61,14 +62,26 @@ class Counter:
         return max(self.each(chosen))
 
     def each(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of every text, including an end token."""
+        """Tokens of every text, including an end token. Those of a very long text are estimated from pieces of it."""
         if self._tokenizer is None:
             return [int(len(text) / CHARACTERS_PER_TOKEN) + 2 for text in texts]
-        return [len(encoding.ids) + 1 for encoding in self._tokenizer.encode_batch(list(texts))]
+        pieces = [_pieces(text) for text in texts]
+        counts = iter([len(encoding.ids) for encoding in self._tokenizer.encode_batch([piece for own in pieces for piece in own])])
+        tokens = [sum(next(counts) for _ in own) for own in pieces]
+        read = [sum(map(len, own)) for own in pieces]
+        return [count * len(text) // max(1, part) + 1 for count, text, part in zip(tokens, texts, read, strict=True)]
 
     def examples(self, texts: Sequence[str]) -> tuple[tuple[int, int], ...]:
         """``Lengths.examples`` for examples of one text."""
         return tuple((1, tokens) for tokens in self.each(spread(texts)))
+
+
+def _pieces(text: str) -> list[str]:
+    """The text, or evenly spread pieces of a very long one: tokenizing megabytes would take seconds."""
+    if len(text) <= PIECES * PIECE:
+        return [text]
+    step = (len(text) - PIECE) // (PIECES - 1)
+    return [text[start : start + PIECE] for start in range(0, PIECES * step, step)]
 
 
 def sample(sources: Sequence[DataSource]) -> list[Row]:

@@ -87,3 +87,21 @@ def test_examples_have_the_lengths_of_the_data(tmp_path: Path) -> None:
 
 def json_line(row: dict[str, Any]) -> str:
     return json.dumps(row) + "\n"
+
+
+def test_tokens_of_a_very_long_text_are_estimated_from_pieces(tmp_path: Path, tiny_tokenizer) -> None:
+    tiny_tokenizer.save_pretrained(tmp_path)
+    counter, read = Counter(tmp_path), []
+
+    class Recorder:
+        def encode_batch(self, texts: list[str]) -> list[Any]:
+            read.extend(texts)
+            return tiny_tokenizer._tokenizer.encode_batch(texts)
+
+    counter._tokenizer = Recorder()
+    long = "the film was a joy. " * 5_000 + "Ünïcödé 12345 " * 5_000  # 170,000 characters; the parts differ in tokens per character
+    texts = ["", "a film", "the plot was dull " * 800, long]
+    complete = [len(ids) + 1 for ids in tiny_tokenizer(texts)["input_ids"]]
+    counted = counter.each(texts)
+    assert counted[:3] == complete[:3] and counted[3] == pytest.approx(complete[3], rel=0.05)
+    assert sum(map(len, read)) == sum(map(len, texts[:3])) + 16_000
