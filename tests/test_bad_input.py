@@ -280,6 +280,11 @@ RECIPES = {
 
 DATA = {
     "no such file": Case("got 'nowhere.jsonl', a file that does not exist", SFT, {"data": {"train": "nowhere.jsonl"}}),
+    "a pattern": Case(
+        "a file that does not exist; to select files of a folder by a pattern, write {path: data, data_files: '*.jsonl'}",
+        SFT,
+        {"data": {"train": "data/*.jsonl"}},
+    ),
     "a folder without data": Case(
         "the folder contains no data file", PRETRAINING, {"data": {"train": "./empty"}}, prepare=lambda folder: (folder / "empty").mkdir()
     ),

@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from stages.config import DataInput
@@ -32,6 +31,7 @@ from stages.corpora.rows import Row, text_of
 from stages.corpora.splits import say_shared
 from stages.corpora.summaries import compared_prompt, compared_summaries, is_comparison
 from stages.errors import DataError
+from stages.json_types import is_finite_number
 
 if TYPE_CHECKING:
     from stages.corpora.rows import RowFilter
@@ -191,7 +191,7 @@ def _ranks(row: Row, column: str, count: int) -> list[int]:
         if column == "completions":
             raise DataError(f"{row.location}: completions without ranks; expected ranks (0 best, equal numbers tie) or scores")
         return list(range(count))  # responses: best first
-    if not isinstance(given, list) or len(given) != count or not all(isinstance(item, int | float) and isfinite(item) for item in given):
+    if not isinstance(given, list) or len(given) != count or not all(isinstance(item, bool) or is_finite_number(item) for item in given):
         raise DataError(f"{row.location}: expected {count} numbers in {'ranks' if 'ranks' in row else 'scores'}, got {given!r:.80}")
     ordered = sorted(set(given), reverse="ranks" not in row)
     return [ordered.index(item) for item in given]

@@ -10,7 +10,6 @@ A labelling folder (``stages label``) is read as votes: one per annotator and pa
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from stages.corpora.files import read_rows
 from stages.corpora.prompts import prompt_in
 from stages.corpora.rows import Row, text_of
 from stages.errors import DataError
+from stages.json_types import is_finite_number
 
 VOTES = {"a": 1.0, "b": 0.0, "tie": 0.5}
 
@@ -82,7 +82,7 @@ def load_judgements(sources: Sequence[DataSource]) -> Judgements:
             what: tuple[object, ...] = (prompt, sample, frozenset((a, b)), annotator)
         elif "score" in row:
             score = row["score"]
-            if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+            if not is_finite_number(score):
                 raise DataError(f"{row.location}: score is {score!r}; expected a finite number")
             candidate = text_of(row, "candidate")
             ratings.append(Rating(prompt, sample, candidate, float(score), annotator))

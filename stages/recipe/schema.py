@@ -477,6 +477,9 @@ def _where_it_may_be(written: str, folders: Sequence[Path]) -> str:
         return (
             "; a recipe does not replace environment variables. Write the path, or set the field on the command line: STEP.FIELD=$NAME/..."
         )
+    if any(mark in written for mark in "*?["):
+        folder, _, pattern = written.rpartition("/")
+        return f"; to select files of a folder by a pattern, write {{path: {folder or '.'}, data_files: {pattern!r}}}"
     files = dict.fromkeys(path for folder in folders if (path := _local(folder, written)) is not None)
     near = [name for path in files if path.parent.is_dir() for name in difflib.get_close_matches(path.name, os.listdir(path.parent), n=1)]
     hint = f"; did you mean {str(Path(written).with_name(near[0]))!r}?" if near else "; expected a file, a folder, a Hub id or world:PART"

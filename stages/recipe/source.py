@@ -336,13 +336,14 @@ def _plain(node: object, path: Steps, lines: dict[Steps, int], file: str) -> obj
     if len(lines) > MOST_VALUES:
         raise RecipeError(f"{file}: more than {MOST_VALUES} values; nested aliases are not supported in recipes")
     line = lines.get(path, 1)
+    location = f"{file}:{line}: {show(path)}:" if path else f"{file}:{line}:"
     tag = getattr(getattr(node, "tag", None), "value", None)
     if tag is not None and str(tag).removeprefix("tag:yaml.org,2002:") not in PLAIN_TAGS:
-        raise RecipeError(f"{file}:{line}: {show(path)}: the tag {tag} is not allowed; write a plain value")
+        raise RecipeError(f"{location} the tag {tag} is not allowed; write a plain value")
     if isinstance(node, CommentedMap):
         for key in node:
             if not isinstance(key, str):
-                raise RecipeError(f"{file}:{line}: {show(path)}: the key {key!r} is not text; put it in quotes")
+                raise RecipeError(f"{location} the key {key!r} is not text; put it in quotes")
             lines[(*path, key)] = node.lc.data[key][0] + 1 if key in (node.lc.data or {}) else line
         return {str(key): _plain(value, (*path, key), lines, file) for key, value in node.items()}
     if isinstance(node, CommentedSeq):
@@ -355,12 +356,12 @@ def _plain(node: object, path: Steps, lines: dict[Steps, int], file: str) -> obj
         return node
     if isinstance(node, int):
         if abs(node) > LARGEST:
-            raise RecipeError(f"{file}:{line}: {show(path)}: got a number of {len(str(node))} digits, expected a whole number below 2**63")
+            raise RecipeError(f"{location} got a number of {len(str(node))} digits, expected a whole number below 2**63")
         return int(node)
     if isinstance(node, float):
         if not math.isfinite(node):
-            raise RecipeError(f"{file}:{line}: {show(path)}: got {node}, expected a finite number")
+            raise RecipeError(f"{location} got {node}, expected a finite number")
         return float(node)
     if isinstance(node, str | date):
         return str(node)  # dates become text: no recipe field expects a date
-    raise RecipeError(f"{file}:{line}: {show(path)}: a value of type {type(node).__name__} is not allowed; write a plain value")
+    raise RecipeError(f"{location} a value of type {type(node).__name__} is not allowed; write a plain value")

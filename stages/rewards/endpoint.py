@@ -29,7 +29,7 @@ from torch import Tensor
 
 from stages.corpora.conversations.messages import Prompt, transcript
 from stages.errors import TrainingError
-from stages.json_types import JsonObject
+from stages.json_types import JsonObject, is_finite_number
 from stages.process.remote import AnswerCache, GaveUp, JsonClient, Refused
 from stages.rewards.background import RemoteSource
 from stages.rewards.config import RewardInput
@@ -203,7 +203,7 @@ class EndpointSource(RemoteSource[Item, float]):
             raise GaveUp(f"the answer has {len(scores)} scores for {number} completions")
         checked = []
         for score in scores:
-            if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+            if not is_finite_number(score):
                 raise GaveUp(f"the answer contains {score!r:.40} as a score")
             checked.append(float(score))
         return checked

@@ -182,7 +182,7 @@ class SpanFunctionSource(FunctionSource):
         returned = self._call(prompts, completions, details)
         try:
             spans = [None if row is None else [(operator.index(position), float(score)) for position, score in row] for row in returned]
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             expected = "expected one list of (character position, score) per completion"
             raise TrainingError(f"reward function {self.address} returned {returned!r:.80}; {expected}") from error
         if len(spans) != len(completions):

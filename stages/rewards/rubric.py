@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stages.corpora.conversations.messages import Prompt, transcript
 from stages.errors import TrainingError
+from stages.json_types import is_finite_number
 from stages.process.remote import AnswerCache, ChatRequest, GaveUp, JsonClient, Refused, chat_reply
 from stages.rewards.background import RemoteSource
 from stages.rewards.config import RewardInput, read_rubric
@@ -35,16 +36,12 @@ def read_grade(reply: str, scale: Sequence[float]) -> float | None:
     text = re.sub(r"<think>.*?</think>", "", reply, flags=re.DOTALL).strip().strip("`").removeprefix("json").strip()
     try:
         value = json.loads(text)
-        numbers = [value] if not isinstance(value, dict) else [item for item in value.values() if _is_number(item)]
-        grade = float(numbers[0]) if len(numbers) == 1 and _is_number(numbers[0]) else None
+        numbers = [value] if not isinstance(value, dict) else [item for item in value.values() if is_finite_number(item)]
+        grade = float(numbers[0]) if len(numbers) == 1 and is_finite_number(numbers[0]) else None
     except ValueError:
         lines = [line for line in text.splitlines() if line.strip()]
         grade = _number_in(lines[-1], scale[1]) if lines else None
     return grade if grade is not None and scale[0] <= grade <= scale[1] else None
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _number_in(line: str, highest: float) -> float | None:

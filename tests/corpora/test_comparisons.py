@@ -58,6 +58,7 @@ def test_hh_dialogues_are_split_at_the_last_reply() -> None:
         ({"prompt": "p", "completions": ["a", "b"]}, "completions without ranks"),
         ({"prompt": "p", "completions": ["a", "b"], "ranks": [0]}, r"expected 2 numbers in ranks, got \[0\]"),
         ({"prompt": "p", "responses": ["a", "b"], "scores": [1.0, float("nan")]}, r"expected 2 numbers in scores, got \[1.0, nan\]"),
+        ({"prompt": "p", "responses": ["a", "b"], "scores": [10**400, 1]}, "expected 2 numbers in scores, got"),
         ({"prompt": "p", "responses": ["a"]}, r"1 completion\(s\); a comparison needs at least 2"),
         ({"prompt": "p", "responses": ["a", 3]}, "responses, entry 2 is int; expected text"),
         ({"prompt": "p", "responses": {"x": "a", "y": "b"}}, "set preferred to one of x, y"),

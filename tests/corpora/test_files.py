@@ -8,6 +8,7 @@ import json
 import logging
 import lzma
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,26 @@ def test_a_column_that_occurs_twice_in_a_header_is_refused(tmp_path: Path) -> No
     (tmp_path / "rows.csv").write_text("text,label,text\na,1,b\n")
     with pytest.raises(DataError, match="rows.csv:1: the header names 'text' more than once"):
         read_rows([DataSource(path=str(tmp_path / "rows.csv"))])
+
+
+def test_columns_of_a_table_with_equal_names_are_refused(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows.parquet: the table has several columns 'text'; rename or remove one of them"):
+        read_rows([DataSource(path=str(tmp_path / "rows.parquet"))])
+
+
+def test_decimal_numbers_of_a_table_are_floats(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    scores = [[Decimal("1.5"), Decimal("-0.25"), None]]
+    parquet.write_table(pyarrow.table({"scores": scores, "price": [Decimal("2.00")]}), tmp_path / "rows.parquet")
+    (row,) = read_rows([DataSource(path=str(tmp_path / "rows.parquet"))])
+    assert row == {"scores": [1.5, -0.25, None], "price": 2.0} and type(row["price"]) is float
 
 
 @pytest.mark.parametrize("mark", [";", "\t", "|"])

@@ -99,6 +99,7 @@ def test_human_ratings_count_as_scores(prompts, step_context, models, config, wr
         ([{"prompt": "the film", "a": "base", "b": "base", "vote": "a"}], "a and b are both 'base'"),
         ([{"prompt": "the film", "a": "base", "b": "aligned", "vote": "c"}], "vote is 'c'; expected a, b or tie"),
         ([{"prompt": "the film", "candidate": "base", "score": "good"}], "score is 'good'; expected a finite number"),
+        ([{"prompt": "the film", "candidate": "base", "score": 10**400}], "score is 1000.*; expected a finite number"),
         ([{"prompt": "the film", "candidate": "base"}], "are not a judgement; expected prompt . a . b . vote"),
         ([vote("the film", "a"), vote("the film", "b")], "ann already judged this in .*jsonl:1"),
         ([vote("the film", "a"), vote("the film", "b", a="aligned", b="base")], "ann already judged this"),

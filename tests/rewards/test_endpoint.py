@@ -82,6 +82,7 @@ def test_protocols(server, fields, answer, expected, sent) -> None:
         ({"rewards": [1.0, True]}, "the answer contains True as a score"),
         (b'{"rewards": [1.0, NaN]}', "the answer contains nan as a score"),
         (b'{"rewards": [1.0, Infinity]}', "the answer contains inf as a score"),
+        ({"rewards": [1.0, 10**400]}, "the answer contains 1000.* as a score"),
         ({"reward": [1.0, 2.0]}, "the answer does not follow protocol: openrlhf"),
         (b"<html>", "the answer does not follow protocol: openrlhf"),
         ([1.0, 2.0], "the answer does not follow protocol: openrlhf"),

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
+
+from stages.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -19,11 +23,16 @@ class ClassIndex(int):
     names: tuple[str, ...] = ()
 
 
-def plain_rows(batch: pyarrow.RecordBatch) -> list[dict[str, object]]:
-    """Convert a batch to rows. Parses values of type ``arrow.json``, which ``datasets`` writes for objects of mixed types.
+def plain_rows(batch: pyarrow.RecordBatch, shown: str) -> list[dict[str, object]]:
+    """Convert a batch of the file ``shown`` to rows.
 
-    Values of a column with named classes become ``ClassIndex``.
+    Parses values of type ``arrow.json``, which ``datasets`` writes for objects of mixed types. Values of a column with named classes become
+    ``ClassIndex``, and decimal numbers become floats. Raises DataError for a column name that occurs twice.
     """
+    from pyarrow import types
+
+    if twice := sorted({name for name in batch.schema.names if batch.schema.names.count(name) > 1}):
+        raise DataError(f"{shown}: the table has several columns {', '.join(map(repr, twice))}; rename or remove one of them")
     rows: list[dict[str, object]] = batch.to_pylist()
     for column, names in class_names(batch.schema).items():
         for row in rows:
@@ -32,7 +41,7 @@ def plain_rows(batch: pyarrow.RecordBatch) -> list[dict[str, object]]:
                 row[column] = index = ClassIndex(value)
                 index.names = names
     for column in batch.schema:
-        if _holds_json(column.type):
+        if _holds(column.type, lambda kind: _is_json(kind) or types.is_decimal(kind)):
             for row in rows:
                 row[column.name] = _parsed(row[column.name], column.type)
     return rows
@@ -51,12 +60,15 @@ def _is_json(kind: pyarrow.DataType) -> bool:
     return getattr(kind, "extension_name", "") == "arrow.json"
 
 
-def _holds_json(kind: pyarrow.DataType) -> bool:
-    return _is_json(kind) or any(_holds_json(kind.field(index).type) for index in range(kind.num_fields))
+def _holds(kind: pyarrow.DataType, wanted: Callable[[pyarrow.DataType], bool]) -> bool:
+    """Whether ``kind`` or a type inside it is ``wanted``."""
+    return wanted(kind) or any(_holds(kind.field(index).type, wanted) for index in range(kind.num_fields))
 
 
 def _parsed(value: object, kind: pyarrow.DataType) -> object:
-    """Parse the JSON inside ``value``. A text that is not valid JSON is returned unchanged."""
+    """``value`` with its JSON parsed and its decimals as floats. A text that is not valid JSON is returned unchanged."""
+    if isinstance(value, Decimal):
+        return float(value)
     if _is_json(kind) and isinstance(value, str):
         try:
             return json.loads(value, object_hook=JsonObject)

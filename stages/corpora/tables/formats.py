@@ -226,7 +226,7 @@ def _read_parquet(path: Path, shown: str) -> Iterator[Row]:
 
     try:
         with parquet.ParquetFile(path) as file:
-            batches = (row for batch in file.iter_batches(ROWS_AT_ONCE) for row in plain_rows(batch))
+            batches = (row for batch in file.iter_batches(ROWS_AT_ONCE) for row in plain_rows(batch, shown))
             yield from _columnar(with_locations(batches, shown))
     except (ArrowException, OSError) as error:
         raise other_content(path, shown) or DataError(f"{shown}: not a parquet file ({error})") from error
@@ -245,6 +245,6 @@ def _read_arrow(path: Path, shown: str) -> Iterator[Row]:
                 source.seek(0)
                 file = ipc.open_file(source)
                 batches = (file.get_batch(index) for index in range(file.num_record_batches))
-            yield from _columnar(with_locations((row for batch in batches for row in plain_rows(batch)), shown))
+            yield from _columnar(with_locations((row for batch in batches for row in plain_rows(batch, shown)), shown))
     except (ArrowException, OSError) as error:
         raise other_content(path, shown) or DataError(f"{shown}: not an Arrow file ({error})") from error
