@@ -264,8 +264,10 @@ def _refuse_head_size(base: ResolvedModel) -> None:
     heads = getattr(config, "num_attention_heads", None)
     if heads is None or getattr(config, "kv_lora_rank", None) is not None:  # no attention, or a latent one with other sizes
         return
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if size not in CPU_HEAD_SIZES:
+    # The heads of layers may differ in width (Gemma 4).
+    layers = getattr(config, "per_layer_config", None) or [config]
+    sizes = {getattr(layer, "head_dim", None) or config.hidden_size // heads for layer in layers}
+    if size := max(sizes - set(CPU_HEAD_SIZES), default=None):
         raise ModelError(
             f"the attention heads of {base.ref!r} have {size} dimensions, and vLLM's build for CPUs has only heads of "
             f"{', '.join(map(str, CPU_HEAD_SIZES))}. Use generation.engine: local, or a server on a GPU (generation.engine.vllm.url)"

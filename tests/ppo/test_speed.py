@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel
+from transformers import Gemma4TextConfig, Gemma4TextModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
 from stages.models.passes.responses import sequence_batch
 from stages.ppo.records.speed import MatmulCounter, speed_metrics
@@ -43,6 +43,18 @@ def test_gpt2_s_layers_count_and_its_embeddings_do_not() -> None:
     counter = MatmulCounter()
     counter.add(GPT2Model(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=16)), BATCH, backward=False)
     assert counter.take() == (8 * (2 * (8 * 24 + 8 * 8 + 8 * 32 + 32 * 8) + 4 * 8 * 2), 0)
+
+
+def test_heads_of_layers_may_differ_in_width() -> None:
+    """Gemma 4: two heads of 4 in the layer with a sliding window, two heads of 6 in the other one."""
+    kinds = ["sliding_attention", "full_attention"]
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 4, "global_head_dim": 6, "num_kv_shared_layers": 0}
+    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "hidden_size_per_layer_input": 0}
+    model = Gemma4TextModel(Gemma4TextConfig(**sizes, **heads, layer_types=kinds))
+    counter = MatmulCounter()
+    counter.add(model, BATCH, backward=False)
+    q_k_v_o, mlp = 4 * 8 * (2 * 4) + 4 * 8 * (2 * 6), 2 * 3 * 8 * 16
+    assert counter.take() == (8 * (2 * (q_k_v_o + mlp) + 4 * (2 * 4 + 2 * 6) * 2), 0)
 
 
 def test_of_several_adapters_only_the_active_one_counts_and_recomputation_counts_apart() -> None:

@@ -30,22 +30,22 @@ class MatmulCounter:
 
     def __init__(self) -> None:
         self.flops = self.recomputed = 0.0
-        self._known: dict[tuple[int, tuple[str, ...]], tuple[float, float, int, int, bool]] = {}
+        self._known: dict[tuple[int, tuple[str, ...]], tuple[float, float, int, bool]] = {}
 
     def add(self, decoder: TransformersModel, batch: SequenceBatch, *, output: nn.Module | None = None, backward: bool = True) -> None:
         """Count a pass of ``decoder`` over a batch (``backward``: forward and backward), and of the output layer over its positions."""
         key = id(decoder), _active_adapters(decoder)
         if key not in self._known:
             self._known[key] = _sizes(decoder)
-        trained, frozen, layers, width, recomputes = self._known[key]
+        trained, frozen, width, recomputes = self._known[key]
         rows, columns = batch.input_ids.shape
         lengths = batch.packing.lengths if batch.packing is not None else (columns,) * rows
         # A frozen weight has no weight gradient, but its input gradient is still computed.
         per_token = 2 * (trained * (3 if backward else 1) + frozen * (2 if backward else 1))
-        attention = 4 * width * layers * (3 if backward else 1)  # per earlier token; a token has length / 2 of them on average
+        attention = 4 * width * (3 if backward else 1)  # per earlier token; a token has length / 2 of them on average
         self.flops += sum(length * (per_token + attention * length / 2) for length in lengths)
         if backward and recomputes:
-            self.recomputed += sum(length * (2 * (trained + frozen) + 4 * width * layers * length / 2) for length in lengths)
+            self.recomputed += sum(length * (2 * (trained + frozen) + 4 * width * length / 2) for length in lengths)
         if output is not None:
             trained, frozen = _weights(output)
             self.flops += len(batch.tokens) * 2 * (trained * (3 if backward else 1) + frozen * (2 if backward else 1))
@@ -57,18 +57,21 @@ class MatmulCounter:
         return taken
 
 
-def _sizes(decoder: TransformersModel) -> tuple[float, float, int, int, bool]:
-    """(trained weights of linear layers, frozen weights of linear layers, layers, width of all heads, whether it checkpoints)."""
+def _sizes(decoder: TransformersModel) -> tuple[float, float, int, bool]:
+    """(trained weights of linear layers, frozen weights of linear layers, width of all heads of all layers, whether it checkpoints)."""
     config = decoder.config.get_text_config()
     trained = frozen = 0.0
     for module in _computing(decoder):
         if not isinstance(module, nn.Embedding) and not any(True for _ in module.children()):
             own = _weights(module)
             trained, frozen = trained + own[0], frozen + own[1]
-    heads, head_width = (getattr(config, name, None) for name in ("num_attention_heads", "head_dim"))
-    width = heads * head_width if isinstance(heads, int) and isinstance(head_width, int) else config.hidden_size
+    width = 0
+    # Layers may have heads of different widths (Gemma 4); then transformers refuses to read the width from the config itself.
+    for layer in getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers:
+        heads, head_width = (getattr(layer, name, None) for name in ("num_attention_heads", "head_dim"))
+        width += heads * head_width if isinstance(heads, int) and isinstance(head_width, int) else config.hidden_size
     recomputes = decoder.training and any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
-    return trained, frozen, int(config.num_hidden_layers), int(width), recomputes
+    return trained, frozen, width, recomputes
 
 
 def _active_adapters(decoder: nn.Module) -> tuple[str, ...]:
