@@ -27,6 +27,7 @@ from stages.models.sharding import shard
 from stages.step import StepContext
 from stages.training.arguments import training_arguments
 from stages.training.batching import Rows
+from stages.training.label_head import fit_label_head
 from stages.training.microbatches import chosen_rows, row_lengths
 from stages.training.reproducible import IGNORED, reproducible
 
@@ -143,6 +144,7 @@ def make_trainer(
         )
     # TRL's reference of an adapter is a copy of only that adapter; ours includes every adapter below it.
     trainer.precompute_ref_logps = reference is None
+    fit_label_head(trainer, context.runtime.dtype(config.precision))
     if trainer.ref_model is not None and context.runtime.shards:
         shard(trainer.ref_model, add_up=False)
     train_in_fp32(model)

@@ -22,6 +22,7 @@ from stages.sft.packing import PackedCollator, pack_rows
 from stages.sft.rows import EncodedRow
 from stages.step import StepContext
 from stages.training.arguments import training_arguments
+from stages.training.label_head import fit_label_head
 from stages.training.reproducible import IGNORED, reproducible
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def make_trainer(
         trainer = DemonstrationTrainer(
             model=model, args=arguments, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer, data_collator=collator
         )
+    fit_label_head(trainer, context.runtime.dtype(config.precision))
     train_in_fp32(model)
     return trainer
 
