@@ -689,11 +689,22 @@ def remove(
     debug: Debug = False,
 ) -> None:
     """Remove a version from the registry."""
-    record = _registry(home).remove(ref, force=force)
+    registry = _registry(home)
+    record = registry.remove(ref, force=force)
+    children, left = registry.made_from(record), [other.ref for other in registry.versions(record.name)]
     if as_json:
-        _print_json({"removed": record.ref, "digest": record.digest})
+        _print_json({"removed": record.ref, "digest": record.digest, "made_from_it": children, "other_versions": left})
+        return
+    typer.echo(f"removed {record.ref} {record.digest[:19]}")
+    if children:
+        shown = f"{', '.join(children[:5])}{f' and {len(children) - 5} more' if len(children) > 5 else ''}"
+        typer.echo(f"Made from it, and unchanged: {shown}.")
+    if left:
+        typer.echo(f"{record.name} now means {left[-1]}. Recipes that name {record.ref} need another version.")
     else:
-        typer.echo(f"removed {record.ref} {record.digest[:19]}")
+        typer.echo(
+            f"No version of {record.name} is left. The recipe that made it makes it again; elsewhere the name means a folder or the Hub."
+        )
 
 
 # Using models

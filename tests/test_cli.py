@@ -220,8 +220,17 @@ def test_models_are_verified_exported_and_removed(workdir: Path) -> None:
     result = call("models", "verify", "quick/sft")
     assert result.exit_code == 2
     assert result.stdout == "quick/sft@1: config.json was changed: its SHA-256 differs from the published one\n"
-    assert calls_json("models", "remove", "quick/sft")["removed"] == "quick/sft@1"
+    assert calls_json("models", "remove", "quick/sft@1")["removed"] == "quick/sft@1"
     assert [row["ref"] for row in calls_json("models", "list")] == ["quick/base@1"]
+
+
+def test_removal_says_which_versions_depended_on_the_removed_one(workdir: Path) -> None:
+    call("run", "quick.yaml")
+    shown = call("models", "remove", "quick/base").stdout
+    assert "Made from it, and unchanged: quick/sft@1." in shown and "No version of quick/base is left." in shown
+    call("run", "quick.yaml")  # makes base@2
+    call("run", "quick.yaml", "seed=5")  # makes base@3
+    assert "quick/base now means quick/base@2. Recipes that name quick/base@3 need" in call("models", "remove", "quick/base@3").stdout
 
 
 def test_generate_shows_two_models_side_by_side(workdir: Path, tiny_llama_folder: Path) -> None:

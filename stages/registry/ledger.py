@@ -348,12 +348,9 @@ class Registry:
         record = self.get(ref)
         parents: list[Lineage] = []
         for parent in record.manifest["parents"]:
-            try:
-                known = parent["kind"] == "registry" and self.get(parent["ref"]).digest == parent["digest"]
-            except RegistryError:
-                known = False
-            if known:
-                parents.append(self.lineage(parent["ref"]))
+            known = self._version_of(parent) if parent["kind"] == "registry" else None
+            if known is not None:
+                parents.append(self.lineage(known.ref))
             else:
                 parents.append(_recorded(record, parent) or {**parent, "removed": parent["kind"] == "registry", "parents": []})
         return {
@@ -366,6 +363,21 @@ class Registry:
             "base": record.manifest["base"],
             "parents": parents,
         }
+
+    def _version_of(self, description: ModelDescription) -> ModelRecord | None:
+        """The version that ``description`` names; another one with the same content if that one was removed; None without any."""
+        for ref in (description["ref"], description["digest"]):
+            with suppress(RegistryError):
+                record = self.get(ref)
+                if record.digest == description["digest"]:
+                    return record
+        return None
+
+    def made_from(self, record: ModelRecord) -> list[str]:
+        """The versions of which ``record`` is a parent, oldest first."""
+        others = sorted(self.records(), key=lambda other: other.manifest["created"])
+        wanted = {"kind": "registry", "ref": record.ref, "digest": record.digest}
+        return [other.ref for other in others if any(wanted.items() <= parent.items() for parent in other.manifest["parents"])]
 
     def verify(self, ref: str) -> list[str]:
         """Problems with a version's files, one sentence per file; empty if every byte is as published."""

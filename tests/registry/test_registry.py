@@ -259,6 +259,17 @@ def test_lineage_is_the_tree_of_parents(tmp_path: Path) -> None:
     assert registry.lineage(sft.ref)["parents"][0]["removed"] is True
 
 
+def test_lineage_continues_with_a_version_of_equal_content_if_the_parent_was_removed(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    base = publish(registry, "quickstart/base")
+    again = publish(registry, "quickstart/base")
+    sft = publish(registry, fill=lambda folder: model_files(folder, b"sft"), parents=[resolved(again)])
+    assert registry.made_from(again) == [sft.ref] and registry.made_from(base) == []
+    registry.remove(again.ref)
+    (parent,) = registry.lineage(sft.ref)["parents"]
+    assert parent["ref"] == base.ref and "removed" not in parent
+
+
 def test_removing_a_base_is_refused_while_adapters_depend_on_it(tmp_path: Path) -> None:
     registry = Registry(tmp_path)
     base = publish(registry, "quickstart/base")
