@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -37,8 +37,9 @@ PACKED = "stages_packed"  # the name of ``attend_packed`` in transformers' atten
 REPLACED = ("sdpa", "flash_attention_2")  # attention implementations that ``attend_packed`` is equivalent to
 UNDERSTOOD = {"full_attention", "sliding_attention"}  # supported layer types of a config
 KERNELS = ("flash_attn", "torch", "torch_repeated", "padded")
-"""Attention kernels, the fastest first: flash-attention for variable lengths; the same in PyTorch; that with a copy of the keys and values
-for each query head; and PyTorch's usual attention on padded queries, keys and values, which works everywhere."""
+"""Attention kernels, the fastest first: flash-attention for variable lengths; the same in PyTorch; that by PyTorch's public function, with
+a copy of the keys and values for each query head; and PyTorch's usual attention on padded queries, keys and values, which works
+everywhere."""
 
 PROBE_LENGTHS = (5, 9, 3)  # tokens of the test sequences
 TOLERANCE = 1e-4  # relative, in fp32: far above rounding errors, far below the effect of attention across sequences
@@ -158,8 +159,9 @@ def attend_packed(
 
 def _attended(packing: Packing, q: Tensor, k: Tensor, v: Tensor, dropout: float, scaling: float | None, window: int | None) -> Tensor:
     """Attention [S, H, D] by the kernel of ``packing``."""
-    kernels = {"flash_attn": _by_flash_attn, "torch": _by_torch, "torch_repeated": _by_torch, "padded": _by_padding}
-    attend = kernels[packing.kernel]
+    kernels = {"flash_attn": _by_flash_attn, "torch": _by_torch, "torch_repeated": _by_torch_repeated, "padded": _by_padding}
+    # The kernels of PyTorch have no dropout.
+    attend = _by_padding if dropout and packing.kernel.startswith("torch") else kernels[packing.kernel]
     return attend(packing, q, k, v, dropout, scaling, window)
 
 
@@ -175,20 +177,34 @@ def _by_flash_attn(packing: Packing, q: Tensor, k: Tensor, v: Tensor, dropout: f
 
 
 def _by_torch(packing: Packing, q: Tensor, k: Tensor, v: Tensor, dropout: float, scaling: float | None, window: int | None) -> Tensor:
+    """The operator behind PyTorch's ``varlen_attn``, with the same arguments.
+
+    The public function is a Python operator, which takes four times as much time of the CPU per layer. In torch 2.11 it has no argument
+    for keys with fewer heads, which the operator itself accepts: autograd then keeps keys and values with their own heads.
+    """
+    left, right = _torch_window(packing, window)
+    bounds = (packing.starts, packing.starts, packing.longest, packing.longest)
+    options = {"scale": scaling, "window_size_left": left, "window_size_right": right}
+    attended: Tensor = torch.ops.aten._flash_attention_forward(q, k, v, *bounds, 0.0, left < 0, False, **options)[0]
+    return attended
+
+
+def _by_torch_repeated(
+    packing: Packing, q: Tensor, k: Tensor, v: Tensor, dropout: float, scaling: float | None, window: int | None
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    if dropout:  # this kernel has none
-        return _by_padding(packing, q, k, v, dropout, scaling, window)
-    grouped: dict[str, Any] = {}
-    if k.shape[1] != q.shape[1] and packing.kernel == "torch":  # autograd keeps keys and values with their own heads
-        grouped = {"enable_gqa": True}
-    elif k.shape[1] != q.shape[1]:
+    if k.shape[1] != q.shape[1]:
         k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for states in (k, v))
-    window_size = (-1, 0) if window is None or window >= packing.longest else (window - 1, 0)
     bounds = (packing.starts, packing.starts, packing.longest, packing.longest)
-    attended = varlen_attn(q, k, v, *bounds, scale=scaling, window_size=window_size, **grouped)
+    attended = varlen_attn(q, k, v, *bounds, scale=scaling, window_size=_torch_window(packing, window))
     assert isinstance(attended, Tensor)  # a pair only where the log-sum-exp is asked for
     return attended
+
+
+def _torch_window(packing: Packing, window: int | None) -> tuple[int, int]:
+    """The earlier tokens (-1: all) and later tokens that a token attends to."""
+    return (-1, 0) if window is None or window >= packing.longest else (window - 1, 0)
 
 
 def _by_padding(packing: Packing, q: Tensor, k: Tensor, v: Tensor, dropout: float, scaling: float | None, window: int | None) -> Tensor:
@@ -278,11 +294,12 @@ def usable_kernels(device_type: str) -> tuple[str, ...]:
     try:
         from torch.nn.attention.varlen import varlen_attn
 
-        options = set(inspect.signature(varlen_attn).parameters)
-        if {"scale", "window_size"} <= options:
-            kernels = [*(["torch"] if "enable_gqa" in options else []), "torch_repeated", "padded"]
+        if {"scale", "window_size"} <= set(inspect.signature(varlen_attn).parameters):
+            kernels.insert(0, "torch_repeated")
     except ImportError:
         pass
+    if hasattr(torch.ops.aten, "_flash_attention_forward"):
+        kernels.insert(0, "torch")
     try:
         import flash_attn  # noqa: F401
 

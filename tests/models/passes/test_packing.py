@@ -173,16 +173,23 @@ def naive(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, left: i
 @pytest.mark.parametrize("family", ["llama, two heads share keys", "gemma3, a sliding window of 4"])
 @pytest.mark.parametrize("kernel", ["torch", "torch_repeated", "flash_attn"])
 def test_kernels_get_the_sequences_the_scale_and_the_window(family: str, kernel: str, monkeypatch) -> None:
-    def of_torch(q, k, v, starts, starts_k, longest, longest_k, *, scale, window_size, enable_gqa=False):
+    def of_operator(q, k, v, starts, starts_k, longest, longest_k, dropout, causal, debug, *, scale, window_size_left, window_size_right):
+        assert torch.equal(starts, starts_k) and starts.dtype == torch.int32 and longest == longest_k == 8
+        assert dropout == 0.0 and causal == (window_size_left == -1) and not debug and window_size_right == 0
+        assert k.shape[1] < q.shape[1]  # both families have fewer heads for keys than for queries
+        return naive(q, k, v, starts, scale, window_size_left), None, None, None, None
+
+    def of_torch(q, k, v, starts, starts_k, longest, longest_k, *, scale, window_size):
         assert torch.equal(starts, starts_k) and starts.dtype == torch.int32 and longest == longest_k == 8
         assert window_size[1] == 0  # no later tokens
-        assert enable_gqa == (k.shape[1] != q.shape[1]) == (kernel == "torch")  # both families have fewer heads for keys than for queries
+        assert k.shape[1] == q.shape[1]
         return naive(q, k, v, starts, scale, window_size[0])
 
     def of_flash(q, k, v, starts, starts_k, longest, longest_k, *, dropout_p, softmax_scale, causal, window_size):
         assert causal and dropout_p == 0.0
         return naive(q, k, v, starts, softmax_scale, window_size[0])
 
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", of_operator)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", of_torch)
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=of_flash))
     model = made(FAMILIES[family](), "sdpa")
@@ -196,12 +203,9 @@ def test_the_fastest_kernel_that_is_installed_comes_first(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     assert usable_kernels("cuda") == ("torch", "torch_repeated", "padded") and usable_kernels("cpu") == ("padded",)
     usable_kernels.cache_clear()
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, k, v, scale, window_size: q)  # without shared keys
-    assert usable_kernels("cuda") == ("torch_repeated", "padded")
-    usable_kernels.cache_clear()
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, k, v, is_causal: q)  # an older kernel without windows
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, k, v, is_causal: q)  # an older function without windows
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())
-    assert usable_kernels("cuda") == ("flash_attn", "padded")
+    assert usable_kernels("cuda") == ("flash_attn", "torch", "padded")
     usable_kernels.cache_clear()
 
 
@@ -218,10 +222,10 @@ def test_a_kernel_without_correct_gradients_is_not_used(fails: str | None, monke
                 raise RuntimeError("no kernel for this head dimension")
             return gradient * 0.5
 
-    def varlen_attn(q, k, v, starts, starts_k, longest, longest_k, *, scale, window_size, enable_gqa=False):
-        return naive(q, k if fails is None else Cut.apply(k), v, starts, scale, window_size[0])
+    def operator(q, k, v, starts, starts_k, longest, longest_k, *rest, scale, window_size_left, window_size_right):
+        return (naive(q, k if fails is None else Cut.apply(k), v, starts, scale, window_size_left),)
 
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", operator)
     monkeypatch.setattr(packing, "usable_kernels", lambda device: ("torch", "padded"))
     decoder = transformers.AutoModel.from_config(FAMILIES["llama, two heads share keys"](), attn_implementation="sdpa")
     with torch.inference_mode():  # the first use is often a pass that only measures
