@@ -25,7 +25,7 @@ from stages.models.adapters.attaching import add_adapter, source_of
 from stages.models.adapters.saved import base_of
 from stages.models.classifiers.inputs import ended
 from stages.registry.references import ResolvedModel
-from stages.sampling.support import no_cache, plain_model, weight_of
+from stages.sampling.support import has_int8_layers, no_cache, plain_model, weight_of
 from stages.tokens.positions import readable_length
 
 if TYPE_CHECKING:
@@ -132,8 +132,8 @@ def _check_adapter(
     _compare(outputs, expected, SAME[dtype], scale, "read again and put on its base")
     if saved.base is None or _size_of(model) > CHECKED_WEIGHTS:
         return
-    is_int8 = any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
-    _compare(reload(saved), expected, max(ROUNDED[dtype], ROUNDED_INT8 if is_int8 else 0.0), scale, "merged into its base")
+    tolerance = max(ROUNDED[dtype], ROUNDED_INT8 if has_int8_layers(model) else 0.0)
+    _compare(reload(saved), expected, tolerance, scale, "merged into its base")
 
 
 # Full weights

@@ -25,6 +25,7 @@ from torch import Tensor
 from stages.errors import is_out_of_memory
 from stages.kernels.token_budget import GRAPH_COLUMNS, KEPT_SHARE
 from stages.sampling.slots import Slots
+from stages.sampling.support import has_int8_layers
 
 if TYPE_CHECKING:
     from stages.model_types import TransformersModel
@@ -284,9 +285,7 @@ def garbage_kept() -> Iterator[None]:
 
 def can_record(model: TransformersModel) -> bool:
     """Whether the steps of ``model`` may be recordable: it is on a GPU and has no layer that is known to prevent recording."""
-    # LLM.int8 searches for outliers on the GPU and makes the CPU wait for the result.
-    waits = any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
-    return next(model.parameters()).device.type == "cuda" and not waits
+    return next(model.parameters()).device.type == "cuda" and not has_int8_layers(model)
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:

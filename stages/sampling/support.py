@@ -119,6 +119,11 @@ def plain_model(model: nn.Module) -> nn.Module:
     return cast("PeftModel", model).get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def has_int8_layers(model: nn.Module) -> bool:
+    """Whether ``model`` has layers in int8 (LLM.int8). Their products search for outliers on the GPU, and the CPU waits for the result."""
+    return any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
+
+
 def weight_of(layer: nn.Module) -> Tensor:
     """The weight of a layer such as an embedding or an output layer."""
     weight = layer.weight

@@ -24,6 +24,7 @@ from stages.errors import is_out_of_memory
 from stages.kernels.casts import cast_with_gradient, keeps_casts
 from stages.models.sharding import blocks_of, gathers_in_passes
 from stages.process.console import announce
+from stages.sampling.support import has_int8_layers
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ class LayerCompiler:
             return f"{self._distributed} gathers their weights in each pass"
         if gathers_in_passes(model):
             return "their weights are sharded over the processes (FSDP)"
-        if any(type(module).__name__ == "Linear8bitLt" for layer in layers for module in layer.modules()):
+        if any(map(has_int8_layers, layers)):
             return "int8 products divide each layer into many small graphs"
         if not layers and not any(map(self._compiles, blocks_of(model))):
             return "the model has no layers of one class"
