@@ -37,6 +37,8 @@ class PassTooLarge(TrainingError):
 
 
 FIRST_TOKENS = 2_048  # budget of a training pass on a GPU before memory is measured
+SIZES_APART = 1.5
+LEAST_SLOPE = 0.25
 STEP_TOKENS = 1_024  # budgets are multiples of this, so that equal machines get equal budgets
 
 
@@ -62,8 +64,15 @@ class PassBudget:
         self._last_attempt = LastAttempt(what, advice)
 
     def groups(self, order: Sequence[int], lengths: Sequence[int], *, packed: bool = False) -> list[list[int]]:
-        """Divide the sequences of ``order`` into passes. ``lengths``: tokens of all sequences, indexed by the entries of ``order``."""
-        return token_budget_batches(order, lengths, rows=self.rows, device_type=self.device.type, tokens=self.tokens, packed=packed)
+        """Divide the sequences of ``order`` into passes. ``lengths``: tokens of all sequences, indexed by the entries of ``order``.
+
+        While memory is measured, the last pass is divided again: passes of two sizes show what does not depend on the number of tokens.
+        """
+        made = token_budget_batches(order, lengths, rows=self.rows, device_type=self.device.type, tokens=self.tokens, packed=packed)
+        if self.measures and len(made) > 2 and len(made[-1]) > 1:
+            last = made.pop()
+            made += [last[: len(last) // 2], last[len(last) // 2 :]]
+        return made
 
     def rows_for(self, number: int, length: int) -> int:
         """Number of sequences per pass, for ``number`` sequences of ``length`` tokens."""
@@ -95,16 +104,15 @@ class PassBudget:
             return
         self.measures = False
         # The first pass also creates gradients and casts that stay in memory, so it is ignored if there is a second one.
-        counted = self._taken[1:] or self._taken
-        per_token = max(taken / tokens for tokens, taken in counted)
+        per_token, fixed = memory_of_passes(self._taken[1:] or self._taken)
         room = GPU_SHARE * max(0, (free or free_gpu_memory)() - pending)
-        fitting = room / per_token if per_token > 0 else GPU_TOKENS
+        fitting = max(0.0, room - fixed) / per_token if per_token > 0 else GPU_TOKENS
         tokens = min(GPU_TOKENS, max(STEP_TOKENS, int(fitting) // STEP_TOKENS * STEP_TOKENS))
         if self.retreats:
             tokens = min(tokens, int(self.tokens))
         tokens = int(min(tokens, self._most))
         self.tokens = tokens if agree is None else agree(tokens)
-        size = f"{per_token / 2**10:.1f} KiB each, {room / GPU_SHARE / 2**30:.1f} GiB free"
+        size = f"{per_token / 2**10:.1f} KiB each and {fixed / 2**20:.0f} MiB per pass, {room / GPU_SHARE / 2**30:.1f} GiB free"
         line = f"{self.what}: up to {self.tokens} tokens in a pass ({size})"
         logger.info("%s", line)
         announce(("tokens", self.what), line)
@@ -179,6 +187,22 @@ class PassBudget:
                 continue
             self.release()
             waiting = self.groups([row for group in waiting for row in group], lengths, packed=packed)
+
+
+def memory_of_passes(taken: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    """(bytes per token, bytes of every pass) of measured passes (tokens, bytes).
+
+    A pass also takes memory that does not grow with it: chunks of logits, the gradient of the output matrix, dequantized weights. It is
+    known from two sizes, of which one is at least SIZES_APART times the other. Otherwise everything counts as memory of the tokens. No
+    measured pass takes more than the result says, and tokens count at least LEAST_SLOPE of that.
+    """
+    tokens, size = max(taken)
+    per_token = max(each / number for number, each in taken)
+    smaller = [(number, each) for number, each in taken if number * SIZES_APART <= tokens]
+    if smaller:
+        fewer, less = min(smaller, key=lambda one: one[1])
+        per_token = min(per_token, max((size - less) / (tokens - fewer), LEAST_SLOPE * per_token))
+    return per_token, max(0.0, *(each - per_token * number for number, each in taken))
 
 
 def each_group_together(

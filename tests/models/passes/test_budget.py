@@ -11,7 +11,7 @@ import torch
 
 from stages.errors import MemoryExhausted
 from stages.models.passes import budget as module
-from stages.models.passes.budget import PassBudget, PassTooLarge, each_group, refuse_alone
+from stages.models.passes.budget import PassBudget, PassTooLarge, each_group, memory_of_passes, refuse_alone
 from stages.process.console import announcing
 from stages.process.gpus import Peak
 from stages.sampling import workspace
@@ -56,8 +56,10 @@ def test_on_a_gpu_a_number_is_a_number_of_rows_of_any_length() -> None:
 def test_on_a_gpu_auto_begins_small_and_then_fills_the_free_memory(gpu, caplog) -> None:
     caplog.set_level(logging.INFO)
     budget = PassBudget("update", "cuda", "auto", rows=16, trains=True)
-    assert [len(group) for group in budget.groups(range(20), [256] * 20)] == [7, 7, 6]  # at most 8 of 256 tokens: 2,048
-    assert [len(group) for group in budget.groups(range(20), [256] * 20, packed=True)] == [7, 7, 6]
+    # At most 8 of 256 tokens: 2,048. The last of the three passes is divided again.
+    assert [len(group) for group in budget.groups(range(20), [256] * 20)] == [7, 7, 3, 3]
+    assert [len(group) for group in budget.groups(range(20), [256] * 20, packed=True)] == [7, 7, 3, 3]
+    assert [len(group) for group in budget.groups(range(16), [256] * 16)] == [8, 8]  # the second pass is needed at full size
     run(budget, gpu, 2_000, fixed=9_000 * MIB)  # the gradients, which stay
     run(budget, gpu, 1_500)
     run(budget, gpu, 2_000)
@@ -66,10 +68,28 @@ def test_on_a_gpu_auto_begins_small_and_then_fills_the_free_memory(gpu, caplog) 
         budget.settle(3_000 * MIB, free=lambda: 13_000 * MIB)  # the optimizer moments do not exist yet
     assert budget.tokens == 8 * 1024  # 0.85 * 10,000 = 8,500 tokens of a MiB, rounded down to a multiple of 1,024
     assert budget.rows is None and budget.largest == 2_000
-    assert said == ["update: up to 8192 tokens in a pass (1024.0 KiB each, 9.8 GiB free)"] and said[0] in caplog.text
+    assert said == ["update: up to 8192 tokens in a pass (1024.0 KiB each and 0 MiB per pass, 9.8 GiB free)"] and said[0] in caplog.text
     run(budget, gpu, 8_000)
     budget.settle(0, free=lambda: 10**15)
     assert budget.tokens == 8 * 1024  # only once in a run
+
+
+def test_memory_that_every_pass_takes_does_not_count_per_token(gpu) -> None:
+    budget = PassBudget("update", "cuda", "auto", rows=16, trains=True)
+    run(budget, gpu, 2_000, fixed=9_000 * MIB)
+    for tokens in (2_000, 2_000, 1_000, 900):
+        run(budget, gpu, tokens, fixed=2_500 * MIB)
+    budget.settle(0, free=lambda: 20_000 * MIB)
+    # 0.85 * 20,000 - 2,500 = 14,500 tokens of a MiB. As memory of 900 tokens, 3,400 MiB would be 3.8 MiB each: 4,500 tokens.
+    assert budget.tokens == 14 * 1024
+
+
+def test_memory_of_passes() -> None:
+    assert memory_of_passes([(1_000, 4_000)]) == (4.0, 0.0)
+    assert memory_of_passes([(1_000, 4_000), (750, 3_750)]) == (5.0, 0.0)  # too similar to tell
+    assert memory_of_passes([(1_000, 4_000), (500, 3_000)]) == (2.0, 2_000.0)
+    assert memory_of_passes([(1_000, 3_000), (500, 3_000)]) == (1.5, 2_250.0)  # a quarter of 6 per token: 500 * 1.5 + 2,250 = 3,000
+    assert memory_of_passes([(1_000, 2_000), (500, 900)]) == (2.0, 0.0)  # a steeper line than through 0
 
 
 def test_a_resumed_run_has_the_passes_of_the_checkpoint(gpu) -> None:
