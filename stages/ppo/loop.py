@@ -77,6 +77,7 @@ class PPORun:
         check_prompts(config, context)
         check_reachable(config.generation)
         check_overlap(config, runtime.device.type)
+        self.matmul_peak = measure_peak(dtype, runtime.device)
         self.roles = roles = load_roles(config, context)
         runtime.say_model(f"{config.name}: policy", roles.policy.model, dtype)
         build = partial(
@@ -126,7 +127,6 @@ class PPORun:
         )
         is_recomputed = recomputes_logprobs(roles, config) or config.generation.vllm is not None
         self.health = Health(config.health, is_half=dtype != torch.float32, is_recomputed=is_recomputed)
-        self.matmul_peak = measure_peak(dtype, runtime.device)
         self.state = RunState(kl_coef=config.kl.coef)
         self._said_cuts: set[str] = set()
         self.served: ServedRollouts | None = None  # None: the local sampler
