@@ -48,7 +48,7 @@ from stages.ppo.rollout.rollout import Rollout, joined
 from stages.ppo.rollout.sampling import ServedRollouts, check_overlap
 from stages.ppo.update.optimizers import WeightAverage, learning_rate_factor, make_optimizer
 from stages.ppo.update.updater import UpdateProgress, Updater, UpdateResult
-from stages.process.gpus import measured_gpu_memory
+from stages.process.gpus import measured_gpu_memory, raise_torch_peak
 from stages.rewards.building import build_reward
 from stages.rl.kl import AdaptiveKLController, FixedKLController
 from stages.sampling.generation import episode_seed
@@ -64,7 +64,9 @@ def run(config: PPOStepConfig, context: StepContext) -> StepResult:
     ppo.resume()
     with ppo.sampling():
         ppo.iterate()
-    return ppo.publish()
+    result = ppo.publish()
+    raise_torch_peak()
+    return result
 
 
 class PPORun:

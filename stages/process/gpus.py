@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DEVICE_FILES = Path("/dev")  # has nvidia0 if there is a GPU
 _largest = 0  # bytes; maximum over all phases, because each phase resets the counter
+PIECE = 64 << 20  # bytes that ``raise_torch_peak`` takes at a time
 _open: list[Peak] = []  # the measurements in progress
 
 
@@ -173,6 +174,22 @@ def _take_peak(torch: ModuleType) -> None:
     for peak in _open:
         peak.total = max(peak.total, allocated)
     torch.cuda.reset_peak_memory_stats()
+
+
+def raise_torch_peak() -> None:
+    """Let ``torch.cuda.max_memory_allocated`` return the peak of the complete run again, for other programs in this process.
+
+    Measurements of parts of a run reset PyTorch's counter, and it has no function that sets it. So this takes as much memory as the run did
+    at its peak, without writing to it, and frees it immediately. It comes in small pieces, which fit into the blocks that PyTorch's
+    allocator kept. Does nothing without a GPU, or if the counter already has the peak.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available() or torch.cuda.max_memory_allocated() >= _largest:
+        return
+    pieces = []
+    with suppress(torch.OutOfMemoryError):  # another process has taken the memory
+        while (missing := _largest - torch.cuda.memory_allocated()) > 0:
+            pieces.append(torch.empty(min(missing, PIECE), dtype=torch.uint8, device="cuda"))
 
 
 def free_gpu_memory() -> int:

@@ -174,6 +174,30 @@ def test_each_phase_has_its_own_memory_peak_and_the_run_the_largest(monkeypatch)
     assert gpus.peak_gpu_memory() == 5 * GIB
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_after_a_run_the_counter_of_torch_has_the_peak_of_the_run(fits: bool, monkeypatch) -> None:
+    monkeypatch.setattr(gpus, "_largest", 0)
+    cuda, taken = Cuda(monkeypatch), list[int]()
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: GIB + sum(taken))
+
+    def empty(size: int, **_: Any) -> object:
+        if not fits:
+            raise torch.OutOfMemoryError("another process has it")
+        taken.append(size)
+        cuda.peak = max(cuda.peak, GIB + sum(taken))
+        return object()
+
+    with gpus.measured_gpu_memory({}, "update"):
+        cuda.peak = 5 * GIB
+    cuda.peak = GIB
+    monkeypatch.setattr(torch, "empty", empty)
+    gpus.raise_torch_peak()
+    assert torch.cuda.max_memory_allocated() == (5 * GIB if fits else GIB) and gpus.peak_gpu_memory() == 5 * GIB
+    assert max(taken, default=0) <= gpus.PIECE
+    gpus.raise_torch_peak()  # nothing is missing any more
+    assert sum(taken) == (4 * GIB if fits else 0)
+
+
 def test_without_a_gpu_there_is_no_gpu_memory(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     peaks: dict[str, Any] = {}
