@@ -24,6 +24,7 @@ from stages.kernels.casts import kept_casts
 from stages.models.passes.likelihood import measure_likelihood
 from stages.models.passes.packing import packing_kernel
 from stages.models.passes.responses import Policy, sequence_batch
+from stages.ppo import loop
 from stages.process.console import announcing
 from stages.process.gpus import own_peak
 from stages.recipe.schema import load_recipe
@@ -170,6 +171,23 @@ def training_waits(model: str) -> dict[str, Any]:
             with waits_by_place(lambda functions: "train" in functions and "_save_checkpoint" not in functions) as places:
                 run_step(step, Path(folder))
         made[stage] = dict(places)
+    return made
+
+
+def update_waits(model: str) -> dict[str, Any]:
+    """By precision, the waits of the minibatches of PPO: two iterations of two, each with several passes of policy and value network."""
+    made = {}
+    loop.measure_peak = lambda dtype, device: 1e12  # a CPU takes minutes for a large product in fp16
+    for precision in ("bf16", "fp16"):
+        with tempfile.TemporaryDirectory() as folder:
+            data = Path(folder) / "prompts.jsonl"
+            data.write_text("".join(json.dumps({"prompt": f"film {row}"}) + "\n" for row in range(16)))
+            sizes = {"total_episodes": 16, "rollout_batch_size": 8, "minibatch_size": 4, "microbatch_size": 1, "ppo_epochs": 1}
+            step = {"stage": "ppo", "name": "step", "policy": model, "value": "policy", "data": str(data), "precision": precision, **sizes}
+            more = {"training": {"learning_rate": 1e-5, "max_grad_norm": 1.0}, "generation": {"max_new_tokens": 8}}
+            with waits_by_place(lambda functions: "minibatch" in functions) as places:
+                run_step({**step, "reward": [JUDGE | {"model": model}], **more}, Path(folder))
+        made[precision] = dict(places)
     return made
 
 
@@ -338,6 +356,7 @@ if __name__ == "__main__":
         "grown": decoded_in_a_growing_cache(),
         "pass": pass_with_gradients(),
         "training": training_waits(sys.argv[1]),
+        "updates": update_waits(sys.argv[1]),
         "decoding": decoding_waits(),
         "likelihood": likelihood_waits(),
         "evaluation": evaluation_waits(sys.argv[1]),

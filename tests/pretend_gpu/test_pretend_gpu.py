@@ -80,6 +80,13 @@ def test_the_libraries_read_neither_masks_nor_metrics_in_a_pass(results, stage: 
     assert sum(others.values()) == 4 * in_each_pass, others
 
 
+@pytest.mark.parametrize(("precision", "reads"), [("bf16", {"totals.py": 4}), ("fp16", {"totals.py": 4, "loss_scale.py": 4})])
+def test_an_update_of_ppo_reads_one_tensor_per_optimizer_step_and_in_fp16_another(results, precision: str, reads: dict[str, int]) -> None:
+    """Four optimizer steps, of eight passes each. In fp16, the second tensor says whether gradients have overflowed."""
+    waits = results["updates"][precision]
+    assert {line.split(":")[0].rpartition("/")[2]: number for line, number in waits.items()} == reads
+
+
 def test_decoding_waits_once_in_eight_steps(results) -> None:
     """32 tokens more, in two batches after another, are 64 steps."""
     assert 0 < results["decoding"]["48"] - results["decoding"]["16"] <= 64 / 8
