@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeGuard
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -56,20 +57,45 @@ def activate(model: PeftModel, names: Sequence[str], *, trainable: Sequence[str]
     """Make exactly ``names`` (lowest first) the active adapters; an empty list selects the bare base.
 
     ``trainable``: the adapters to train (None: unchanged). If several adapters contain a copy of one module, the highest one is used.
+
+    PPO calls this several times per pass. So it changes the two attributes of each layer that decide, instead of calling peft's methods:
+    those also make exactly the active adapters trainable, while here several roles train, of which only one is active at a time.
     """
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    for layer in model.modules():
-        if is_adapter_layer(layer):
-            layer.enable_adapters(bool(names))
-            if names:
-                layer.set_adapter(list(names))
-    for wrapper in wrappers_of(model):
+    layers, wrappers = _switched(model, again=trainable is not None)
+    for layer in layers:
+        layer._disable_adapters = not names
+        if names:
+            layer._active_adapter = list(names)
+    flags = [(parameter, parameter.requires_grad) for wrapper in wrappers for parameter in wrapper.parameters()]
+    for wrapper in wrappers:
         _activate_copies(wrapper, names)
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
     setattr(model, ACTIVE, tuple(names))
-    # peft makes exactly the active adapters trainable; here several roles train, but only one of them is active at a time.
+    if trainable is None:
+        return
     for name, parameter in model.named_parameters():
         of = next((adapter for adapter in model.peft_config if is_part_of(name, adapter)), None)
-        parameter.requires_grad_(of in trainable if trainable is not None and of is not None else flags[name])
+        if of is not None:
+            parameter.requires_grad_(of in trainable)
+
+
+_switchable: WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], list[BaseTunerLayer], list[AuxiliaryTrainingWrapper]]] = (
+    WeakKeyDictionary()
+)  # by model: names of its adapters, and the parts that ``activate`` switches
+
+
+def _switched(model: PeftModel, *, again: bool) -> tuple[list[BaseTunerLayer], list[AuxiliaryTrainingWrapper]]:
+    """The layers with low-rank updates, and the modules with copies. The search takes milliseconds, so its result is kept.
+
+    ``again``: search again, because adapters may have been added or removed.
+    """
+    names, layers, wrappers = _switchable.get(model, ((), [], []))
+    if again or names != tuple(model.peft_config):
+        names = tuple(model.peft_config)
+        layers, wrappers = [module for module in model.modules() if is_adapter_layer(module)], wrappers_of(model)
+        _switchable[model] = names, layers, wrappers
+    return layers, wrappers
 
 
 def _activate_copies(wrapper: AuxiliaryTrainingWrapper, names: Sequence[str]) -> None:
@@ -133,6 +159,7 @@ def remove_adapter(model: PeftModel, name: str) -> None:
     """Remove an adapter from a PeftModel that has others. One of the others becomes active."""
     activate(model, [other for other in model.peft_config if other != name][-1:])  # peft deletes an adapter only if at most one is active
     model.delete_adapter(name)
+    _switchable.pop(model, None)
 
 
 @contextmanager
