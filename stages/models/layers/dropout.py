@@ -6,6 +6,9 @@ names do not change, so the saved model is the same.
 
 from __future__ import annotations
 
+import inspect
+import re
+from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
 BRANCHES = ("self_attn", "self_attention", "attn", "attention", "mlp", "feed_forward", "ffn", "fc2")
 RESIDUAL = "residual_dropout"  # attribute of a branch: its dropout probability
+WITHOUT_DROPOUT = "without_config_dropout"  # attribute of a module: its config's dropout probabilities are 0 during its pass
 
 
 def set_residual_dropout(model: TransformersModel, probability: float) -> int:
@@ -52,6 +56,8 @@ def has_dropout(model: nn.Module) -> bool:
             return True
         if any(getattr(module, name) > 0 for name in _probabilities(module)) or _has_jitter(module):
             return True
+        if _read_from_config(module) and not hasattr(module, WITHOUT_DROPOUT):
+            return True
     return False
 
 
@@ -83,6 +89,8 @@ def disable_dropout(model: nn.Module) -> None:
             module.p = 0.0
         for name in _probabilities(module):
             setattr(module, name, 0.0)
+        if (names := _read_from_config(module)) and not hasattr(module, WITHOUT_DROPOUT):
+            _zero_during_pass(module, names)
         if _has_jitter(module):
             kind: Any = type(module)
             module.__class__ = _always_evaluating(kind)
@@ -92,6 +100,45 @@ def disable_dropout(model: nn.Module) -> None:
 def _probabilities(module: nn.Module) -> list[str]:
     """Names of the module's dropout probabilities. Attention modules pass such a float to scaled_dot_product_attention."""
     return [name for name, value in vars(module).items() if ("dropout" in name or name == "layerdrop") and isinstance(value, float)]
+
+
+def _read_from_config(module: nn.Module) -> list[str]:
+    """Names of dropout probabilities above 0 that a module reads from its config in every pass (Falcon, Persimmon)."""
+    kind: Any = type(module)  # Any, because mypy takes classes of modules for unhashable
+    config = getattr(module, "config", None)
+    return [name for name in _config_fields(kind) if isinstance(value := getattr(config, name, None), float) and value > 0]
+
+
+@cache
+def _config_fields(kind: type[nn.Module]) -> tuple[str, ...]:
+    """The dropout fields of the config that methods of a module class read, by their source; those that only ``__init__`` reads not."""
+    names: set[str] = set()
+    for one in kind.__mro__:
+        if one is nn.Module:
+            break
+        for name, method in vars(one).items():
+            if name != "__init__" and inspect.isfunction(method):
+                with suppress(OSError, TypeError):  # a class that was made at run time has no source
+                    names |= set(re.findall(r"\bself\.config\.(\w*drop\w*)", inspect.getsource(inspect.unwrap(method))))
+    return tuple(sorted(names))
+
+
+def _zero_during_pass(module: nn.Module, names: list[str]) -> None:
+    """Make the config's fields ``names`` 0 during each pass of ``module``. Outside, and in the saved config, they keep their values."""
+    kept: list[dict[str, float]] = []  # a stack, because gradient checkpointing repeats passes
+
+    def before(module: nn.Module, *_: object) -> None:
+        kept.append({name: getattr(module.config, name) for name in names})
+        for name in names:
+            setattr(module.config, name, 0.0)
+
+    def after(module: nn.Module, *_: object) -> None:
+        for name, value in kept.pop().items():
+            setattr(module.config, name, value)
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after, always_call=True)
+    setattr(module, WITHOUT_DROPOUT, True)
 
 
 def _has_jitter(module: nn.Module) -> bool:

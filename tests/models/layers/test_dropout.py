@@ -119,3 +119,23 @@ def test_routers_and_dropped_layers_are_not_random_without_dropout() -> None:
         for _ in range(2):
             torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, plain)
         assert model.training and config.to_dict() == model.config.to_dict()
+
+
+@pytest.mark.parametrize("family", ["falcon", "persimmon"])
+def test_dropout_that_a_pass_reads_from_its_config_is_disabled(family: str, tmp_path) -> None:
+    import transformers
+
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = transformers.CONFIG_MAPPING[family](**sizes, hidden_dropout=0.3, attention_dropout=0.3)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    ids = torch.arange(20)[None]
+    assert has_dropout(model) and not torch.equal(model.train()(input_ids=ids).logits, model(input_ids=ids).logits)
+    disable_dropout(model)
+    expected = model.eval()(input_ids=ids).logits
+    model.train().gradient_checkpointing_enable()
+    logits = model(input_ids=ids).logits
+    logits.sum().backward()  # the recomputation compares its shapes with those of the first pass
+    assert not has_dropout(model)
+    torch.testing.assert_close(logits, expected)
+    assert (model.config.hidden_dropout, model.config.attention_dropout) == (0.3, 0.3), "the saved config is the same"
