@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
@@ -13,6 +14,7 @@ from typing import Generic, TypeVar
 from stages.corpora.conversations.messages import Prompt
 from stages.process.remote import JsonClient
 from stages.rewards.details import NOTHING, Details
+from stages.rewards.source import RewardSource
 
 Question = TypeVar("Question")
 Answer = TypeVar("Answer")
@@ -113,22 +115,20 @@ class Requests(Generic[Question, Answer]):
             self._asking, self._since = self._asking + change, now
 
 
-class RemoteSource(Generic[Question, Answer]):
+class RemoteSource(RewardSource, Generic[Question, Answer]):
     """Base class of reward sources behind a server: ``begin`` sends requests in the background, and ``judge`` collects the answers."""
-
-    name: str
 
     def __init__(self, client: JsonClient, *, batch_size: int, concurrency: int) -> None:
         self._client, self._batch_size, self._concurrency = client, batch_size, concurrency
         self._requests: Requests[Question, Answer] | None = None
 
+    @abstractmethod
     def begin(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> None:
         """Request the scores of these completions and return immediately. A later ``judge`` collects the answers and raises the errors."""
-        raise NotImplementedError
 
+    @abstractmethod
     def ask(self, batch: list[tuple[str, Question]]) -> Sequence[Answer]:
         """Send a batch of (key, question) to the server and return the answers. Runs in a background thread. Raises GaveUp or Refused."""
-        raise NotImplementedError
 
     def seconds_under_way(self) -> float:
         """Seconds during which at least one request for the next ``judge`` was in progress."""

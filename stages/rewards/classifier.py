@@ -25,6 +25,7 @@ from stages.registry.references import ResolvedModel
 from stages.rewards.batching import similar_length_batches
 from stages.rewards.config import RewardInput
 from stages.rewards.details import NOTHING, Details, Judgement
+from stages.rewards.source import RewardSource
 from stages.rewards.texts import full_text
 from stages.tokens.positions import readable_length
 
@@ -51,7 +52,7 @@ def label_output(logits: Tensor, label: int, kind: Kind, output: Literal["logit"
     return logprobs[:, label].exp() if output == "probability" else logprobs[:, label]
 
 
-class ClassifierSource:
+class ClassifierSource(RewardSource):
     """Scores texts by the output for one label.
 
     If a text is too long for the classifier, its beginning is cut: first the prompt, and then the completion.
@@ -73,10 +74,6 @@ class ClassifierSource:
         self.max_length = readable_length(self.model.config, self.tokenizer)
         self._arguments = arguments_of(self.model)
         self._padding = padding_of(self.model, self.tokenizer)
-
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Tensor:
-        """The scores [N] of ``judge``."""
-        return self.judge(prompts, completions, details).scores
 
     @torch.no_grad()
     def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:

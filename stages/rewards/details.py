@@ -49,7 +49,7 @@ class Judgement:
     ``scores`` [N] fp32: NaN where the source does not apply. ``spans``: the positions in the texts that the scores belong to; None if the
     source has only one score per text. ``cut`` [N] bool: the text was too long and was cut. ``completion_cut`` [N] bool: a part of the
     completion was cut, too. Both are None for a source that reads texts of any length. ``measured``: further measurements [N] by name,
-    such as tokens and cost.
+    such as tokens and cost. ``parts``: further values [N] by metric name: the scores of an ensemble's members and their variance.
     """
 
     scores: Tensor
@@ -57,6 +57,7 @@ class Judgement:
     cut: Tensor | None = None
     completion_cut: Tensor | None = None
     measured: dict[str, Tensor] = field(default_factory=dict)
+    parts: dict[str, Tensor] = field(default_factory=dict)
 
     def notes(self, name: str) -> dict[str, Tensor]:
         """The measurements other than the scores, [N] each, by metric name (``scoring/<name>_...``)."""

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from torch import Tensor
 
 from stages.corpora.conversations.messages import Prompt, transcript
 from stages.errors import TrainingError
@@ -75,10 +74,6 @@ class EndpointSource(RemoteSource[Item, float]):
             sleep=sleep,
         )
         super().__init__(client, batch_size=source.batch_size, concurrency=source.concurrency)
-
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Tensor:
-        """The scores [N] of ``judge``."""
-        return self.judge(prompts, completions, details).scores
 
     def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
         """One score per completion [N].

@@ -23,8 +23,9 @@ from torch import Tensor
 from stages.corpora.conversations.messages import Prompt, transcript
 from stages.errors import TrainingError
 from stages.json_types import JsonObject
-from stages.rewards.details import NOTHING, Details, Judgement, Spans, checked
+from stages.rewards.details import NOTHING, Details, Judgement, checked
 from stages.rewards.signature import GIVEN, Signature, load_function, signature_of
+from stages.rewards.source import RewardSource
 from stages.rewards.texts import conversation
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class _Worker:
             raise Hung from None
 
 
-class FunctionSource:
+class FunctionSource(RewardSource):
     """Calls a function with the arguments that its signature names.
 
     ``timeout``: in seconds; None: no limit. ``retries``: further attempts after an exception or a time-out, with a growing wait between
@@ -85,10 +86,6 @@ class FunctionSource:
         self.function = load_function(address)
         self.signature: Signature = signature_of(self.function, address)
         self._worker: _Worker | None = None
-
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Tensor:
-        """The scores [N] of ``judge``."""
-        return self.judge(prompts, completions, details).scores
 
     def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
         """One score per completion [N]; NaN where the function returned None.
@@ -169,10 +166,6 @@ class SpanFunctionSource(FunctionSource):
         spans = self._spans(prompts, completions, details)
         scores = torch.tensor([math.nan if row is None else float(sum(score for _, score in row)) for row in spans])
         return Judgement(scores, spans=[row or [] for row in spans])
-
-    def score_spans(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Spans:
-        """The spans of every completion; an empty list where the function returned None."""
-        return [row or [] for row in self._spans(prompts, completions, NOTHING)]
 
     def _spans(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details) -> list[list[tuple[int, float]] | None]:
         """The spans of every completion, or None.

@@ -23,6 +23,7 @@ from stages.registry.references import ResolvedModel
 from stages.rewards.batching import similar_length_batches
 from stages.rewards.config import RewardInput
 from stages.rewards.details import NOTHING, Details, Judgement
+from stages.rewards.source import RewardSource
 from stages.tokens.positions import readable_length
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def load_generative(source: RewardInput, model: ResolvedModel, *, device: torch.
     return GenerativeSource(source.shown_name, made, tokenizer, asked, batch_size=source.batch_size, max_length=longest, ref=model.ref)
 
 
-class GenerativeSource:
+class GenerativeSource(RewardSource):
     """Scores completions by the log-odds of two answers to a question about prompt and completion: log P(first) - log P(second).
 
     The question is formatted by the model's chat template if there is one. If the text is too long, the beginning of the prompt is cut
@@ -80,10 +81,6 @@ class GenerativeSource:
             raise ModelError(
                 f"{ref!r} cannot distinguish the answers {self.asked.answers[0]!r} and {self.asked.answers[1]!r}: their tokens are equal"
             )
-
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Tensor:
-        """The scores [N] of ``judge``."""
-        return self.judge(prompts, completions, details).scores
 
     @torch.no_grad()
     def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:

@@ -64,7 +64,7 @@ def load_source(
     return kind(source, RewardModel.from_pretrained(model, dtype=dtype).to(device).requires_grad_(False))
 
 
-class RewardModelSource:
+class RewardModelSource(RewardSource):
     """The scalar that a reward model predicts at the end token after prompt and completion, including its bias."""
 
     def __init__(self, source: RewardInput, model: RewardModel) -> None:
@@ -72,10 +72,6 @@ class RewardModelSource:
         assert model.tokenizer is not None
         self.tokenizer: PreTrainedTokenizerBase = model.tokenizer
         self.max_length = readable_length(self.model.config, self.tokenizer)
-
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Tensor:
-        """The scores [N] of ``judge``."""
-        return self.judge(prompts, completions, details).scores
 
     @torch.no_grad()
     def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
@@ -129,15 +125,12 @@ class RewardModelSpans(RewardModelSource):
         totals = torch.tensor([sum(score for _, score in row) for row in spans])
         return Judgement(totals, spans, cut=cut, completion_cut=completion_cut)
 
-    def score_spans(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Spans:
+    @torch.no_grad()
+    def _spans(self, prompts: Sequence[Prompt], completions: Sequence[str], encoded: Sequence[tuple[list[int], int]]) -> Spans:
         """For each completion a list of (character position of a token's first character, score of the token).
 
         The score of the first token includes the score of the prompt.
         """
-        return self._spans(prompts, completions, self._encode(prompts, completions))
-
-    @torch.no_grad()
-    def _spans(self, prompts: Sequence[Prompt], completions: Sequence[str], encoded: Sequence[tuple[list[int], int]]) -> Spans:
         spans: Spans = [[] for _ in completions]
         device = next(self.model.parameters()).device
         rows = [self._kept(ids) for ids, _ in encoded]

@@ -89,10 +89,6 @@ class RubricSource(RemoteSource[ChatRequest, Grade]):
         )
         super().__init__(client, batch_size=1, concurrency=source.judge.concurrency)
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Tensor:
-        """The scores [N] of ``judge``."""
-        return self.judge(prompts, completions, details).scores
-
     def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
         """Grades [N]; NaN where no reply had a grade.
 

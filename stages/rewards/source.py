@@ -9,9 +9,9 @@ an infinite score, or a NaN that a source computed raises TrainingError.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,25 +22,19 @@ from stages.rewards.details import NOTHING, Details, Judgement, Spans, applies, 
 from stages.rl.combining import Combine, combine_scores
 
 
-class RewardSource(Protocol):
-    """Anything that scores completions."""
+class RewardSource(ABC):
+    """Anything that scores completions. ``may_abstain``: whether it may have no score (NaN) for a completion."""
 
     name: str
+    may_abstain = False
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
-        """Scores [N] fp32 on the CPU, one per completion."""
-        ...
-
-
-@runtime_checkable
-class JudgingSource(Protocol):
-    """A source that reads more than the texts, or returns more than scores."""
-
-    name: str
-
+    @abstractmethod
     def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
-        """Scores [N], their spans, and which texts were cut (see ``Judgement``)."""
-        ...
+        """Scores [N] fp32, their spans, and which texts were cut (see ``Judgement``)."""
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Tensor:
+        """The scores [N] of ``judge``."""
+        return self.judge(prompts, completions, details).scores
 
 
 def judge(source: RewardSource, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
@@ -49,14 +43,11 @@ def judge(source: RewardSource, prompts: Sequence[Prompt], completions: Sequence
     NaN is allowed only for a source with ``may_abstain``. Raises TrainingError for any other score that is not finite, and if the number
     of scores differs from the number of completions.
     """
-    if isinstance(source, JudgingSource):
-        judgement = source.judge(prompts, completions, details)
-    else:
-        judgement = Judgement(source.score(prompts, completions))
+    judgement = source.judge(prompts, completions, details)
     scores = torch.as_tensor(judgement.scores, dtype=torch.float32).cpu()
-    present = applies(scores) if getattr(source, "may_abstain", False) else torch.ones_like(scores, dtype=torch.bool)
+    present = applies(scores) if source.may_abstain else torch.ones_like(scores, dtype=torch.bool)
     checked(torch.where(present, scores, 0.0), source.name, completions)
-    return Judgement(scores, judgement.spans, judgement.cut, judgement.completion_cut, judgement.measured)
+    return replace(judgement, scores=scores)
 
 
 @dataclass(frozen=True)
@@ -74,7 +65,7 @@ class Scores:
     spans: Spans | None = None
 
 
-class Ensemble:
+class Ensemble(RewardSource):
     """Combines sources that judge the same thing into one score. A policy tends to exploit texts on which the members disagree."""
 
     may_abstain = True
@@ -83,14 +74,8 @@ class Ensemble:
         self.name, self.members = name, list(members)
         self.combine, self.uncertainty_coef = combine, uncertainty_coef
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
-        """The combined score of the members [N]."""
-        return self.score_members(prompts, completions)[0]
-
-    def score_members(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(combined score [N], tensors [N] by name: the scores of each member, their variance, and their measurements).
+    def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
+        """The combined score [N]; as its parts the scores of each member, their variance, and their measurements.
 
         A member's scores are multiplied by its weight. A member that does not apply to a completion is left out there. Where no member
         applies, the combined score is NaN.
@@ -109,7 +94,7 @@ class Ensemble:
             if len(present):
                 scores[column] = combine_scores(present, how=self.combine, uncertainty_coef=self.uncertainty_coef)[0]
                 variance[column] = present.var(correction=0)
-        return scores, {**members, f"{self.name}.variance": variance, **notes}
+        return Judgement(scores, parts={**members, f"{self.name}.variance": variance, **notes})
 
 
 class CombinedReward:
@@ -143,18 +128,13 @@ class CombinedReward:
         applied = torch.zeros(len(completions), dtype=torch.bool)
         spans: Spans | None = None
         for source, weight in self.sources:
-            notes: dict[str, Tensor] = {}
-            if isinstance(source, Ensemble):
-                scores, notes = source.score_members(prompts, completions, details)
-            else:
-                judgement = judge(source, prompts, completions, details)
-                scores, notes = judgement.scores, judgement.notes(source.name)
-                if judgement.spans is not None:
-                    spans = spans or [[] for _ in completions]
-                    for row, new in zip(spans, judgement.spans, strict=True):
-                        row += [(position, weight * score) for position, score in new]
-            parts[source.name] = scores
-            parts |= notes
+            judgement = judge(source, prompts, completions, details)
+            scores = judgement.scores
+            if judgement.spans is not None:
+                spans = spans or [[] for _ in completions]
+                for row, new in zip(spans, judgement.spans, strict=True):
+                    row += [(position, weight * score) for position, score in new]
+            parts |= {source.name: scores, **judgement.parts, **judgement.notes(source.name)}
             total += weight * torch.where(applies(scores), scores, 0.0)
             applied |= applies(scores)
         if self.sources and not may_abstain and not applied.all():

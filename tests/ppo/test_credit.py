@@ -71,7 +71,7 @@ def test_token_level_function_with_invalid_results_is_refused(tmp_path, monkeypa
         ("outside", "scored position 9, and 'joy' has 3 characters; expected 0 to 3"),
     ):
         with pytest.raises(TrainingError, match=message):
-            SpanFunctionSource(name, f"span_rewards:{name}").score_spans(["p"], ["joy"])
+            SpanFunctionSource(name, f"span_rewards:{name}").judge(["p"], ["joy"])
 
 
 def test_token_scores_of_a_reward_model_sum_to_its_score(tiny_llama_folder, resolve_folder, tmp_path) -> None:
@@ -85,7 +85,7 @@ def test_token_scores_of_a_reward_model_sum_to_its_score(tiny_llama_folder, reso
         for kind in ("token", "completion")
     }
     prompts, texts = ["write a line", "the film ", "x"], ["the film was a joy", "caf\u00e9", ""]
-    spans = source["token"].score_spans(prompts, texts)
+    spans = source["token"].judge(prompts, texts).spans
     scores = source["completion"].score(prompts, texts)
     torch.testing.assert_close(torch.tensor([sum(score for _, score in row) for row in spans]), scores)
     # each part is the difference of the scores of two prefixes

@@ -35,7 +35,7 @@ def test_token_scores_are_the_same_after_memory_ran_out(tiny_llama_folder, tiny_
     model.tokenizer = tiny_tokenizer
     source = RewardModelSpans(RewardInput.model_validate({"model": "preference", "level": "token", "batch_size": 3}), model)
     prompts, completions = ["say", "the film", "go"], ["a joy", "was dull and weak", "x"]
-    expected = source.score_spans(prompts, completions)
+    expected = source.judge(prompts, completions).spans
     sizes, score_tokens = [], model.score_tokens
 
     def limited(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -45,7 +45,7 @@ def test_token_scores_are_the_same_after_memory_ran_out(tiny_llama_folder, tiny_
         return score_tokens(input_ids, attention_mask)
 
     monkeypatch.setattr(model, "score_tokens", limited)
-    spans = source.score_spans(prompts, completions)
+    spans = source.judge(prompts, completions).spans
     assert sizes == [3, 2, 1]
     assert [[position for position, _ in row] for row in spans] == [[position for position, _ in row] for row in expected]
     scores = [torch.tensor([score for row in rows for _, score in row]) for rows in (spans, expected)]

@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from stages.errors import ModelError, RecipeError, TrainingError
 from stages.rewards.building import build_reward, build_source
 from stages.rewards.config import RewardInput, reward_model_inputs
-from stages.rewards.details import checked
+from stages.rewards.details import Judgement, checked
 from stages.rewards.function import FunctionSource, load_function
-from stages.rewards.source import CombinedReward
+from stages.rewards.source import CombinedReward, RewardSource
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 
@@ -71,12 +71,12 @@ def test_unknown_label_is_refused(classifier_folder, resolve_folder) -> None:
 
 
 def test_sources_are_weighted_and_logged_separately() -> None:
-    class Constant:
+    class Constant(RewardSource):
         def __init__(self, name: str, value: float) -> None:
             self.name, self.value = name, value
 
-        def score(self, prompts: Any, completions: Any) -> torch.Tensor:
-            return torch.full((len(completions),), self.value)
+        def judge(self, prompts: Any, completions: Any, details: Any = None) -> Judgement:
+            return Judgement(torch.full((len(completions),), self.value))
 
     scores = CombinedReward([(Constant("a", 2.0), 0.5), (Constant("b", 3.0), -1.0)]).score(["p", "p"], ["x", "y"])
     assert scores.total.tolist() == [-2.0, -2.0]
@@ -121,7 +121,7 @@ def good(p, c): return (len(text) for text in c)
         ("hangs", "nonsense:hangs did not return within 0.2 s for 2 completions; make it faster, or raise timeout_seconds"),
         ("raises", "nonsense:raises raised ZeroDivisionError: no"),
         ("leaves", "nonsense:leaves raised SystemExit: 3"),
-        ("text", "nonsense:text returned 'high'; expected one number per completion"),
+        ("text", "nonsense:text returned 'high'; expected one number, or None, per completion"),
         ("words", "nonsense:words returned"),
         ("nothing", "nonsense:nothing returned None"),
         ("table", r"'table' returned scores of shape \(2, 1\); expected one number per completion \(2\)"),
