@@ -97,7 +97,7 @@ def engine_of(text: str) -> Engine | None:
 
 
 def read_prompts(texts: Sequence[str], file: Path | None, piped: Callable[[], str] | None) -> list[Prompt]:
-    """Prompts from the command line, from a data file, or else one per line from standard input."""
+    """Prompts from the command line, from a data file, or else one per line from standard input. Raises DataError if there is no prompt."""
     prompts: list[Prompt] = list(texts)
     if file is not None:
         prompts += load_prompts([DataSource(path=str(file))], split="test")

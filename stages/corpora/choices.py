@@ -32,7 +32,10 @@ def load_questions(sources: Sequence[DataSource], context: str | None = None, ch
 
 
 def question(row: Row, form: str | None = None, fixed: Sequence[str] | None = None) -> Question:
-    """Convert one row. ``form`` (a template with ``{column}`` slots) and ``fixed`` (choices) replace the row's own columns."""
+    """Convert one row. ``form`` (a template with ``{column}`` slots) and ``fixed`` (choices) replace the row's own columns.
+
+    Raises DataError if the choices are not different texts, or if the answer is none of them.
+    """
     context = text_of(row, "context", empty=True) if form is None else _filled(form, row)
     choices, answer = row.get("choices") if fixed is None else list(fixed), row.get("answer")
     if not isinstance(choices, list) or not all(isinstance(choice, str) and choice.strip() for choice in choices):

@@ -57,7 +57,10 @@ def read_rows(sources: Sequence[DataSource], *, split: str = "train") -> list[Ro
 
 
 def read_splits(data: DataInput, curator: RowFilter | None = None) -> tuple[list[Row], list[Row]]:
-    """Read training and held-out rows, filtered by ``curator``. Without a validation source, part of the training rows is held out."""
+    """Read training and held-out rows, filtered by ``curator``. Without a validation source, part of the training rows is held out.
+
+    Raises DataError if ``curator`` leaves no row of one of them.
+    """
     train = read_rows(data.train)
     if data.validation is not None:
         heldout = read_rows(data.validation, split="validation")

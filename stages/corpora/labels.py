@@ -132,7 +132,10 @@ def read_tasks(path: Path) -> dict[str, LabelTask]:
 
 
 def read_answers(path: Path) -> list[tuple[str, LabelAnswer]]:
-    """Read (location, answer) for every complete line. A last line without a line end was never acknowledged, so it does not count."""
+    """Read (location, answer) for every complete line. A last line without a line end was never acknowledged, so it does not count.
+
+    Raises DataError for any other line that is not an answer.
+    """
     if not path.exists():
         return []
     complete_lines, _, _ = path.read_bytes().rpartition(b"\n")

@@ -66,7 +66,10 @@ def load_prompt_rows(
     curator: RowFilter | None = None,
     columns: Callable[[Row], JsonObject] = lambda row: {},
 ) -> list[PromptRow]:
-    """Like ``load_prompts``, with the values that ``columns`` selects from each row. Equal prompts with different values are kept."""
+    """Like ``load_prompts``, with the values that ``columns`` selects from each row. Equal prompts with different values are kept.
+
+    Raises DataError if ``curator`` leaves no prompt.
+    """
     prompts: list[PromptRow] = []
     seen: set[str] = set()
     rows = read_rows(sources, split=split)

@@ -31,7 +31,10 @@ def post_prompt(row: Row) -> str:
 
 
 def compared_prompt(row: Row) -> str:
-    """The prompt of a comparison: a Reddit post, or a news article (in the batches named cnndm)."""
+    """The prompt of a comparison: a Reddit post, or a news article (in the batches named cnndm).
+
+    Raises DataError if the row has no such object.
+    """
     info = row["info"]
     if not isinstance(info, dict):
         raise DataError(f"{row.location}: info is {type(info).__name__}; expected an object with subreddit, title and post, or article")
@@ -43,7 +46,7 @@ def compared_prompt(row: Row) -> str:
 
 
 def compared_summaries(row: Row) -> tuple[list[str], list[int]]:
-    """Return (summaries, ranks). ``choice`` is the index of the better summary."""
+    """Return (summaries, ranks). ``choice`` is the index of the better summary. Raises DataError for another form."""
     summaries, choice = row["summaries"], row.get("choice")
     good = isinstance(summaries, list) and all(isinstance(item, dict) and isinstance(item.get("text"), str) for item in summaries)
     if not good or len(summaries) < 2:

@@ -56,7 +56,10 @@ def encode(config: DPOStepConfig, comparisons: Sequence[Comparison], tokenizer: 
 
 
 def usable(rows: list[Pair], max_length: int, context: StepContext, which: str) -> tuple[list[Pair], dict[str, int]]:
-    """Return (pairs with at most ``max_length`` tokens and different texts, numbers of dropped pairs by reason)."""
+    """Return (pairs with at most ``max_length`` tokens and different texts, numbers of dropped pairs by reason).
+
+    Raises DataError if no pair is left.
+    """
     fitting = short_enough(rows, lambda row: row.length, max_length, f"{which} pair", context)
     kept = [row for row in fitting if row.chosen_ids != row.rejected_ids]
     if len(kept) < len(fitting):

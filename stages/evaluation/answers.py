@@ -120,7 +120,8 @@ def ask(
 ) -> Asked:
     """The questions that fit every model, and each model's token ids for them. All models answer the same prompts.
 
-    ``columns``: the data columns that reward functions request, per prompt; None if there are none. ``server``: for few-shot tries.
+    ``columns``: the data columns that reward functions request, per prompt; None if there are none. ``server``: for few-shot tries. Raises
+    DataError if no prompt fits the context length of a model.
     """
     encoded: dict[str, list[list[int]]] = {}
     few_shot: dict[str, list[FewShotTry]] = {}

@@ -357,7 +357,10 @@ def _classifier_class(config: PretrainedConfig) -> str:
 
 
 def read_head(model: ResolvedModel) -> tuple[Tensor, float]:
-    """Weight [1, d] and bias of a checkpoint's scalar head. ``reward_bias`` in the config takes precedence over a stored bias."""
+    """Weight [1, d] and bias of a checkpoint's scalar head. ``reward_bias`` in the config takes precedence over a stored bias.
+
+    Raises ModelError if there is no such head, or if it has several outputs.
+    """
     refused = ModelError(
         f"{model.ref!r} has no reward head (score.weight), and a random head would give meaningless scores. "
         "Train one with a reward_model step, or use a model that has one"

@@ -72,7 +72,10 @@ def check_prompts(config: PPOStepConfig, context: StepContext) -> None:
 def load_prompts(
     config: PPOStepConfig, context: StepContext, policy: TransformersModel, tokenizer: PreTrainedTokenizerBase
 ) -> list[EncodedPrompt]:
-    """Load prompts with token ids. Prompts that are too long are left out, because truncation would change the question."""
+    """Load prompts with token ids. Prompts that are too long are left out, because truncation would change the question.
+
+    Raises DataError if none is left.
+    """
     longest = prompt_room(config, policy.config, tokenizer)
     curator = Curator(config.curation, count_tokens(tokenizer))
     encoded = encoded_prompts(config, tokenizer, curator)

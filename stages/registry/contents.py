@@ -134,7 +134,10 @@ def without_local_paths(name: str, content: JsonObject, base: str | None) -> Jso
 
 
 def normalised(path: Path, base: str | None) -> bytes | None:
-    """The file's bytes without local paths; None if the file has none."""
+    """The file's bytes without local paths; None if the file has none.
+
+    Raises ModelError if a JSON file that may contain paths cannot be read.
+    """
     if path.name not in MACHINE_KEYS and path.name != "adapter_config.json":
         return None
     try:

@@ -73,7 +73,10 @@ def inference(model: RewardModel) -> Callable[[torch.Tensor, torch.Tensor], torc
 def measure(
     model: RewardModel, comparisons: Sequence[EncodedComparison], *, pad_token_id: int, batch_size: int, gain: float = 1.0
 ) -> Agreement:
-    """Agreement of the model's scores with held-out comparisons (stages.reward_model.preferences)."""
+    """Agreement of the model's scores with held-out comparisons (stages.reward_model.preferences).
+
+    Raises DataError if no comparison has a preference.
+    """
     if not comparisons:
         raise DataError(NO_PREFERENCE)
     training = model.training

@@ -105,7 +105,7 @@ def agreement(scores: Tensor, comparisons: Sequence[EncodedComparison], *, gain:
     """Compare the scores [N] of all completions (in the order of the comparisons) with the preferences.
 
     The model's probability of its preferred completion is sigmoid(margin); calibration compares it with the actual accuracy. ``gain``:
-    factor by which scores were rescaled after training; margins are divided by it.
+    factor by which scores were rescaled after training; margins are divided by it. Raises DataError if no comparison has a preference.
     """
     ranks = torch.tensor([rank for item in comparisons for rank in item.ranks])
     prompt_index = torch.tensor([index for index, item in enumerate(comparisons) for _ in item.ranks])

@@ -37,7 +37,7 @@ def cohens_kappa(first: Sequence[Rating], second: Sequence[Rating]) -> float:
 
 
 def fleiss_kappa(units: Sequence[Sequence[Rating]]) -> float:
-    """Fleiss' kappa (1971). Every unit must have the same number of ratings; the raters may differ."""
+    """Fleiss' kappa (1971). Every unit must have the same number of ratings; the raters may differ. Raises ValueError for other units."""
     sizes = {len(unit) for unit in units}
     if len(sizes) != 1 or min(sizes) < 2 or any(rating is None for unit in units for rating in unit):
         raise ValueError("Fleiss' kappa needs the same number of ratings, at least two, for every unit; use krippendorff_alpha")

@@ -18,7 +18,7 @@ def best_of_n_weights(scores: Sequence[float], n: int) -> list[float]:
     """Probability of each of N samples to have the highest of ``scores`` among ``n`` drawn without replacement; they sum to 1.
 
     A mean over the samples with these weights is an unbiased estimate under best-of-n (Nakano et al. 2021, appendix I). Samples with equal
-    scores share their probability evenly.
+    scores share their probability evenly. Raises ValueError unless 1 <= n <= N.
     """
     num_samples = len(scores)
     if not 1 <= n <= num_samples:

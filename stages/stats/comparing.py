@@ -40,7 +40,7 @@ class WinRate:
 
 
 def preferences(first: Sequence[float], second: Sequence[float]) -> list[float]:
-    """Preferences [N] from paired scores."""
+    """Preferences [N] from paired scores. Raises ValueError if their lengths differ."""
     if len(first) != len(second):
         raise ValueError(f"scores must be paired, got {len(first)} and {len(second)}")
     return [(x > y) + 0.5 * (x == y) for x, y in zip(first, second, strict=True)]

@@ -145,7 +145,10 @@ class Selector:
 
 
 def selection_callback(selector: Selector, trainer: StepTrainer) -> TrainerCallback:
-    """A Trainer callback that evaluates the model at regular intervals and at the end."""
+    """A Trainer callback that evaluates the model at regular intervals and at the end.
+
+    Raises RecipeError if the weights are sharded by ZeRO.
+    """
     if trainer.is_deepspeed_enabled:
         raise RecipeError("selection samples during training and needs unsharded weights; remove it, or train without ZeRO")
 

@@ -366,7 +366,10 @@ def _last_common_reply(sides: Sequence[Sequence[Message]]) -> int:
 
 
 def split_dialogue(text: str, row: Row, column: str) -> tuple[str, str]:
-    """Split a dialogue (Anthropic's hh-rlhf) into the prompt, which ends with the last ``Assistant:``, and the reply."""
+    """Split a dialogue (Anthropic's hh-rlhf) into the prompt, which ends with the last ``Assistant:``, and the reply.
+
+    Raises DataError if the text has no such line.
+    """
     head, mark, reply = text.rpartition(LAST_REPLY)
     if not mark:
         raise DataError(f"{row.location}: no prompt column, and {column} has no {LAST_REPLY!r} that separates a prompt from a reply")

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
-    """Encode all texts as one token sequence. Each text ends with the end token, and begins with the tokenizer's usual prefix tokens."""
+    """Encode all texts as one token sequence. Each text ends with the end token, and begins with the tokenizer's usual prefix tokens.
+
+    Raises ModelError if the tokenizer has no end token.
+    """
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ModelError("the tokenizer has no end token (eos_token), which separates documents; set one in its tokenizer_config.json")
@@ -30,7 +33,10 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -
 
 
 def pack_blocks(tokens: Sequence[int], block_size: int) -> torch.Tensor:
-    """Cut ``tokens`` into rows of ``block_size``. Returns a long tensor [blocks, block_size]; an incomplete last block is dropped."""
+    """Cut ``tokens`` into rows of ``block_size``. Returns a long tensor [blocks, block_size]; an incomplete last block is dropped.
+
+    Raises DataError if there is less than one block.
+    """
     count = len(tokens) // block_size
     if count == 0:
         raise DataError(f"the training corpus has {len(tokens)} tokens, less than one block; lower block_size={block_size} or add text")

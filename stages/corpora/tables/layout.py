@@ -308,7 +308,7 @@ class Part:
 def parts_of(layout: Layout, written: str | None, default: str) -> list[Part]:
     """The parts that a source's ``split`` selects: ``train``, ``train[:20]``, ``train+test`` or ``all``; None means ``default``.
 
-    If the source names no split and the layout has none, all rows are read.
+    If the source names no split and the layout has none, all rows are read. Raises DataError for another form.
     """
     if written == "all" or (written is None and not layout.names_splits):
         return [Part(split) for split in layout.splits]

@@ -33,6 +33,8 @@ def parts(prompt: str, completion: str) -> dict[str, float]:
 
     ``score`` = coherence^2 * freshness * (0.35 sentiment + 0.25 aspects + 0.15 subject + 0.25 length)
     For an inquiry: coherence^2 * freshness * (0.25 sentiment + 0.2 aspects + 0.1 subject + 0.2 length + 0.25 facts)
+
+    Raises DataError if ``prompt`` is not an instruction of the embedded world.
     """
     request = read_request(prompt)
     if request is None:

@@ -108,6 +108,7 @@ def fitted(saved: SavedAdapter, plain: PreTrainedModel) -> SavedAdapter:
     """``saved`` with the names of ``plain``, a transformers model; frozen and without dropout.
 
     A model with a head has a prefix for its transformer; a bare transformer has none. Weights of a head that ``plain`` lacks are dropped.
+    Raises ModelError for an adapter that is not LoRA.
     """
     if (kind := str(getattr(saved.config.peft_type, "value", saved.config.peft_type))) != "LORA":
         raise ModelError(f"the adapter {saved.ref!r} is of peft type {kind}; only LORA can be stacked and merged here")

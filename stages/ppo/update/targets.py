@@ -39,7 +39,8 @@ def targets(rollout: Rollout, config: PPOStepConfig, *, kl_coef: float) -> Targe
     """Rewards (score at the last token, minus the KL penalty), advantages and returns of ``rollout``.
 
     The KL is that of the rollout's log-probabilities and stays fixed during the update (Ouyang et al. 2022, section 3.5). Returns are
-    computed before the advantages are whitened (openai/lm-human-preferences).
+    computed before the advantages are whitened (openai/lm-human-preferences). Raises TrainingError if an advantage or a return is not
+    finite.
     """
     mask = rollout.response_mask
     kl = estimate_kl(rollout.rollout_logprobs, rollout.reference_logprobs, estimator=config.kl.estimator)
