@@ -482,12 +482,14 @@ def _all_rows(record: ModelRecord) -> list[tuple[str, str]]:
 @reports_errors
 def lineage(ref: Ref, everything: All = False, home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
     """Show the models and data from which a version was made."""
+    from stages.registry.record import written_once
+
     registry = _registry(home)
-    tree = registry.lineage(ref)
+    tree = written_once(registry.lineage(ref))
     if as_json:
         _print_json(tree)
     else:
-        _runtime().console.print(_tree(tree, registry, everything))
+        _runtime().console.print(_tree(tree, registry, everything), soft_wrap=True)
 
 
 def _tree(node: Lineage, registry: Registry, everything: bool, branch: Tree | None = None) -> Tree:
@@ -503,11 +505,15 @@ def _tree(node: Lineage, registry: Registry, everything: bool, branch: Tree | No
         note += f", adapter on {base['ref']}"
     if node.get("trust_remote_code"):
         note += ", with code from the Hub"
+    if node.get("repeated"):
+        note += ", see above"
     if node.get("recorded"):
         note += f", as described by {node['recorded']}"
     digest = f" {node['digest']}" if everything else ""
     label = f"[bold]{escape(node['ref'])}[/]{escape(digest)} ({escape(note)})"
     here = Tree(label) if branch is None else branch.add(label)
+    if node.get("repeated"):
+        return here
     if everything or (node.get("role") and not _is_in_registry(node, registry)):
         lines = [f"{field_path}: data {mark}" for field_path, mark in node.get("data", {}).items()]
     else:

@@ -13,7 +13,7 @@ from stages.errors import RegistryError
 from stages.hub.ids import is_hub_id
 from stages.json_types import JsonObject
 from stages.registry.inherited_licence import licence_of
-from stages.registry.record import CardRow, StoredEvaluation, imported_from
+from stages.registry.record import CardRow, StoredEvaluation, imported_from, written_once
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -147,7 +147,7 @@ def model_card(
     step = manifest["recipe_step"]
     evaluations = evaluations_of(record, registry) if evaluations is None else evaluations
     is_adapter = record.is_adapter and not merged
-    lineage = registry.lineage(record.ref)
+    lineage = written_once(registry.lineage(record.ref))
     licence, said = licence_of(record, registry)
     stated: dict[str, Any] = {**licence} if licence is not None else {}
     bases = [parent["ref"] for parent in _foreign(lineage) if parent["kind"] == "hub"]
@@ -219,7 +219,8 @@ def _bases_of_imports(lineage: Lineage, registry: Registry) -> list[str]:
 
 def _tree(node: Lineage, depth: int = 0) -> Iterator[str]:
     note = node.get("role") or node["kind"]
-    yield f"{'  ' * depth}{node['ref']}  {node['digest'][:19]}  ({note}{', removed' if node.get('removed') else ''})"
+    note += ", removed" if node.get("removed") else ", see above" if node.get("repeated") else ""
+    yield f"{'  ' * depth}{node['ref']}  {node['digest'][:19]}  ({note})"
     for parent in node["parents"]:
         yield from _tree(parent, depth + 1)
 

@@ -18,7 +18,7 @@ STARTS = ("policy", "model")  # the fields of a step with the model whose weight
 
 def licence_of(record: ModelRecord, registry: Registry) -> tuple[Licence | None, str]:
     """The licence for the card of a version, and sentences that explain it. None: no licence follows from what is known."""
-    stated = dict(_origins(registry.lineage(record.ref), registry))
+    stated = dict(_origins(registry.lineage(record.ref), registry, set()))
     if not stated:
         return None, (
             "This card names no licence: the registry knows no model from which the weights were trained. The licences of the data above "
@@ -39,8 +39,14 @@ def licence_of(record: ModelRecord, registry: Registry) -> tuple[Licence | None,
     )
 
 
-def _origins(node: Lineage, registry: Registry) -> Iterator[tuple[str, Licence | None]]:
-    """The models from outside the registry whose weights went into a model, each with its licence if it is known."""
+def _origins(node: Lineage, registry: Registry, seen: set[tuple[str, str]]) -> Iterator[tuple[str, Licence | None]]:
+    """The models from outside the registry whose weights went into a model, each with its licence if it is known.
+
+    ``seen``: (reference, digest) of the models that were visited.
+    """
+    if (node["ref"], node["digest"]) in seen:
+        return
+    seen.add((node["ref"], node["digest"]))
     if node["kind"] != "registry":
         yield node["ref"], node.get("licence") or stated_licence(node["kind"], node.get("path", ""), node.get("revision"))
         return
@@ -55,4 +61,4 @@ def _origins(node: Lineage, registry: Registry) -> Iterator[tuple[str, Licence |
         started = [parent for parent in parents if parent["digest"] in starts]
         parents = started if started and record.role != "value_model" else parents  # PPO may start a value network from other models
     for parent in parents:
-        yield from _origins(parent, registry)
+        yield from _origins(parent, registry, seen)

@@ -26,7 +26,17 @@ from stages.errors import RegistryError
 from stages.process.storage import sync, write_json
 from stages.registry.contents import UNSAFE_SUFFIXES, digest_of, file_sha256, files_of, normalise_folder
 from stages.registry.licence import stated_licence
-from stages.registry.record import FileEntry, FingerprintParts, Lineage, Manifest, ModelDescription, ModelRecord, Pulled, StoredEvaluation
+from stages.registry.record import (
+    FileEntry,
+    FingerprintParts,
+    Lineage,
+    Manifest,
+    ModelDescription,
+    ModelRecord,
+    Pulled,
+    StoredEvaluation,
+    with_shared_parents,
+)
 from stages.registry.references import ResolvedModel
 
 MANIFEST_VERSION = 1
@@ -341,19 +351,25 @@ class Registry:
     # Looking after versions
 
     def lineage(self, ref: str) -> Lineage:
-        """The ancestry tree of a version: ref, digest, role, base, parents (recursive). Models from outside the registry are leaves.
+        """The ancestry of a version: ref, digest, role, base, parents (recursive). Models from outside the registry have no parents.
 
-        Parents of a pulled version that are not here are as the repository described them; ``recorded`` names it.
+        A model that is an ancestor in several ways is one shared object. Parents of a pulled version that are not here are as the
+        repository described them; ``recorded`` names it.
         """
-        record = self.get(ref)
+        return self._lineage(self.get(ref), {})
+
+    def _lineage(self, record: ModelRecord, known: dict[str, Lineage]) -> Lineage:
+        """The ancestry of ``record``. ``known``: the ancestries so far, by reference."""
+        if record.ref in known:
+            return known[record.ref]
         parents: list[Lineage] = []
         for parent in record.manifest["parents"]:
-            known = self._version_of(parent) if parent["kind"] == "registry" else None
-            if known is not None:
-                parents.append(self.lineage(known.ref))
+            version = self._version_of(parent) if parent["kind"] == "registry" else None
+            if version is not None:
+                parents.append(self._lineage(version, known))
             else:
                 parents.append(_recorded(record, parent) or {**parent, "removed": parent["kind"] == "registry", "parents": []})
-        return {
+        known[record.ref] = {
             "kind": "registry",
             "ref": record.ref,
             "digest": record.digest,
@@ -363,6 +379,7 @@ class Registry:
             "base": record.manifest["base"],
             "parents": parents,
         }
+        return known[record.ref]
 
     def _version_of(self, description: ModelDescription) -> ModelRecord | None:
         """The version that ``description`` names; another one with the same content if that one was removed; None without any."""
@@ -509,7 +526,8 @@ def _recorded(record: ModelRecord, parent: ModelDescription) -> Lineage | None:
     pulled = record.manifest.get("pulled")
     if pulled is None:
         return None
-    same = [node for node in pulled["lineage"]["parents"] if (node["ref"], node["digest"]) == (parent["ref"], parent["digest"])]
+    described = with_shared_parents(pulled["lineage"])
+    same = [node for node in described["parents"] if (node["ref"], node["digest"]) == (parent["ref"], parent["digest"])]
     return {**same[0], "recorded": pulled["from"]} if same else None
 
 

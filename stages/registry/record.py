@@ -50,7 +50,42 @@ class Lineage(TypedDict):
     trust_remote_code: NotRequired[bool]
     licence: NotRequired[Licence]
     removed: NotRequired[bool]  # the version was removed from the registry
+    repeated: NotRequired[bool]  # its parents are written where it occurs first (``written_once``)
     recorded: NotRequired[str]  # the repository that described this ancestor of a pulled version
+
+
+def written_once(node: Lineage, seen: set[tuple[str, str]] | None = None) -> Lineage:
+    """A copy of a lineage in which only the first occurrence of a model has its parents; the others have ``repeated``.
+
+    In memory, all occurrences share one object. Written out, the tree of a chain of n rounds would have 2^n entries.
+    """
+    seen = set() if seen is None else seen
+    if node["parents"] and (node["ref"], node["digest"]) in seen:
+        return {**node, "parents": [], "repeated": True}
+    seen.add((node["ref"], node["digest"]))
+    return {**node, "parents": [written_once(parent, seen) for parent in node["parents"]]}
+
+
+def with_shared_parents(node: Lineage) -> Lineage:
+    """The lineage that ``written_once`` was applied to: every occurrence of a model has its parents again, as one shared object."""
+    first: dict[tuple[str, str], Lineage] = {}
+    waiting = [node]
+    while waiting:
+        entry = waiting.pop()
+        if not entry.get("repeated"):
+            first[entry["ref"], entry["digest"]] = entry
+        waiting += entry["parents"]
+    made: dict[tuple[str, str], Lineage] = {}
+
+    def shared(entry: Lineage) -> Lineage:
+        key = entry["ref"], entry["digest"]
+        if key not in made:
+            written = first.get(key, entry)
+            made[key] = {**written, "parents": []}  # stays so inside a cycle, which only a damaged description has
+            made[key] = {**written, "parents": [shared(parent) for parent in written["parents"]]}
+        return made[key]
+
+    return shared(node)
 
 
 class FileEntry(TypedDict):

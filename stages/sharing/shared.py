@@ -18,7 +18,7 @@ from typing import TypeVar, cast
 from stages.errors import HubError, RegistryError
 from stages.registry.contents import UNSAFE_SUFFIXES, digest_of
 from stages.registry.ledger import ROLES, Registry
-from stages.registry.record import CardRow, Lineage, Manifest, ModelRecord, StoredEvaluation
+from stages.registry.record import CardRow, Lineage, Manifest, ModelRecord, StoredEvaluation, written_once
 
 Content = TypeVar("Content")
 FORMAT = 1
@@ -83,7 +83,7 @@ def versions_to_share(record: ModelRecord, registry: Registry) -> list[tuple[Mod
         versions.append(registry.get(base["digest"]))
     shared = []
     for number, version in enumerate(versions):
-        manifest, lineage = without_local_paths(version.manifest), without_local_paths(registry.lineage(version.ref))
+        manifest, lineage = without_local_paths(version.manifest), without_local_paths(written_once(registry.lineage(version.ref)))
         # A pulled version is pushed as it was. The note that it was pulled belongs only to this registry.
         if "pulled" in manifest:
             pulled = manifest.pop("pulled")

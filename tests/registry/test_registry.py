@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import pytest
 
 from stages.config import ModelInput
 from stages.errors import RegistryError
+from stages.registry.card import write_card
 from stages.registry.contents import digest_folder
 from stages.registry.ledger import Registry
-from stages.registry.record import ModelRecord
+from stages.registry.record import ModelRecord, with_shared_parents, written_once
 from stages.registry.references import ResolvedModel
 
 
@@ -268,6 +270,30 @@ def test_lineage_continues_with_a_version_of_equal_content_if_the_parent_was_rem
     registry.remove(again.ref)
     (parent,) = registry.lineage(sft.ref)["parents"]
     assert parent["ref"] == base.ref and "removed" not in parent
+
+
+def test_ancestors_of_many_rounds_are_written_once(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    policy = publish(registry, "rounds/sft")
+    for number in range(40):  # each round has the last policy as a parent twice, so a full tree would have 2^40 entries
+        made = partial(model_files, weights=b"preference %d" % number)
+        preference = publish(registry, "rounds/preference", made, parents=[resolved(policy)])
+        policy = publish(
+            registry, "rounds/aligned", partial(model_files, weights=b"%d" % number), parents=[resolved(preference), resolved(policy)]
+        )
+    tree = registry.lineage(policy.ref)
+    assert tree["parents"][0]["parents"][0] is tree["parents"][1]
+    written = written_once(tree)
+    assert written["parents"][0]["parents"][0]["parents"] and written["parents"][1] == {
+        **tree["parents"][1],
+        "parents": [],
+        "repeated": True,
+    }
+    assert json.dumps(written).count('"digest"') == 1 + 3 * 40  # the last policy; of each round one preference, and one policy twice
+    again = with_shared_parents(json.loads(json.dumps(written)))
+    assert again["parents"][0]["parents"][0] is again["parents"][1] and again["parents"][1]["parents"]
+    card = write_card(policy, registry, tmp_path, merged=False).read_text()
+    assert card.count("rounds/aligned@39 ") == 2 and card.count(", see above)") == 39
 
 
 def test_removing_a_base_is_refused_while_adapters_depend_on_it(tmp_path: Path) -> None:
