@@ -165,9 +165,8 @@ class Servers:
                     arrived(row, future.result())
                 except Lost as error:
                     self.leave_out(client, str(error))  # this also makes the other threads of this server give up
-                    for other, (_, asked) in futures.items():
-                        if asked is client:
-                            other.cancel()
+                    for other in [other for other, (_, asked) in futures.items() if asked is client]:
+                        other.cancel()
         except BaseException:
             # Waiting threads must not keep the process from ending, so close their connections.
             self.close()

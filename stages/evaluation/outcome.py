@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import permutations
 from typing import TYPE_CHECKING, cast
 
 from stages.evaluation.answers import Answers, Question, Sample
@@ -41,12 +42,8 @@ def compare(
     """Summarize all candidates, and compare every pair in both directions. ``models``: None for existing completions."""
     prompts = [question.prompt_number for question in questions]
     candidates = {name: _summary(answer, prompts, models[name]) for name, answer in answers.items()}
-    rates = []
-    for judge in judged:
-        for a in answers:
-            for b in answers:
-                if (row := _rate(judge, a, b, prompts, answers)) is not None:
-                    rates.append(row)
+    pairs = list(permutations(answers, 2))
+    rates = [row for judge in judged for a, b in pairs if (row := _rate(judge, a, b, prompts, answers)) is not None]
     curves = {name: _best_of_n_curve(answer, prompts) for name, answer in answers.items() if answer.draws is not None}
     return Outcome(candidates, rates, [judge.name for judge in judged], curves)
 
@@ -127,7 +124,7 @@ def _rate(judge: Judged, a: str, b: str, prompts: Sequence[int], answers: Mappin
     """``a`` against ``b`` by one judge; None if it did not compare them."""
     straight = (a, b) in judge.preferences
     given = judge.preferences.get((a, b)) or judge.preferences.get((b, a))
-    if given is None or a == b:
+    if given is None:
         return None
     rows = [row for row, value in enumerate(given) if value is not None]
     preferred = [value if straight else 1 - value for value in given if value is not None]

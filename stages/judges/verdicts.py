@@ -171,13 +171,12 @@ def _of_beginning(text: str) -> Iterator[float]:
 
 def _of_sentences(text: str) -> Iterator[float]:
     for sentence in re.findall(r"[^.;!?\n]+[.;!?\n]?", _plain(text)):
-        if not sentence.endswith("?"):
-            for pattern, read in ((PRAISED, _value), (ACTS, _value), (CHOSEN, _value), (BLAMED, lambda match: 1 - _value(match))):
-                for match in pattern.finditer(sentence):
-                    if _is_claimed(sentence, match):
-                        yield read(match)
-            if (tied := TIED.search(sentence)) is not None and _is_claimed(sentence, tied):
-                yield TIE
+        if sentence.endswith("?"):
+            continue
+        for pattern, read in ((PRAISED, _value), (ACTS, _value), (CHOSEN, _value), (BLAMED, lambda match: 1 - _value(match))):
+            yield from (read(match) for match in pattern.finditer(sentence) if _is_claimed(sentence, match))
+        if (tied := TIED.search(sentence)) is not None and _is_claimed(sentence, tied):
+            yield TIE
 
 
 def _is_claimed(sentence: str, match: re.Match[str]) -> bool:

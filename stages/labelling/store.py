@@ -13,6 +13,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import combinations
 from pathlib import Path
 from typing import TypedDict
 
@@ -192,14 +193,18 @@ class Store:
             changed = [*names, *(["gold"] if gold != self.gold else [])]
             self._files, self.settings, self.gold = files, settings, gold
             if {"overlap", "annotators", "seed"} & set(changed):
-                held = self._assignment.held
-                self._assignment = self._new_assignment()
-                for annotator, own in self.answers.items():
-                    for task, answer in own.items():
-                        if task in self.tasks:
-                            self._assignment.answered(task, annotator, is_ranked=answer.is_used)
-                self._hold_open(held)
+                self._assign_again()
             return changed
+
+    def _assign_again(self) -> None:
+        """Assign the tasks by the present settings, from the answers so far."""
+        held = self._assignment.held
+        self._assignment = self._new_assignment()
+        for annotator, own in self.answers.items():
+            for task, answer in own.items():
+                if task in self.tasks:
+                    self._assignment.answered(task, annotator, is_ranked=answer.is_used)
+        self._hold_open(held)
 
     def _new_assignment(self) -> Assignment:
         """An assignment without any answers."""
@@ -395,11 +400,10 @@ def screen(answers: list[tuple[LabelTask, LabelAnswer]], of: int, pass_mark: flo
     for task, answer in answers:
         assert task.gold is not None
         known, said = task.gold["ranks"], answer.ranks
-        for i in range(len(known)):
-            for j in range(i):
-                if known[i] != known[j]:
-                    pairs += 1
-                    right_pairs += said is not None and said[i] != said[j] and (said[i] < said[j]) == (known[i] < known[j])
+        for i, j in combinations(range(len(known)), 2):
+            if known[i] != known[j]:
+                pairs += 1
+                right_pairs += said is not None and said[i] != said[j] and (said[i] < said[j]) == (known[i] < known[j])
         for name, values in task.gold.get("checks", {}).items():
             ticked = answer.checks.get(name, [None] * len(values))
             boxes += len(values)

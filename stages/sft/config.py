@@ -24,7 +24,7 @@ from stages.corpora.encoding.training_rows import TrainOn
 from stages.corpora.prompts import load_prompt_rows
 from stages.corpora.text import check_texts
 from stages.rewards.signature import columns_asked_for
-from stages.training.config import Selection
+from stages.training.selection_config import Selection
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

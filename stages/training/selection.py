@@ -28,7 +28,7 @@ from stages.rewards.details import Details, columns_of
 from stages.sampling.generation import decode_completions, episode_seed, require_room
 from stages.step import StepContext
 from stages.training.checkpoints import load_tensors, save_tensors, trainable
-from stages.training.config import Selection
+from stages.training.selection_config import Selection
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from stages.sft.config import SFTStepConfig
 from stages.sft.run import run
-from stages.training.config import Selection
 from stages.training.selection import Selector, Tried, best_of
+from stages.training.selection_config import Selection
 
 REWARDS = """
 def fewest_e(prompts, completions):

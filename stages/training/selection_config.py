@@ -1,4 +1,4 @@
-"""Settings for selecting a model during a fine-tuning run."""
+"""Settings for selecting the best model of a fine-tuning run by the reward of its completions."""
 
 from __future__ import annotations
 
