@@ -46,7 +46,7 @@ class Strict(BaseModel):
 
 
 class LoraSettings(Strict):
-    """Low-rank adapters (peft), trained instead of all weights."""
+    """Low-rank adapters (peft), trained instead of all weights. The fields mean the same as in peft's LoraConfig."""
 
     r: int = Field(8, ge=1, description="Rank of the update. Higher: more weights to train.")
     alpha: float = Field(16.0, gt=0, description="Scale of the update: it is multiplied by alpha / r.")
@@ -58,11 +58,47 @@ class LoraSettings(Strict):
         description="Modules that get an adapter: all-linear (all linear layers except the output layer), a list of names, or a regular "
         "expression.",
     )
+    exclude_modules: str | list[str] = Field(
+        [], description="Modules that get no adapter, although target_modules names them: a list of names, or a regular expression."
+    )
     modules_to_save: list[str] = Field(
         [],
         description="Modules whose weights are all trained and saved with the adapter, e.g. [embed_tokens, lm_head]. Embedding rows of new "
         "tokens are always trained.",
     )
+    rank_pattern: dict[str, int] = Field(
+        {}, description="Other ranks for some modules: r by name or regular expression, e.g. {down_proj: 32}."
+    )
+    alpha_pattern: dict[str, float] = Field({}, description="The same for alpha.")
+    use_rslora: bool = Field(False, description="Multiply the update by alpha / sqrt(r) instead of alpha / r (rank-stabilized LoRA).")
+    use_dora: bool = Field(False, description="Train the norm of each output's weights separately from their direction (DoRA). Slower.")
+    init_lora_weights: Literal[True, "gaussian", "orthogonal", "pissa", "olora"] = Field(
+        True,
+        description="Initial weights. true, gaussian: one matrix is random, the other one 0. orthogonal: both are random, their product is "
+        "0. pissa, olora: the main part of the weights; the base does not change, and plain LoRA with twice the rank is saved.",
+    )
+
+    @field_validator("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
+    @classmethod
+    def _expressions_are_valid(cls, value: str | list[str] | dict[str, float]) -> str | list[str] | dict[str, float]:
+        for expression in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ValueError(f"{expression!r} is not a regular expression: {error}") from error
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "LoraSettings":
+        for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            for key, number in pattern.items():
+                if number <= 0:
+                    raise ValueError(f"{name}[{key!r}]={number} must be greater than 0")
+        if self.init_lora_weights == "orthogonal" and (odd := [rank for rank in (self.r, *self.rank_pattern.values()) if rank % 2]):
+            raise ValueError(f"init_lora_weights=orthogonal needs even ranks, but a rank is {odd[0]}; change r or rank_pattern")
+        if self.init_lora_weights in ("pissa", "olora") and self.use_dora:
+            raise ValueError(f"init_lora_weights={self.init_lora_weights} and use_dora cannot be combined; remove one of them")
+        return self
 
 
 class ModelInput(Strict):

@@ -5,6 +5,7 @@ R rows (sequences), C columns (tokens of a row).
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,37 +17,35 @@ Task = Literal["CAUSAL_LM", "FEATURE_EXTRACTION", "SEQ_CLS"]
 
 @dataclass(frozen=True)
 class Adapter:
-    """The settings of a trained adapter that decide its size: LoraSettings' ``r``, ``target_modules`` and ``modules_to_save``."""
+    """The settings of a trained adapter that decide its size: those of LoraSettings that are not the default, as JSON."""
 
-    rank: int
-    targets: str | tuple[str, ...] = "all-linear"
-    copies: tuple[str, ...] = ()
+    content: str = "{}"
 
     @classmethod
     def of(cls, lora: LoraSettings | None) -> Adapter | None:
         """The adapter that a step trains; None if it trains all weights."""
         if lora is None:
             return None
-        targets = lora.target_modules if isinstance(lora.target_modules, str) else tuple(lora.target_modules)
-        return cls(lora.r, targets, tuple(lora.modules_to_save))
+        return cls(lora.model_dump_json(exclude_defaults=True, exclude={"alpha", "alpha_pattern", "use_rslora", "dropout"}))
 
     @property
     def settings(self) -> LoraSettings:
         """The settings with which ``models/adapters/attaching.py`` makes it."""
-        targets = self.targets if isinstance(self.targets, str) else list(self.targets)
-        return LoraSettings(r=self.rank, target_modules=targets, modules_to_save=list(self.copies))
+        return LoraSettings.model_validate_json(self.content)
 
     @property
     def is_everywhere(self) -> bool:
-        """Whether it is the default adapter: on every linear layer, without copies of modules. It is the same for each ``Task``."""
-        return self.targets == "all-linear" and not self.copies
+        """Whether it is on every linear layer, with the same rank and without copies of modules. It is the same for each ``Task``."""
+        return not {"target_modules", "exclude_modules", "modules_to_save", "rank_pattern"} & self.settings.model_fields_set
 
     @property
     def may_differ_by_layer(self) -> bool:
         """Whether its settings may name layers by number. A name without digits is in every layer or in none."""
-        if isinstance(self.targets, str) and self.targets != "all-linear":
-            return True  # a regular expression
-        return any(character.isdigit() for name in (*self.copies, *self.targets) for character in name)
+        lora = self.settings
+        names = [*lora.modules_to_save, *lora.rank_pattern]
+        for some in (lora.target_modules, lora.exclude_modules):
+            names += [some] if isinstance(some, str) else some
+        return any(re.search(r"[^\D]|[^\w.-]", name) for name in names)
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class Shape:
     def adapter(self, adapter: Adapter, task: Task = "CAUSAL_LM") -> AdapterWeights:
         """The weights of a new adapter. ``task``: the class that it is added to. Raises ModelError if it does not fit the model."""
         kind = PassKind(self.config, self.vocabulary, "cpu", weights=4, compute=4, trains=True, adapter=adapter, task=task)
-        return adapter_weights(kind) or AdapterWeights(adapter.rank * sum(rows + columns for rows, columns in self._matrices))
+        return adapter_weights(kind) or AdapterWeights(adapter.settings.r * sum(rows + columns for rows, columns in self._matrices))
 
     def decoding(self, device: str, weights: int, compute: int) -> DecodingMemory:
         """What the model keeps while it decodes. ``weights``, ``compute``: bytes per weight, and per value of the compute dtype."""

@@ -25,6 +25,7 @@ from stages.errors import ModelError
 from stages.models.adapters.activation import NEW_ADAPTER
 from stages.models.adapters.saved import HEAD_FILE
 from stages.models.adapters.stacks import is_adapter
+from stages.models.adapters.variants import write_as_lora
 from stages.models.layers.attention import class_of
 from stages.models.layers.longrope import positions_of_rows
 from stages.models.loading import as_resolved, load_backbone, load_tokenizer
@@ -173,7 +174,7 @@ class ScalarModel(nn.Module):
         if self.save_adapter is not None or isinstance(self.backbone, PeftModel):
             if self.save_adapter is not None:
                 self.save_adapter(folder)
-            else:
+            elif isinstance(self.backbone, PeftModel):
                 adapter = get_peft_model_state_dict(self.backbone, state_dict=body, save_embedding_layers=False)
                 save_file(
                     {name: value.detach().cpu().contiguous() for name, value in adapter.items()},
@@ -181,6 +182,7 @@ class ScalarModel(nn.Module):
                     metadata={"format": "pt"},
                 )
                 self.backbone.peft_config[NEW_ADAPTER].save_pretrained(str(folder))
+                write_as_lora(self.backbone, NEW_ADAPTER, folder)
             save_file(head, folder / HEAD_FILE, metadata={"format": "pt"})
             if hasattr(config, "quantization_config"):
                 del config.quantization_config

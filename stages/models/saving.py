@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from stages.models.adapters.activation import NEW_ADAPTER, lora_config
+from stages.models.adapters.variants import write_as_lora
 from stages.models.loading import load_classifier, load_language_model
 from stages.models.parts import moved_to
 from stages.models.quiet import quiet_transformers
@@ -44,6 +45,7 @@ def save_model(
         with quiet_transformers():
             model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state_dict, selected_adapters=[NEW_ADAPTER])
         (folder / "README.md").unlink(missing_ok=True)
+        write_as_lora(model, NEW_ADAPTER, folder)
         if str(lora_config(model, NEW_ADAPTER).task_type) == "SEQ_CLS":
             model.config.save_pretrained(folder)  # for the class names, which adapter_config.json cannot contain
     else:

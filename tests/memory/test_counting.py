@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
+from stages.config import LoraSettings
 from stages.memory import counting, fake_passes
 from stages.memory.counting import has_plain_logits, kept_in, pass_memory
 from stages.memory.fake_passes import LiveBytes
@@ -33,6 +34,12 @@ def kind(family: str, **fields: Any) -> PassKind:
     shape = shape_of({"model_type": family, "vocab_size": 90, **SIZES, **EXTRA.get(family, {})})
     assert shape is not None
     return PassKind(shape.config, 90, **{"device": "cpu", "weights": 4, "compute": 4, "trains": True, **fields})
+
+
+def lora(**settings: Any) -> Adapter:
+    adapter = Adapter.of(LoraSettings(r=4, **settings))
+    assert adapter is not None
+    return adapter
 
 
 @pytest.fixture(autouse=True)
@@ -70,10 +77,10 @@ def test_a_polynomial_by_hand() -> None:
         ("llama", {"trains": False}),
         ("gpt_neox", {"compute": 2}),
         ("gemma2", {}),
-        ("qwen2", {"adapter": Adapter(4)}),
-        ("qwen2", {"adapter": Adapter(4), "weights": 2, "compute": 2}),  # folded adapters keep no casts of their inputs
-        ("llama", {"adapter": Adapter(4, ("q_proj", "lm_head"), ("embed_tokens",))}),
-        ("llama", {"adapter": Adapter(4, r"model\.layers\.[13]\.mlp\..*_proj")}),  # two of five layers, so all are counted
+        ("qwen2", {"adapter": lora()}),
+        ("qwen2", {"adapter": lora(), "weights": 2, "compute": 2}),  # folded adapters keep no casts of their inputs
+        ("llama", {"adapter": lora(target_modules=["q_proj", "lm_head"], modules_to_save=["embed_tokens"])}),
+        ("llama", {"adapter": lora(target_modules=r"model\.layers\.[13]\.mlp\..*_proj")}),  # two of five layers, so all are counted
     ],
     ids=str,
 )
@@ -81,7 +88,7 @@ def test_memory_of_five_layers_is_extrapolated_from_three(family: str, fields: d
     compare_with_a_real_pass(kind(family, **fields), 5)
 
 
-@pytest.mark.parametrize(("adapter", "lean"), [(Adapter(4, ("q_proj",)), True), (Adapter(4), False)], ids=["attention only", "everywhere"])
+@pytest.mark.parametrize(("adapter", "lean"), [(lora(target_modules=["q_proj"]), True), (lora(), False)], ids=["attention", "everywhere"])
 def test_layers_without_adapters_are_as_lean_as_in_training(adapter: Adapter, lean: bool) -> None:
     """A pass in fp32 on a CPU: the norms always are, a feed-forward layer is unless its linear modules have adapters."""
     model = fake_passes._model(kind("llama", adapter=adapter), 2)

@@ -80,7 +80,7 @@ def test_experts_in_one_tensor_are_not_quantized_but_adapted() -> None:
     assert shape.linear_weights == 3 * (32 * 32 + 32 * 16 + 32 * 16 + 32 * 32)  # query, key, value, output
     attention = 64 + 48 + 48 + 64
     # peft adds an adapter of each expert: of twice the rank for gate and up, which are one tensor
-    assert shape.adapter(Adapter(2)).weights == 3 * (2 * (attention + 32 + 4) + 4 * 4 * (32 + 176) + 4 * 2 * (88 + 32))
+    assert shape.adapter(Adapter.of(LoraSettings(r=2))).weights == 3 * (2 * (attention + 32 + 4) + 4 * 4 * (32 + 176) + 4 * 2 * (88 + 32))
     experts, router, embedding, norms = 3 * 4 * 3 * 32 * 88, 3 * 4 * 32, 200 * 32, 7 * 32
     assert shape.other_weights == experts + router + embedding + norms
 
@@ -92,7 +92,7 @@ def test_without_a_count_the_weights_are_those_of_the_formula() -> None:
     assert shape is not None
     with uncounted() as messages:
         assert shape.linear_weights == shape.formula.linear
-        assert shape.adapter(Adapter(2)).weights == 2 * 3 * (4 * (32 + 32) + 3 * (32 + 128))
+        assert shape.adapter(Adapter.of(LoraSettings(r=2))).weights == 2 * 3 * (4 * (32 + 32) + 3 * (32 + 128))
         kept = shape.decoding("cpu", 4, 4).layers
     assert kept == (LayerStates(token=2 * 32 * 4, state=0, window=0, number=3),)
     reason = "cannot be counted: transformers has no model type 'nobody-made-this'"
@@ -168,7 +168,7 @@ def test_an_adapter_that_does_not_fit_is_an_error() -> None:
     own = shape(model_type="llama", vocab_size=50)
     for _ in range(2):  # counted, and kept
         with pytest.raises(ModelError, match="target_modules names query_proj, which LlamaForCausalLM does not have"):
-            own.adapter(Adapter(4, ("query_proj",)))
+            own.adapter(Adapter.of(LoraSettings(target_modules=["query_proj"])))
 
 
 GEMMA = {
@@ -202,7 +202,8 @@ def test_a_model_of_several_modalities_has_the_sizes_of_its_text_part_and_the_we
     assert (full.token, full.window, full.number) == (4 * 2 * 4 * 8, 0, 1)
     assert (windowed.token, windowed.window, windowed.number) == (4 * 2 * 4 * 8, text.sliding_window, 6)
     kind = PassKind(shape.config, shape.vocabulary, "cpu", weights=4, compute=4, trains=True)
-    assert pass_memory(kind) is not None and pass_memory(replace(kind, adapter=Adapter(2, ("q_proj",)))) is not None
+    attention = Adapter.of(LoraSettings(r=2, target_modules=["q_proj"]))
+    assert pass_memory(kind) is not None and pass_memory(replace(kind, adapter=attention)) is not None
 
 
 def shape(**fields: Any) -> Shape:

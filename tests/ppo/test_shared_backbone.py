@@ -48,17 +48,18 @@ def resolved(record: Any, quantization: str) -> ResolvedModel:
 
 @pytest.fixture
 def family(tiny_llama_folder: Path, tiny_tokenizer: Any, step_context: Any, resolve_folder: Any) -> Any:
-    """family(quantization) -> step context of a PPO step: an SFT adapter on the base, a reward model's adapter on that."""
+    """family(quantization, **lora) -> step context of a PPO step: an SFT adapter on the base, a reward model's adapter on that."""
 
-    def make(quantization: str) -> Any:
+    def make(quantization: str, **lora: Any) -> Any:
+        settings = LoraSettings(**{"r": 2, **lora})
         base = resolve_folder(tiny_llama_folder, quantization=quantization)
-        language_model = load_language_model(base, dtype=torch.float32, lora=LoraSettings(r=2))
+        language_model = load_language_model(base, dtype=torch.float32, lora=settings)
         disturb(language_model, 1)
         made = step_context("test/sft", models={"model": base}).publish(
             lambda folder: save_model(language_model, tiny_tokenizer, folder), role="language_model", metrics={}, base=base
         )
         sft = resolved(made, quantization)
-        reward_model = RewardModel.from_language_model(sft, dtype=torch.float32, lora=LoraSettings(r=2), seed=4)
+        reward_model = RewardModel.from_language_model(sft, dtype=torch.float32, lora=settings, seed=4)
         disturb(reward_model, 2)
         reward_model.center(0.7)
         made = step_context("test/preference", models={"model": sft}).publish(
@@ -119,6 +120,64 @@ def test_scores_values_and_logprobs_equal_those_of_separate_models(family, lora_
     torch.testing.assert_close(rollout.values[mask], values, **tolerance)
     own = build_reward(config.reward, context.models, "reward", device=torch.device("cpu"), dtype=torch.float32)
     torch.testing.assert_close(rollout.scores, own.score(rollout.prompts, rollout.completions).total, **tolerance)
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "DoRA": {"use_dora": True},
+    "PiSSA": {"init_lora_weights": "pissa", "use_rslora": True},
+    "OLoRA": {"init_lora_weights": "olora"},
+    "orthogonal": {
+        "init_lora_weights": "orthogonal",
+        "rank_pattern": {r"mlp\..*": 2, r"layers\.1\..*_attn.*": 6},
+        "exclude_modules": r".*\.0\..*k_proj",
+    },
+    "dropout": {"dropout": 0.5},
+}
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_adapter_has_exact_roles_and_is_published(
+    form, quantization, family, lora_config, tiny_llama_folder, tmp_path
+) -> None:
+    """All adapters have the form. The policy starts as the reference. After training, each role equals its published version."""
+    import warnings
+
+    from peft import PeftModel
+    from transformers import AutoModel
+
+    from stages.models.heads import ValueModel
+
+    context = family(quantization, **FORMS[form])
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{prompt}"}}\n' for prompt in PROMPTS))
+    options = {"lora": {"r": 4, **FORMS[form]}, "data": str(tmp_path / "prompts.jsonl"), "publish_value": True}
+    config = lora_config(quantization, **options, training={"learning_rate": 1e-2})
+    roles = load_roles(config, context)
+    rollout = rolled(roles, config, context)
+    batch = sequence_batch(rollout.prompt_ids, [rollout.response(row) for row in range(12)], 1, "cpu")
+    mask = rollout.response_mask
+    policy, preference = context.models["policy"], context.models["reward[0].model"]
+    separate = Policy(load_language_model(policy, dtype=torch.float32, trainable=False), temperature=1.0, autocast=None)
+    close = {"rtol": 1e-3, "atol": 1e-4}  # PiSSA and OLoRA subtract numbers of the size of the weights
+    torch.testing.assert_close(rollout.reference_logprobs[mask], separate.logprobs(batch), **close)
+    torch.testing.assert_close(rollout.rollout_logprobs[mask], rollout.reference_logprobs[mask], **close)
+    roles.policy.model.train()
+    torch.testing.assert_close(roles.policy.logprobs(batch), rollout.rollout_logprobs[mask], rtol=0, atol=1e-5)  # the first ratio is 1
+    with torch.no_grad():
+        values = RewardModel.from_pretrained(preference, dtype=torch.float32).score_positions(batch.input_ids, batch.rows, batch.columns)
+    torch.testing.assert_close(rollout.values[mask], values, **close)
+    record = run(config, context).model  # it compares the published versions with the roles
+    value_record = context.registry.get("test/aligned-value")
+    bare = AutoModel.from_pretrained(tiny_llama_folder)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys")  # what peft says if the config names other modules
+        assert set(PeftModel.from_pretrained(bare, str(value_record.path)).peft_config) == {"default"}
+    for kind in {quantization, "none"}:
+        loaded = load_language_model(resolved(record, kind), dtype=torch.float32, trainable=False)
+        assert not torch.allclose(
+            Policy(loaded, temperature=1.0, autocast=None).logprobs(batch), rollout.reference_logprobs[mask], atol=1e-3
+        )
+        ValueModel.from_pretrained(resolved(value_record, kind), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

@@ -30,6 +30,7 @@ from stages.models.adapters.activation import (
     wrappers_of,
 )
 from stages.models.adapters.saved import SavedAdapter, base_of, fitted, is_inside, is_tied, module_of, read_adapter
+from stages.models.adapters.variants import OWN_STARTS, adapted_layers, use_weights_below
 from stages.models.families import unfit_products
 from stages.models.layers.replacing import use_folded_adapters
 from stages.models.parts import module_name
@@ -78,6 +79,8 @@ def attach_lora(
     _check_names(lora, plain, task)
     config = _new_config(plain, lora, task, new_rows)
     _refuse_quantized_copies(plain, "the new adapter", lora.modules_to_save)
+    if lora.use_dora:
+        _refuse_int8_dora(plain, "lora.use_dora adds")
     below = active_adapters(model)
     _refuse_clash(plain, "the new adapter", config)
     try:
@@ -86,13 +89,16 @@ def attach_lora(
                 model.add_adapter(name, config)
             else:
                 model = get_peft_model(model, config, adapter_name=name)
+            use_weights_below(model, name, below, lora.init_lora_weights if lora.init_lora_weights in OWN_STARTS else None)
     except (ValueError, TypeError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
+        settings = lora.model_dump(exclude_defaults=True, exclude={"r", "alpha", "dropout"})
+        chosen = ", ".join(f"{field}={value!r}" for field, value in settings.items())
         raise ModelError(
-            f"no adapter with target_modules={lora.target_modules!r} and modules_to_save={lora.modules_to_save!r} fits "
-            f"{type(plain).__name__}: {error} {_linear_modules(plain)}{_advice(below)}"
+            f"no adapter{f' with {chosen}' if chosen else ''} fits {type(plain).__name__}: {error} {_linear_modules(plain)}{_advice(below)}"
         ) from error
+    _check_patterns(model, lora, name)
     _report_left_out(plain, lora)
     lora_config(model, name).base_model_name_or_path = base
     _prepare_wrappers(model, name)
@@ -113,11 +119,12 @@ def _report_left_out(plain: PreTrainedModel, lora: LoraSettings) -> None:
     if lora.target_modules != "all-linear" or not any(isinstance(module, ParamWrapper) for module in plain.modules()):
         return
     output, skipped = plain.get_output_embeddings(), set(unfit_products(plain))
+    excluded = _excluded(lora.exclude_modules)
     left = [
         own
         for own, module in plain.named_modules()
         if type(module).__name__ in ("Linear", *QUANTIZED_LAYERS) and not is_adapter_layer(module) and module is not output
-        if own not in skipped and ".lora_" not in own and not own.endswith(".base_layer")
+        if own not in skipped and not re.fullmatch(excluded, own) and ".lora_" not in own and not own.endswith(".base_layer")
     ]
     if left and (message := f"{len(left)} {left[0]} {type(plain).__name__}") not in _warned:
         _warned.add(message)
@@ -139,19 +146,55 @@ def _new_config(plain: PreTrainedModel, lora: LoraSettings, task: str, new_rows:
     head = [r".*(classifier|score)(\..*)?"] if task == "SEQ_CLS" else []
     new = [name for name in getattr(plain, NEW_MODULES, ()) if task == "SEQ_CLS" and not re.fullmatch(head[0], name)]
     modules_to_save = list(dict.fromkeys([*_names_for_peft(lora.modules_to_save, plain), *new]))
-    never = [*head, *map(re.escape, [*new, *unfit_products(plain)])]
-    excluded = "|".join(never) if lora.target_modules == "all-linear" else None
+    never = [*head, *map(re.escape, [*new, *unfit_products(plain)])] if lora.target_modules == "all-linear" else []
+    if lora.exclude_modules:
+        never.append(_excluded(lora.exclude_modules))
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft's annotation is int, but it accepts floats
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
-        exclude_modules=excluded or None,
+        exclude_modules="|".join(never) or None,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init_lora_weights=True if lora.init_lora_weights in OWN_STARTS else lora.init_lora_weights,
         task_type=task,
         bias="none",
         modules_to_save=modules_to_save or None,
         trainable_token_indices=_rows_to_train(plain, lora, new_rows),
     )
+
+
+def _excluded(modules: str | list[str]) -> str:
+    """A regular expression for the full names of the modules that ``exclude_modules`` contains."""
+    if isinstance(modules, str):
+        return f"(?:{modules})"
+    return rf"(?:.*\.)?(?:{'|'.join(map(re.escape, modules))})" if modules else "(?!)"
+
+
+def _check_patterns(model: PeftModel, lora: LoraSettings, name: str) -> None:
+    """Raise ModelError for a key of rank_pattern or alpha_pattern that names no module with the adapter ``name``; peft ignores it.
+
+    Also if a module has two numbers: peft takes the first one, but saves the keys in another order.
+    """
+    layers = [path for path, _ in adapted_layers(model, name)]
+    for field, pattern in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        fitting = {key: [layer for layer in layers if re.match(rf"(.*\.)?({key})$", layer)] for key in pattern}
+        for key in pattern:
+            if not fitting[key]:
+                ends = sorted({layer.rpartition(".")[2] for layer in layers})
+                raise ModelError(
+                    f"lora.{field} names {key!r}, but no module with an adapter has this name. Modules with an adapter: {', '.join(ends)}"
+                )
+        for layer in layers:
+            keys = [key for key in pattern if layer in fitting[key]]
+            if len({pattern[key] for key in keys}) > 1:
+                raise ModelError(
+                    f"lora.{field} has several numbers for {layer}: {', '.join(f'{key!r}: {pattern[key]:g}' for key in keys)}. Change the "
+                    "names such that only one fits, because adapter_config.json does not keep their order"
+                )
 
 
 def _names_for_peft(names: Collection[str], plain: PreTrainedModel) -> list[str]:
@@ -219,16 +262,8 @@ def add_adapter(
 
     plain, below = plain_model(model), active_adapters(model)
     saved = fitted(adapter if isinstance(adapter, SavedAdapter) else read_adapter(adapter), plain)
-    if saved.config.use_dora and below:
-        raise ModelError(
-            f"the adapter {saved.ref!r} is a DoRA adapter on an unmerged adapter, but its magnitudes belong to the merged "
-            "weights. Load the model without quantization, or export it merged and use that folder"
-        )
-    if saved.config.use_dora and any(_is_int8_on_cpu(module) for module in plain.modules()):
-        raise ModelError(
-            f"the adapter {saved.ref!r} is a DoRA adapter, which peft cannot compute on int8 weights on a CPU. "
-            "Write quantization: nf4 or none"
-        )
+    if saved.config.use_dora:
+        _refuse_int8_dora(plain, f"the adapter {saved.ref!r} is")
     if is_shared and saved.changes_base:
         raise ModelError(
             f"the adapter {saved.ref!r} changes weights of its base ({saved.changes_base[0]}), but other roles use that base; "
@@ -244,6 +279,7 @@ def add_adapter(
                 model.add_adapter(name, saved.config)
             else:
                 model = get_peft_model(model, saved.config, adapter_name=name)
+            use_weights_below(model, name, below, saved.start)
             _drop_other_copies(model, name, saved)
             _prepare_wrappers(model, name)
             with _names_unconverted(when=_has_names(model, name, saved.weights)):
@@ -264,8 +300,10 @@ def add_adapter(
     return model
 
 
-def _is_int8_on_cpu(module: nn.Module) -> bool:
-    return type(module).__name__ == "Linear8bitLt" and next(module.parameters()).device.type == "cpu"
+def _refuse_int8_dora(plain: PreTrainedModel, who: str) -> None:
+    """Raise ModelError for a DoRA adapter on int8 layers on a CPU."""
+    if any(type(module).__name__ == "Linear8bitLt" and next(module.parameters()).device.type == "cpu" for module in plain.modules()):
+        raise ModelError(f"{who} a DoRA adapter, which peft cannot compute on int8 weights on a CPU. Write quantization: nf4 or none")
 
 
 def _has_names(model: PeftModel, name: str, weights: Iterable[str]) -> bool:
@@ -357,26 +395,35 @@ def _check_names(lora: LoraSettings, plain: PreTrainedModel, task: str) -> None:
 
     A bare transformer has no output layer, so there a name that only the language model has is allowed.
     """
-    names = [name for name, _ in plain.named_modules()]
+    modules = list(plain.named_modules())
+    names = [name for name, _ in modules]
     if not isinstance(lora.target_modules, str):
         ends = tuple(f".{own}" for own in lora.target_modules)
-        if passed := [one for one in unfit_products(plain) if f".{one}".endswith(ends)]:
+        excluded = _excluded(lora.exclude_modules)
+        if passed := [one for one in unfit_products(plain) if f".{one}".endswith(ends) and not re.fullmatch(excluded, one)]:
             raise ModelError(
                 f"lora.target_modules reaches {passed[0]} of {type(plain).__name__}: the model does not use this module as a plain linear "
                 "layer (it reads the weight itself, or returns more than the product), so an adapter on it cannot work. "
                 "Use 'all-linear', which excludes it, or name other modules"
             )
-    is_bare = task == "FEATURE_EXTRACTION"
+    is_bare, heads = task == "FEATURE_EXTRACTION", ("lm_head", "embed_out", "output_layer")
     for field, wanted in (("target_modules", lora.target_modules), ("modules_to_save", lora.modules_to_save)):
         if isinstance(wanted, str):
             continue
         absent = [one for one in wanted if not any(name == one or name.endswith(f".{one}") for name in names)]
-        heads = ("lm_head", "embed_out", "output_layer")
         if is_bare and len(absent) < len(wanted) + (field == "modules_to_save"):
             absent = [one for one in absent if one.rpartition(".")[2] not in heads]
         if absent:
             kind = type(plain).__name__
             raise ModelError(f"lora.{field} names {', '.join(absent)}, which {kind} does not have. {_linear_modules(plain)}")
+    adaptable = [name for name, module in modules if isinstance(base_of(module), nn.Linear | Conv1D | nn.Embedding)]
+    for one in [lora.exclude_modules] if isinstance(lora.exclude_modules, str) else lora.exclude_modules:
+        pattern = _excluded(lora.exclude_modules if isinstance(lora.exclude_modules, str) else [one])
+        if not any(re.fullmatch(pattern, name) for name in adaptable) and not (is_bare and one.rpartition(".")[2] in heads):
+            raise ModelError(
+                f"lora.exclude_modules: {one!r} is no linear module and no embedding of {type(plain).__name__}, so it excludes nothing. "
+                f"{_linear_modules(plain)}. To exclude all modules in a module, write a regular expression, e.g. '.*\\.mlp\\..*'"
+            )
 
 
 def _linear_modules(plain: PreTrainedModel) -> str:
@@ -423,6 +470,8 @@ def _rows_to_train(plain: PreTrainedModel, lora: LoraSettings, new_rows: Collect
 def _has_adapter(plain: PreTrainedModel, module: nn.Module, lora: LoraSettings) -> bool:
     """Whether ``lora.target_modules`` includes this module."""
     name = module_name(plain, module)
+    if re.fullmatch(_excluded(lora.exclude_modules), name):
+        return False
     if isinstance(lora.target_modules, str):
         return lora.target_modules != "all-linear" and re.fullmatch(lora.target_modules, name) is not None
     return any(name == one or name.endswith(f".{one}") for one in lora.target_modules)

@@ -1,7 +1,7 @@
 """Fold low-rank adapters: layers that read the same input compute their updates together, and several roles can share one pass.
 
-peft's layers keep their parameters, names and saved form; only their ``forward`` is replaced (``kernels/low_rank.py``), for plain LoRA.
-With DoRA and other variants, with active dropout, with sharded or merged weights, peft's own forward runs.
+peft's layers keep their parameters, names and saved form; only their ``forward`` is replaced (``kernels/low_rank.py``), for plain LoRA
+and for PiSSA and OLoRA. With DoRA and other variants, with active dropout, with sharded or merged weights, peft's own forward runs.
 
 Layers with the same input (queries, keys and values; gate and up) are found by a trial pass, not by their names.
 """
@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from stages.errors import is_out_of_memory
 from stages.kernels.low_rank import Update, UpdatedLayer, updated_layers
 from stages.kernels.matmul import PLAIN, Linear
+from stages.models.adapters.variants import Started
 from stages.sampling.support import PASS_FAILURES, no_cache
 
 logger = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ class _Folded(nn.Module):
             return True
         dropout = self.lora_dropout[adapter]
         return (
-            adapter not in self.lora_variant
+            (adapter not in self.lora_variant or isinstance(self.lora_variant[adapter], Started))
             and not self.lora_bias.get(adapter, False)
             and (type(dropout) is nn.Identity or dropout.p == 0.0 or not dropout.training)
             and is_plain(self.lora_A[adapter])
@@ -182,10 +183,14 @@ class _Folded(nn.Module):
         roles = self._foldable_roles()
         if roles is None:
             return None
-        return tuple(
-            tuple(Update(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]) for name in role if name in self.lora_A)
-            for role in roles
-        )
+        return tuple(tuple(update for name in role if name in self.lora_A for update in self._updates_by(name)) for role in roles)
+
+    def _updates_by(self, name: str) -> Iterator[Update]:
+        """The updates by one adapter: its own, and the negative one that it started from."""
+        start, scaling = self.lora_variant.get(name), self.scaling[name]
+        if isinstance(start, Started):
+            yield Update(start.a, start.b, -scaling)
+        yield Update(self.lora_A[name].weight, self.lora_B[name].weight, scaling)
 
     def _foldable_roles(self) -> tuple[tuple[str, ...], ...] | None:
         """The adapters of each part of the tokens; None if peft's own forward must run."""
@@ -199,22 +204,20 @@ class _Folded(nn.Module):
 
     def _traced(self, x: Tensor) -> Tensor:
         """The output in plain operations, for torch.compile, which joins them itself."""
-        roles = self._foldable_roles()
-        if roles is None:
+        updates = self._updates()
+        if updates is None:
             return super().forward(x)
         output = self.base_layer(x)
-        if not any(name in self.lora_A for role in roles for name in role):
+        if not any(updates):
             return output
         flat, result = x.reshape(-1, x.shape[-1]), output.reshape(-1, output.shape[-1])
-        size = flat.shape[0] // len(roles)
+        size = flat.shape[0] // len(updates)
         parts = []
-        for index, role in enumerate(roles):
+        for index, own_updates in enumerate(updates):
             part, own = result[index * size : (index + 1) * size], flat[index * size : (index + 1) * size]
-            for name in role:
-                if name in self.lora_A:
-                    a, b = self.lora_A[name].weight, self.lora_B[name].weight
-                    update = functional.linear(functional.linear(own.to(a.dtype), a), b)
-                    part = part + (update * self.scaling[name]).to(part.dtype)
+            for update in own_updates:
+                product = functional.linear(functional.linear(own.to(update.a.dtype), update.a), update.b)
+                part = part + (product * update.scaling).to(part.dtype)
             parts.append(part)
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(output.shape)
 

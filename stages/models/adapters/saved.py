@@ -20,6 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from stages.errors import ModelError
+from stages.models.adapters.variants import STARTS
+from stages.models.quantizing import QUANTIZED_LAYERS
 from stages.sampling.support import weight_of
 
 if TYPE_CHECKING:
@@ -42,13 +44,15 @@ class SavedAdapter:
     """An adapter's config (peft's LoraConfig), and its weights by name: ``base_model.model.<module>...``.
 
     ``changes_base``: names of base weights that the adapter replaces, e.g. trained biases, a fully saved embedding, or the weights without
-    the part with which PiSSA starts.
+    the part with which KaSA starts. ``start``: ``init_lora_weights`` of an adapter that starts from a part of the weights
+    (variants.STARTS); ``config`` then has another value.
     """
 
     ref: str
     config: LoraConfig
     weights: dict[str, Tensor]
     changes_base: tuple[str, ...] = ()
+    start: str | None = None
 
     def names(self) -> list[str]:
         """The weight names in the model that was trained."""
@@ -123,7 +127,7 @@ def fitted(saved: SavedAdapter, plain: PreTrainedModel) -> SavedAdapter:
             return name
         return here + name if here else name.removeprefix(there)
 
-    modules = modules_of(plain)
+    modules, trained = modules_of(plain), {}
     had_head = bool(there) or task.endswith("CAUSAL_LM")
     same_head = task.endswith("CAUSAL_LM") and plain.get_output_embeddings() is not None
     weights = {}
@@ -133,8 +137,25 @@ def fitted(saved: SavedAdapter, plain: PreTrainedModel) -> SavedAdapter:
             continue
         new = old if there and not old.startswith(there) else renamed(old)
         weights[BEFORE + new] = value
+        if ".lora_" in old:
+            trained[module_of(new)] = module_of(old)
     config = _fitted_config(saved.config, weights, plain, renamed, modules)
+    for field in ("rank_pattern", "alpha_pattern"):
+        setattr(config, field, {**by_module(getattr(saved.config, field), trained), **getattr(config, field)})
+    start = str(config.init_lora_weights).lower()
+    if start in STARTS and not any(type(module).__name__ in QUANTIZED_LAYERS for module in plain.modules()):
+        # On quantized weights peft would quantize again what the start leaves over.
+        config.init_lora_weights = True
+        saved = replace(saved, start=start)
     return _with_changes(replace(saved, config=config, weights=weights), plain)
+
+
+def by_module(pattern: dict[str, float], trained: dict[str, str]) -> dict[str, float]:
+    """The numbers of rank_pattern or alpha_pattern by full names. ``trained``: module names and those that the pattern was written for."""
+    from peft.utils.other import get_pattern_key
+
+    keys = {module: get_pattern_key(list(pattern), name) for module, name in trained.items()}
+    return {f"^{re.escape(module)}": pattern[key] for module, key in keys.items() if key in pattern}
 
 
 def _beside_transformer(plain: PreTrainedModel) -> set[str]:
@@ -184,7 +205,7 @@ def _fitted_config(
 
 def _subtracts(config: LoraConfig) -> bool:
     """Whether peft subtracts the adapter's initial update from the base, also when it loads the adapter."""
-    return config.kasa_config is not None or str(config.init_lora_weights).lower() in ("pissa", "olora")
+    return config.kasa_config is not None or str(config.init_lora_weights).lower() in STARTS
 
 
 def _renamed_pattern(pattern: str, renamed: Callable[[str], str]) -> str:

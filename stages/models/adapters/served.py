@@ -19,6 +19,7 @@ from torch import Tensor
 from stages.errors import ModelError
 from stages.models.adapters.activation import active_adapters, is_adapter_layer, wrappers_of
 from stages.models.adapters.saved import BEFORE, TOKENS, SavedAdapter, fitted, module_of, read_adapter
+from stages.models.adapters.variants import Started
 from stages.sampling.support import plain_model, weight_of
 
 if TYPE_CHECKING:
@@ -107,17 +108,26 @@ def _layer_update(layer: LoraLayer, module_name: str, name: str) -> Update | Non
         raise ModelError(_refusal(f"the adapter {name!r} changes the embedding {module_name}"))
     if name not in layer.lora_A or name not in layer.lora_B:
         return None
-    if name in layer.lora_variant or getattr(layer, "lora_bias", {}).get(name):
+    start = layer.lora_variant.get(name)
+    if (start is not None and not isinstance(start, Started)) or getattr(layer, "lora_bias", {}).get(name):
         raise ModelError(_refusal(f"the adapter {name!r} on {module_name} is a variant of LoRA (such as DoRA), or has a bias"))
     if getattr(layer, "parameter_name", None):
         raise ModelError(_refusal(f"the adapter {name!r} on {module_name} changes a parameter, not a linear layer"))
-    return _update(weight_of(layer.lora_A[name]), weight_of(layer.lora_B[name]), float(layer.scaling[name]))
+    a, b = weight_of(layer.lora_A[name]), weight_of(layer.lora_B[name])
+    if isinstance(start, Started):
+        a, b = torch.cat([a, start.a]), torch.cat([b, -start.b], dim=1)
+    return _update(a, b, float(layer.scaling[name]))
 
 
 def _saved_updates(saved: SavedAdapter) -> Iterator[tuple[str, Update]]:
     """Updates of a saved adapter, with the module names of the model that it was fitted to."""
     config = saved.config
-    if saved.changes_base or config.modules_to_save or any(name.endswith(TOKENS) or "lora_embedding" in name for name in saved.weights):
+    if (
+        saved.changes_base
+        or saved.start
+        or config.modules_to_save
+        or any(name.endswith(TOKENS) or "lora_embedding" in name for name in saved.weights)
+    ):
         raise ModelError(_refusal(f"the adapter {saved.ref!r} has full modules or rows of the embedding, or changes weights of its base"))
     is_plain = all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in saved.weights)
     if not is_plain or config.target_parameters or config.use_qalora or config.use_bdlora is not None:

@@ -18,8 +18,9 @@ from torch import nn
 from stages.config import LoraSettings
 from stages.models.adapters.activation import activate, active_adapters, adapted, is_part_of, lora_config
 from stages.models.adapters.attaching import add_adapter, attach_lora
-from stages.models.adapters.saved import BEFORE
+from stages.models.adapters.saved import BEFORE, by_module
 from stages.models.adapters.stacks import stack_of, trained_on, weights_of
+from stages.models.adapters.variants import adapted_layers, write_as_lora
 from stages.models.heads import RewardModel, ScalarModel, ValueModel, read_head
 from stages.models.loading import load_base, load_tokenizer
 from stages.models.parts import module_name, moved_to, transformer_of
@@ -145,12 +146,16 @@ class SharedBackbone:
             save_file(renamed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
             config = copy.deepcopy(lora_config(adapted(self.model), name))
             config.task_type = "FEATURE_EXTRACTION"
-            if config.target_modules is not None and not isinstance(config.target_modules, str):
-                config.target_modules = {target.removeprefix(body) for target in config.target_modules}  # type: ignore[assignment]  # peft uses sets
+            if not config.target_parameters:
+                names = {path.removeprefix(body): path for path, _ in adapted_layers(adapted(self.model), name) if path.startswith(body)}
+                config.target_modules, config.exclude_modules = set(names), None  # type: ignore[assignment]  # peft uses sets
+                config.rank_pattern = by_module(config.rank_pattern or {}, names)
+                config.alpha_pattern = by_module(config.alpha_pattern or {}, names)
             if isinstance(config.trainable_token_indices, dict):
                 rows = config.trainable_token_indices.items()
                 config.trainable_token_indices = {key.removeprefix(body): value for key, value in rows if key.startswith(body)}
             config.save_pretrained(str(folder))
+            write_as_lora(adapted(self.model), name, folder, prefix=body)
 
         return save
 

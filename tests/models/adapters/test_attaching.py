@@ -142,6 +142,92 @@ def test_adapters_on_the_transposed_layers_of_gpt2_are_saved_and_merged(
     assert_same(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected, quantization)
 
 
+FORMS: dict[str, dict[str, Any]] = {
+    "DoRA": {"use_dora": True},
+    "rank-stabilized": {"use_rslora": True},
+    "Gaussian": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "PiSSA, rank-stabilized": {"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {r"mlp\..*": 8}},
+    "OLoRA": {"init_lora_weights": "olora"},
+    "patterns": {"rank_pattern": {r"mlp\..*": 2}, "alpha_pattern": {r".*\.0\..*": 5.5}},
+    "excluded": {"exclude_modules": ["down_proj", "self_attn.k_proj"]},
+    "excluded by an expression": {"exclude_modules": r".*\.mlp\..*"},
+}
+ON = [("untied", "none"), ("gpt2", "none"), ("untied", "nf4"), ("gpt2", "nf4"), ("untied", "int8")]
+FORMS_ON = [(form, *on) for form in FORMS for on in ON if (form, on[1]) != ("DoRA", "int8") and (form, on[0]) != ("excluded", "gpt2")]
+
+
+@pytest.mark.parametrize(("form", "base", "quantization"), FORMS_ON)
+def test_every_form_starts_as_the_identity_and_is_equal_in_peft_and_merged(
+    bases: dict[str, Path], tiny_tokenizer: Any, tmp_path: Path, form: str, base: str, quantization: str
+) -> None:
+    """Also above an adapter of the same form, whose merge is loaded by transformers alone."""
+    from transformers import AutoModelForCausalLM
+
+    source, lora = resolved(bases[base], quantization=quantization), LoraSettings(r=4, **FORMS[form])
+    model = load_language_model(source, dtype=torch.float32, lora=lora)
+    assert_same(logits_of(model), logits_of(load_language_model(source, dtype=torch.float32, trainable=False)))
+    disturb(model)
+    expected = logits_of(model)
+    save_model(model, tiny_tokenizer, tmp_path / "one")
+    assert_same(logits_of(by_peft(tmp_path / "one", bases[base], quantization)), expected)
+    one = resolved(tmp_path / "one", source, quantization=quantization)
+    above = load_language_model(one, dtype=torch.float32, lora=lora)
+    assert_same(logits_of(above), expected)
+    disturb(above, 2)
+    save_model(above, tiny_tokenizer, tmp_path / "two")
+    save_merged(resolved(tmp_path / "two", one), tmp_path / "merged")
+    assert_same(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits_of(above), quantization)
+
+
+@pytest.mark.parametrize("form", ["PiSSA", "OLoRA", "DoRA", "rank-stabilized", "patterns", "excluded by an expression"])
+def test_training_equals_that_of_peft(bases: dict[str, Path], form: str) -> None:
+    """The gradients of every adapter weight, and the outputs after a step along them. peft changes the base for PiSSA and OLoRA."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    settings = {"target_modules": "all-linear", **FORMS[form]}
+    plain = AutoModelForCausalLM.from_pretrained(bases["untied"], attn_implementation="eager")
+    reference = get_peft_model(plain, LoraConfig(r=4, lora_alpha=16, task_type="CAUSAL_LM", **settings))
+    model = load_language_model(str(bases["untied"]), dtype=torch.float32, lora=LoraSettings(r=4, **FORMS[form]))
+    own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    theirs = {name: parameter for name, parameter in reference.named_parameters() if parameter.requires_grad}
+    assert own.keys() == theirs.keys()
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(theirs[name])
+    for one in (model, reference):
+        one(input_ids=IDS, labels=IDS).loss.backward()
+    for name, parameter in own.items():
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        for parameter in (*own.values(), *theirs.values()):
+            parameter.sub_(0.1 * parameter.grad)
+    assert_same(logits_of(model), logits_of(reference))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank_pattern": {"nothing": 4}}, "lora.rank_pattern names 'nothing', but no module with an adapter has this name"),
+        ({"alpha_pattern": {"lm_head": 4.0}}, "lora.alpha_pattern names 'lm_head', but no module with an adapter has this name"),
+        (
+            {"alpha_pattern": {r"mlp.*": 4.0, "down_proj": 2.0}},
+            r"several numbers for model.layers.0.mlp.down_proj: 'mlp.\*': 4, 'down_proj': 2",
+        ),
+        ({"exclude_modules": ["mlp"]}, "lora.exclude_modules: 'mlp' is no linear module .* of LlamaForCausalLM, so it excludes nothing"),
+        ({"exclude_modules": "nothing"}, "lora.exclude_modules: 'nothing' is no linear module"),
+        ({"exclude_modules": ".*"}, "no adapter with exclude_modules='.*' fits LlamaForCausalLM"),
+        ({"r": 40, "init_lora_weights": "pissa"}, "needs a rank of at most 32 for .*q_proj, but it is 40. Lower lora.r"),
+        ({"target_modules": ["embed_tokens"], "init_lora_weights": "olora"}, "impossible for model.embed_tokens, which is no linear layer"),
+    ],
+)
+def test_settings_without_effect_or_room_are_refused(bases: dict[str, Path], settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        load_language_model(str(bases["tied"]), dtype=torch.float32, lora=LoraSettings(**settings))
+
+
 # Tokens that the model has no rows for
 
 
