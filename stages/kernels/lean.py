@@ -6,16 +6,65 @@ Gradients are equal up to rounding.
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stages.kernels.matmul import Context, linear, product
+from stages.errors import is_out_of_memory
+from stages.kernels.matmul import PLAIN, Context, linear, product
+
+logger = logging.getLogger(__name__)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension (Zhang and Sennrich 2019), differentiable. Stores x."""
     return _RMSNorm.apply(x, weight, eps)
+
+
+def fuses_norm(x: Tensor, weight: Tensor) -> bool:
+    """Whether ``fused_rms_norm`` computes this norm: on a GPU, in the dtype of the weight. torch.compile fuses a norm itself."""
+    if torch.compiler.is_compiling() or not x.is_cuda:
+        return False
+    return type(x) in PLAIN and type(weight) in PLAIN and weight.dtype == x.dtype and not _problem_of_fused_norm(x.dtype)
+
+
+def fused_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``rms_norm`` in one operation of a GPU, and one in the backward pass; the families' own norms have 8 and more. Stores x.
+
+    It is the operator behind torch.nn.functional.rms_norm, which autocast would give inputs and outputs in fp32.
+    """
+    made: Tensor = torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], weight, eps)[0]
+    return made
+
+
+@cache
+def _problem_of_fused_norm(dtype: torch.dtype) -> str:
+    """Why the operator is not used on this machine's GPU; empty if outputs and gradients are those of ``rms_norm``."""
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(size, generator=generator) for size in ((6, 64), (64,), (6, 64))]
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    reason = ""
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cuda", enabled=False):
+            made = []
+            for norm, kind in ((rms_norm, torch.float32), (fused_rms_norm, dtype)):
+                x, weight, upstream = (one.to("cuda", dtype).to(kind) for one in values)
+                x.requires_grad_(), weight.requires_grad_()
+                output = norm(x, weight, 1e-6)
+                made.append([output, *torch.autograd.grad(output, (x, weight), upstream)])
+        for expected, own in zip(*made, strict=True):
+            if own.dtype != dtype or not bool((own.float() - expected).norm() <= tolerance * expected.norm()):
+                reason = "its outputs or gradients differ"
+    except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    if reason:
+        logger.warning("norms are computed by several operations, because PyTorch's fused norm is not used in %s: %s", dtype, reason)
+    return reason
 
 
 class _RMSNorm(torch.autograd.Function):

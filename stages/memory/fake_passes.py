@@ -40,7 +40,7 @@ from stages.models.adapters import folding
 from stages.models.families import quantized_modules
 from stages.models.layers.attention import attention_of, class_of
 from stages.models.layers.dropout import disable_dropout
-from stages.models.layers.lean import use_lean_layers
+from stages.models.layers.lean import _LeanNorm, use_lean_layers
 from stages.sampling.support import plain_model
 from stages.tokens.positions import model_length
 
@@ -286,7 +286,7 @@ def _model(kind: PassKind, layers: int) -> TransformersModel:
         disable_dropout(model)
         if kind.quantization != "none":
             _quantize(model, kind.quantization, kind.device)
-    if kind.device == "cpu" and kind.compute > HALF and kind.trains:
+    if kind.device == "cuda" or (kind.compute > HALF and kind.trains):
         _use_lean_layers(model, kind)
     model.train(kind.trains)
     if kind.checkpointing:
@@ -313,6 +313,8 @@ def _use_lean_layers(model: nn.Module, kind: PassKind) -> None:
     usual = {name: type(module).__name__ for name, module in small.named_modules()}
     use_lean_layers(small)
     lean: dict[str, Any] = {usual[name]: type(module) for name, module in small.named_modules() if hasattr(module, "lean")}
+    if kind.device == "cuda":  # a fused norm keeps what a lean norm keeps
+        lean = {name: chosen for name, chosen in lean.items() if issubclass(chosen, _LeanNorm)}
     for module in model.modules():
         if (chosen := lean.get(type(module).__name__)) is not None and chosen.can_be_lean(module):
             module.__class__ = chosen

@@ -20,7 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages.chain.run import run_function
 from stages.config import GenerationSettings
+from stages.kernels import lean
 from stages.kernels.casts import kept_casts
+from stages.models.layers.replacing import use_own_layers
 from stages.models.passes.likelihood import measure_likelihood
 from stages.models.passes.packing import packing_kernel
 from stages.models.passes.responses import Policy, sequence_batch
@@ -123,6 +125,57 @@ def pass_with_gradients() -> dict[str, Any]:
 
     policy.loss(batch, term).summed.backward()
     return {"kernel": kernel, "said": said, "waits": dict(pretend_cuda.waits)}
+
+
+def norms() -> dict[str, Any]:
+    """By dtype of the weights: the number of fused norms in a pass, their dtypes, and the largest relative difference of its outputs and
+    gradients from those with transformers' norms."""
+    made: dict[str, Any] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        language_model, ids = model(dtype), torch.arange(6, device="cuda")[None]
+        for name, weight in language_model.named_parameters():
+            if "norm" in name:
+                torch.nn.init.uniform_(weight, 0.5, 1.5)
+
+        def values(language_model: Any = language_model, ids: Tensor = ids, dtype: torch.dtype = dtype) -> list[Tensor]:
+            language_model.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.float32):
+                logits = language_model(input_ids=ids).logits
+            logits.float().square().mean().backward()
+            return [logits.float(), *(weight.grad.float() for weight in language_model.parameters())]
+
+        expected = values()
+        use_own_layers(language_model)
+        lean._problem_of_fused_norm(dtype)  # its own norm does not count
+        with Fused() as fused:
+            own = values()
+        differences = [float((one - other).norm() / other.norm()) for one, other in zip(own, expected, strict=True)]
+        made[str(dtype)] = {"difference": max(differences), "fused": fused.number, "dtypes": sorted(fused.dtypes)}
+    usual = torch.ops.aten._fused_rms_norm
+
+    def without_kernel(*_: Any) -> None:
+        raise RuntimeError("no kernel")
+
+    torch.ops.aten._fused_rms_norm = without_kernel
+    lean._problem_of_fused_norm.cache_clear()
+    made["problem"] = lean._problem_of_fused_norm(torch.bfloat16)
+    torch.ops.aten._fused_rms_norm = usual
+    lean._problem_of_fused_norm.cache_clear()
+    return made
+
+
+class Fused(TorchDispatchMode):
+    """Counts fused norms in forward passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number, self.dtypes = 0, set[str]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if function is torch.ops.aten._fused_rms_norm.default:
+            self.number += 1
+            self.dtypes.add(str(arguments[0].dtype))
+        return function(*arguments, **(options or {}))
 
 
 # Waits
@@ -357,6 +410,7 @@ if __name__ == "__main__":
         "pass": pass_with_gradients(),
         "training": training_waits(sys.argv[1]),
         "updates": update_waits(sys.argv[1]),
+        "norms": norms(),
         "decoding": decoding_waits(),
         "likelihood": likelihood_waits(),
         "evaluation": evaluation_waits(sys.argv[1]),

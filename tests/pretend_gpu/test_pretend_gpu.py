@@ -60,6 +60,17 @@ def test_a_packed_pass_uses_the_kernel_for_any_lengths_and_never_waits(results) 
     assert results["pass"] == {"kernel": "torch", "said": said, "waits": {}}
 
 
+@pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
+def test_each_norm_is_one_operation(results, dtype: str) -> None:
+    """Two layers of Llama have five norms. Under autocast, a norm with fp32 weights stays in fp32, as in transformers."""
+    measured, tolerance = results["norms"][dtype], 0.03 if dtype == "torch.bfloat16" else 1e-3
+    assert measured["fused"] == 5 and measured["dtypes"] == [dtype] and measured["difference"] < tolerance
+
+
+def test_a_gpu_without_the_fused_norm_computes_as_before(results) -> None:
+    assert results["norms"]["problem"] == "RuntimeError: no kernel"
+
+
 @pytest.mark.parametrize("stage", ["sft", "dpo", "reward_model"])
 def test_a_training_stage_reads_one_number_per_optimizer_step_and_one_tensor_per_line_of_the_log(results, stage: str) -> None:
     """Four steps, each with a line of the log. What transformers and TRL read themselves is the subject of the next test."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stages.kernels.lean import gated_mlp, rms_norm
+from stages.kernels.lean import fused_rms_norm, fuses_norm, gated_mlp, rms_norm
 from stages.kernels.matmul import Linear, are_plain
 from stages.sampling.support import PASS_FAILURES, weight_of
 
@@ -30,7 +30,7 @@ PROBE_SIZES = (1e-3, 1.0, 30.0)
 
 
 def use_lean_layers(model: nn.Module) -> Counter[str]:
-    """Replace the RMS norms and SwiGLU layers of ``model``. The new versions are used only when training in fp32 on a CPU.
+    """Replace the RMS norms and SwiGLU layers of ``model``. The new versions are used when training in fp32 on a CPU; norms also on a GPU.
 
     Returns the number of replaced layers per class.
     """
@@ -69,8 +69,14 @@ class _LeanNorm(nn.Module):
         return rms_norm(x, weight_of(self), epsilon)
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
-        takes = len(inputs) == 1 and not named and torch.is_grad_enabled() and are_plain(inputs[0], self.weight)
-        return self.lean(inputs[0]) if takes else super().forward(*inputs, **named)
+        if len(inputs) == 1 and not named:
+            if fuses_norm(inputs[0], self.weight):
+                epsilon = _epsilon(self)
+                assert epsilon is not None  # checked by ``fits``
+                return fused_rms_norm(inputs[0], self.weight, epsilon)
+            if torch.is_grad_enabled() and are_plain(inputs[0], self.weight):
+                return self.lean(inputs[0])
+        return super().forward(*inputs, **named)
 
 
 class _LeanMLP(nn.Module):
@@ -141,7 +147,10 @@ def _takes_one_tensor(kind: type[nn.Module]) -> bool:
 @torch.no_grad()
 def _is_equal(module: nn.Module, lean: type[_LeanNorm] | type[_LeanMLP]) -> bool:
     """Whether ``lean`` and ``module`` compute the same outputs for random weights and inputs."""
-    if not lean.fits(module) or next(module.parameters()).dtype != torch.float32:
+    if not lean.fits(module):
+        return False
+    on_gpu = issubclass(lean, _LeanNorm) and torch.cuda.is_available()
+    if next(module.parameters()).dtype != torch.float32 and not on_gpu:
         return False
     probe = _with_drawn_weights(module)
     generator = torch.Generator().manual_seed(1)

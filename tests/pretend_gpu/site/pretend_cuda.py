@@ -367,8 +367,27 @@ def _flash_attention() -> None:
     _library = torch.library.Library("aten", "IMPL")
     _library.impl("_flash_attention_forward", _flash_forward, "CUDA")
     _library.impl("_flash_attention_backward", _flash_backward, "CUDA")
+    _library.impl("_fused_rms_norm", _rms_norm, "CUDA")
+    _library.impl("_fused_rms_norm_backward", _rms_norm_backward, "CUDA")
     _library.impl("addmm.dtype_out", _addmm_in, "CUDA")
     _library.impl("mm.dtype_out", _mm_in, "CUDA")
+
+
+def _rms_norm(x: Tensor, shape: list[int], weight: Tensor | None, eps: float | None) -> tuple[Tensor, Tensor]:
+    """One operation on a GPU. Inputs and outputs have one dtype; it computes in fp32."""
+    assert weight is not None and eps is not None and weight.dtype == x.dtype and shape == [x.shape[-1]]
+    with quiet():
+        scale = (x.float().pow(2).mean(-1, keepdim=True) + eps).rsqrt()
+        return (x.float() * scale * weight.float()).to(x.dtype), scale
+
+
+def _rms_norm_backward(gradient: Tensor, x: Tensor, shape: list[int], scale: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Any, Any]:
+    with quiet():
+        normed, upstream = x.float() * scale, gradient.float()
+        of_normed = upstream * weight.float()
+        of_x = scale * (of_normed - normed * (of_normed * normed).mean(-1, keepdim=True))
+        of_weight = (upstream * normed).flatten(0, -2).sum(0)
+        return of_x.to(x.dtype) if wanted[0] else None, of_weight.to(weight.dtype) if wanted[1] else None
 
 
 def _addmm_in(total: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype, *, beta: float = 1, alpha: float = 1, out: Tensor) -> Tensor:
