@@ -65,6 +65,7 @@ def step(task: dict[str, Any]) -> dict[str, Any]:
         "peak_bytes": peak.total if on_gpu else None,
         "idle_share": idle.get("share"),
         "idle_why": idle.get("why", ""),
+        "allocator_retries": allocator_retries() if on_gpu else None,
     }
     return {**measured, **(_speed(clock, scale) if task["stage"] == "ppo" else {})}
 
@@ -311,6 +312,13 @@ def synchronize() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def allocator_retries() -> int:
+    """How often PyTorch freed all cached blocks because none was large enough for a tensor. Each time costs milliseconds."""
+    import torch
+
+    return int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
 
 
 def device_bytes(device: str) -> int:

@@ -294,7 +294,7 @@ class Table:
                 planned, peak = result.get("planned_bytes"), result.get("peak_bytes")
                 value = planned / peak if planned and peak else None
                 note = reason(result) or (self._toy() if peak else NO_GPU)
-                details = {"planned_gib": gib(planned), "measured_gib": gib(peak)}
+                details = {"planned_gib": gib(planned), "measured_gib": gib(peak), "allocator_retries": result.get("allocator_retries")}
                 return _row("planned / measured memory", name, value, "0.87 to 1.15", "0.92 to 1.08", note, details)
 
             yield RowMaker(f"planned / measured memory, {name}", (name,), make)
@@ -388,6 +388,7 @@ def speeds(result: dict[str, Any]) -> dict[str, Any]:
         "pass_tokens",
         "retreats",
         "recomputed_share",
+        "allocator_retries",
     )
     return {name: result[name] for name in kept if name in result}
 
