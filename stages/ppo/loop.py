@@ -37,7 +37,7 @@ from stages.ppo.health import Health, alarm_metrics
 from stages.ppo.offload import Offload
 from stages.ppo.records.checkpoint import RunKeeper, RunState
 from stages.ppo.records.history import Entry
-from stages.ppo.records.logs import episodes_of, keep_episodes, log, samples_of
+from stages.ppo.records.logs import checkpoint_note, episodes_of, keep_episodes, log, samples_of
 from stages.ppo.records.metrics import iteration_metrics, run_line, run_metrics
 from stages.ppo.records.publishing import publish_best, publish_policy, publish_value
 from stages.ppo.roles import load_roles
@@ -363,7 +363,7 @@ class PPORun:
         for alarm in alarms:
             if alarm.name in self.config.health.stop_on:
                 said = f"{self.context.name}: iteration {iteration}: stopped on {alarm.name} (health.stop_on): {alarm.message}"
-                raise TrainingError(f"{said}; the last checkpoint is kept in {self.context.checkpoint_folder / 'ppo'}")
+                raise TrainingError(f"{said}; {checkpoint_note(self.context)}")
         state.iteration, state.kl_coef, state.rollout, state.progress = iteration + 1, self.controller.value, None, UpdateProgress()
         return metrics
 

@@ -12,6 +12,7 @@ import operator
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -36,22 +37,21 @@ class Hung(Exception):
     """A function call did not return in time."""
 
 
+Calls = SimpleQueue[tuple[list[object], JsonObject] | None]
+Outcomes = SimpleQueue[tuple[object, BaseException | None]]
+
+
 class _Worker:
-    """A thread that calls a function. It is a daemon thread: Python cannot end a hanging thread, so the process must not wait for it."""
+    """A thread that calls a function. It is a daemon thread: Python cannot end a hanging thread, so the process must not wait for it.
+
+    The thread ends when nothing refers to this object any more. It would otherwise keep the function, and the models that it uses.
+    """
 
     def __init__(self, function: Callable[..., object], name: str) -> None:
-        self._function = function
-        self._calls: SimpleQueue[tuple[list[object], JsonObject]] = SimpleQueue()
-        self._outcomes: SimpleQueue[tuple[object, BaseException | None]] = SimpleQueue()
-        threading.Thread(target=self._serve, name=name, daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            arguments, named = self._calls.get()
-            try:
-                self._outcomes.put((self._function(*arguments, **named), None))
-            except BaseException as error:  # also SystemExit and the like: the caller reports them
-                self._outcomes.put((None, error))
+        self._calls: Calls = SimpleQueue()
+        self._outcomes: Outcomes = SimpleQueue()
+        threading.Thread(target=_serve, args=(function, self._calls, self._outcomes), name=name, daemon=True).start()
+        weakref.finalize(self, self._calls.put, None)
 
     def call(self, arguments: list[object], named: JsonObject, timeout: float | None) -> tuple[object, BaseException | None]:
         """Call the function; returns (its result, the exception that it raised or None). Raises Hung after ``timeout`` seconds."""
@@ -60,6 +60,17 @@ class _Worker:
             return self._outcomes.get(timeout=timeout)
         except Empty:
             raise Hung from None
+
+
+def _serve(function: Callable[..., object], calls: Calls, outcomes: Outcomes) -> None:
+    """Call ``function`` with the arguments in ``calls`` until there is a None."""
+    while (call := calls.get()) is not None:
+        arguments, named = call
+        try:
+            outcomes.put((function(*arguments, **named), None))
+        except BaseException as error:  # also SystemExit and the like: the caller reports them
+            outcomes.put((None, error))
+        del call, arguments, named
 
 
 class FunctionSource(RewardSource):

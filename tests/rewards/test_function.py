@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +208,21 @@ def test_retries_with_a_growing_wait(module) -> None:
     assert source.score(["p", "q"], ["a", "b"]).tolist() == [2.0, 2.0]
     with pytest.raises(ValueError, match="retries needs a function or an endpoint"):
         RewardInput.model_validate({"model": "m", "label": 1, "retries": 2})
+
+
+def test_thread_of_a_function_ends_with_its_source(module) -> None:
+    def threads() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name == "reward asking:plain"]
+
+    source = FunctionSource("f", "asking:plain")
+    source.score(["p"], ["a"])
+    assert len(threads()) == 1
+    del source
+    gc.collect()
+    waited = time.monotonic()
+    while threads() and time.monotonic() - waited < 10:
+        time.sleep(0.01)
+    assert not threads()
 
 
 def test_an_exception_of_a_function_is_reported_with_its_line(module) -> None:

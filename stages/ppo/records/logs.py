@@ -59,4 +59,12 @@ def keep_episodes(context: StepContext, episodes: list[JsonObject]) -> str:
     with path.open("w", encoding="utf-8") as file:
         for episode in episodes:
             file.write(json.dumps(episode, ensure_ascii=False) + "\n")
-    return f". Its episodes are in {path}; the last checkpoint is kept in {context.checkpoint_folder / 'ppo'}"
+    return f". Its episodes are in {path}; {checkpoint_note(context)}"
+
+
+def checkpoint_note(context: StepContext) -> str:
+    """The part of a message about a failure that says from where the next run continues."""
+    folder = context.checkpoint_folder / "ppo"
+    if any(folder.glob("checkpoint-*")):
+        return f"the last checkpoint is kept in {folder}"
+    return "there was no checkpoint yet, so the next run starts this step over"
