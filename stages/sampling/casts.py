@@ -33,7 +33,7 @@ class AutocastCopies:
             if torch.is_autocast_enabled(kind):
                 dtype = torch.get_autocast_dtype(kind)
                 refreshed: set[tuple[int, torch.Size, torch.dtype]] = set()
-                for module, name, parameter in _casted(model):
+                for module, name, parameter in casted_parameters(model):
                     replaced.append((module, name, parameter))
                     module._parameters[name] = self._copy(parameter, dtype, refreshed)
             yield
@@ -55,7 +55,7 @@ class AutocastCopies:
         return self._copies[key]
 
 
-def _casted(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+def casted_parameters(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
     """The fp32 parameters that autocast casts for matrix products: those of linear layers that are neither quantized nor sharded."""
     return [
         (module, name, parameter)

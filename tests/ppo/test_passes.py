@@ -55,6 +55,15 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_copies_of_weights_are_memory_that_passes_cannot_take(ppo_config, ppo_context) -> None:
+    """They are freed between optimizer steps, so they do not show in the memory that is free before the size of passes is chosen."""
+    roles = load_roles(ppo_config(precision="bf16"), ppo_context)
+    # A layer: queries and output 32 x 32, keys and values 32 x 16, three products of 32 x 64. The head of values: 32 weights and a bias.
+    layers, output = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64), len(roles.tokenizer) * 32
+    assert make_updater(roles, ppo_config(precision="bf16"))._casts() == 2 * (layers + output + layers + 32 + 1)
+    assert make_updater(load_roles(ppo_config(precision="fp32"), ppo_context), ppo_config())._casts() == 0
+
+
 # Packing
 
 

@@ -33,6 +33,7 @@ from stages.ppo.update.minibatch import Minibatch, Pass
 from stages.ppo.update.targets import Targets
 from stages.ppo.update.totals import Totals
 from stages.rl.losses import policy_clipped, policy_terms, value_terms
+from stages.sampling.casts import casted_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class Gradients:
         if self.num_processes > 1:
             totals.reduce(device)
         if self.budget.measures:
-            self.budget.settle(self._pending_moments(), agree=_smallest_of_all if self.roles.are_sharded else None)
+            self.budget.settle(self._pending_moments() + self._casts(), agree=_smallest_of_all if self.roles.are_sharded else None)
         return totals
 
     def _passes_that_fit(self, episodes: Minibatch, texts: Tensor | None, kernel: str | None, train_policy: bool) -> Totals:
@@ -285,6 +286,14 @@ class Gradients:
                 loss = pretraining_loss(self.roles.policy, batch, self.matmuls) / count * counts
                 self.loss_scale.backward(mix.coef * loss)
             totals.add(pretraining_loss=loss)
+
+    def _casts(self) -> int:
+        """Bytes of the half-precision copies of weights that exist during all passes of an optimizer step (``casts_kept``)."""
+        dtype = self.roles.policy.autocast
+        if dtype is None or self.roles.are_sharded:
+            return 0
+        weights = {id(weight): weight for model in self.roles.models() for _, _, weight in casted_parameters(model)}
+        return sum(dtype.itemsize * weight.numel() for weight in weights.values())
 
     def _pending_moments(self) -> int:
         """Bytes of the optimizer moments that do not exist before the first optimizer step."""
