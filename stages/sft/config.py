@@ -76,7 +76,9 @@ class SFTStepConfig(TrainingStepConfig):
     prompt_fit: PromptFit | None = Field(None, description="Shorten prompts that are too long; null: drop long demonstrations.")
     curation: Curation = Field(Curation(), description="Filters of rows.")
     packing: bool = Field(
-        False, description="Put several demonstrations into one row, without attention between them; batch_size then counts rows."
+        False,
+        description="Put several demonstrations into one row, without attention between them; batch_size then counts rows. Refused for "
+        "models in which a demonstration would change the next one (docs/families.md).",
     )
     max_length: int | None = Field(
         None,

@@ -18,7 +18,7 @@ from stages.models.adapters.attaching import train_in_fp32
 from stages.models.passes.right_padding import without_masks
 from stages.models.quiet import quiet_transformers
 from stages.sft.config import SFTStepConfig
-from stages.sft.packing import PackedCollator, pack_rows
+from stages.sft.packing import PackedCollator, pack_rows, refuse_leaks
 from stages.sft.rows import EncodedRow
 from stages.step import StepContext
 from stages.training.arguments import training_arguments
@@ -71,7 +71,10 @@ def make_trainer(
         trainer = DemonstrationTrainer(
             model=model, args=arguments, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer, data_collator=collator
         )
-    fit_label_head(trainer, context.runtime.dtype(config.precision))
+    dtype = context.runtime.dtype(config.precision)
+    if config.packing:
+        refuse_leaks(model, config.model.ref, dtype)
+    fit_label_head(trainer, dtype)
     train_in_fp32(model)
     return trainer
 
