@@ -293,7 +293,7 @@ def plan(
             console.print(line, soft_wrap=True, markup=False)
     for step in loaded.steps:
         if shown[step.name]:
-            console.print(settings_table(loaded, step, shown[step.name]))
+            console.print(settings_table(step, shown[step.name]))
 
 
 def _machine(device_memory: float | None) -> Machine:

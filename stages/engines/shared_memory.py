@@ -38,4 +38,4 @@ def _remove_if_abandoned(mark: Path) -> None:
             shutil.rmtree(mark.with_suffix(""), ignore_errors=True)
             mark.unlink(missing_ok=True)
     except OSError:  # in use, removed meanwhile, or of another user
-        return
+        pass

@@ -263,7 +263,6 @@ class RewardModel(ScalarModel):
         dtype: torch.dtype,
         lora: LoraSettings | None = None,
         trainable: bool = True,
-        dropout: bool = False,
         seed: int = 0,
     ) -> Self:
         """Create a reward model from a causal language model. Head weights ~ N(0, 1 / (d + 1)), bias 0.
@@ -271,7 +270,7 @@ class RewardModel(ScalarModel):
         This is the initialization of Stiennon et al. 2020 (https://arxiv.org/abs/2009.01325, appendix B.1), drawn from ``seed``. Raises
         ModelError for an encoder, whose last token has no special meaning.
         """
-        made = cls._with_new_head(model, dtype=dtype, lora=lora, trainable=trainable, dropout=dropout)
+        made = cls._with_new_head(model, dtype=dtype, lora=lora, trainable=trainable, dropout=False)
         made.draw_head(seed)
         return made.train(trainable)
 

@@ -62,9 +62,9 @@ class _Keep(logging.Handler):
 
 
 @contextmanager
-def held_log(name: str = "stages") -> Iterator[None]:
-    """Context manager that holds the records of the logger ``name`` and those below it. They are logged at its end, unless it raises."""
-    logger, keep = logging.getLogger(name), _Keep()
+def held_log() -> Iterator[None]:
+    """Context manager that holds the records of the program's loggers. They are logged at its end, unless it raises."""
+    logger, keep = logging.getLogger("stages"), _Keep()
     before = logger.propagate, list(logger.handlers)
     logger.propagate, logger.handlers = False, [keep]
     try:
@@ -95,13 +95,13 @@ class _Once(logging.Handler):
 
 
 @contextmanager
-def without_repeats(name: str = "stages") -> Iterator[None]:
+def without_repeats() -> Iterator[None]:
     """Context manager in which equal messages about the data are shown once, because a plan and its steps read the same data.
 
-    They are the messages of the loggers below ``DATA``. Other messages below ``name``, such as retries, are shown each time. An inner
-    context has no effect.
+    They are the messages of the loggers below ``DATA``. Other messages, such as retries, are shown each time. An inner context has no
+    effect.
     """
-    logger = logging.getLogger(name)
+    logger = logging.getLogger("stages")
     if any(isinstance(handler, _Once) for handler in logger.handlers):
         yield
         return

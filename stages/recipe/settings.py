@@ -88,7 +88,7 @@ def _leaves(value: object, path: Steps) -> Iterator[tuple[Steps, object]]:
         yield path, value
 
 
-def settings_table(recipe: Recipe, step: RecipeStep, settings: list[Setting]) -> Table:
+def settings_table(step: RecipeStep, settings: list[Setting]) -> Table:
     """The settings as a terminal table. Values from the recipe or the command line are highlighted."""
     title = f"{step.name} ({step.stage}){f': preset {step.preset.name}' if step.preset is not None else ''}"
     table = Table("setting", "value", "from", title=title, title_justify="left", caption_justify="left")

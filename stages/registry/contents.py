@@ -164,10 +164,10 @@ def digest_of(hashes: dict[str, str]) -> str:
     return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
 
 
-def digest_folder(folder: Path, base: str | None = None) -> str:
+def digest_folder(folder: Path) -> str:
     """The content digest of any model folder; equal to the registry's digest of a full model with these files."""
     hashes = {}
     for name, path in files_of(folder):
-        content = normalised(path, base)
+        content = normalised(path, None)
         hashes[name] = file_sha256(path) if content is None else hashlib.sha256(content).hexdigest()
     return digest_of(hashes)

@@ -63,7 +63,7 @@ class _RemovedMeanwhile(RegistryError):
     """Another process removed a version between listing and reading it."""
 
 
-Merge = Callable[[ModelRecord, "Registry", Path], None]
+Merge = Callable[[ModelRecord, Path], None]
 """Merges an adapter's record into its base and writes the result to an empty folder."""
 
 
@@ -439,7 +439,7 @@ class Registry:
         try:
             if record.is_adapter and merge is not None:
                 partial.mkdir()
-                merge(record, self, partial)
+                merge(record, partial)
             else:
                 shutil.copytree(record.path, partial)
             for _, file in files_of(partial):

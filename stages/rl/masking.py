@@ -9,16 +9,9 @@ import torch
 from torch import Tensor
 
 
-def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Sum over counted entries: a scalar, or along ``dim``."""
-    kept = torch.where(mask, x, torch.zeros_like(x))
-    return kept.sum() if dim is None else kept.sum(dim=dim)
-
-
-def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean over counted entries, 0 if there are none: a scalar, or along ``dim``."""
-    count = mask.sum() if dim is None else mask.sum(dim=dim)
-    return masked_sum(x, mask, dim) / count.clamp(min=1)
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over counted entries, a scalar; 0 if there are none."""
+    return torch.where(mask, x, torch.zeros_like(x)).sum() / mask.sum().clamp(min=1)
 
 
 def masked_variance(x: Tensor, mask: Tensor) -> Tensor:

@@ -43,7 +43,6 @@ def predict(
     model: TransformersModel,
     rows: Sequence[EncodedReview],
     pad_token_id: int,
-    batch_size: int = SCORING_ROWS,
     *,
     padding: Padding = "right",
     dtype: torch.dtype = torch.float32,
@@ -55,9 +54,9 @@ def predict(
     collate = Collator(pad_token_id, padding)
     lengths = [len(row["input_ids"]) for row in rows]
     order = sorted(range(len(rows)), key=lambda index: lengths[index])
-    groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    groups = [order[start : start + SCORING_ROWS] for start in range(0, len(order), SCORING_ROWS)]
     if padding == "none":
-        groups = same_length_groups(lengths, batch_size)
+        groups = same_length_groups(lengths, SCORING_ROWS)
     probabilities: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     training = model.training
     model.eval()

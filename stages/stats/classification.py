@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 
-def calibration_bins(confidence: Tensor, correct: Tensor, num_bins: int = 10) -> list[dict[str, float]]:
-    """Mean confidence, accuracy and count in bins of equal width over confidence in [0, 1]. Empty bins are left out. Inputs [N]."""
+def calibration_bins(confidence: Tensor, correct: Tensor) -> list[dict[str, float]]:
+    """Mean confidence, accuracy and count in ten bins of equal width over confidence in [0, 1]. Empty bins are left out. Inputs [N]."""
     bins = []
-    bin_index = (confidence * num_bins).long().clamp(max=num_bins - 1)
-    for index in range(num_bins):
+    bin_index = (confidence * 10).long().clamp(max=9)
+    for index in range(10):
         inside = bin_index == index
         if inside.any():
             bins.append(
@@ -23,9 +23,9 @@ def calibration_bins(confidence: Tensor, correct: Tensor, num_bins: int = 10) ->
     return bins
 
 
-def expected_calibration_error(confidence: Tensor, correct: Tensor, num_bins: int = 10) -> float:
+def expected_calibration_error(confidence: Tensor, correct: Tensor) -> float:
     """Mean absolute difference of confidence and accuracy over the bins, weighted by count (Guo et al. 2017). Inputs [N]."""
-    bins = calibration_bins(confidence, correct, num_bins)
+    bins = calibration_bins(confidence, correct)
     return sum(item["count"] * abs(item["confidence"] - item["accuracy"]) for item in bins) / max(1, len(confidence))
 
 

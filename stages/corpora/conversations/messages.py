@@ -194,17 +194,17 @@ def _tools(row: Row) -> list[JsonObject]:
     return without_missing(tools) if row.columnar and tools is value else tools
 
 
-def prompt_of(row: Row, column: str = "prompt") -> Prompt:
-    """A prompt: text, or messages that the assistant answers next. Raises DataError if it ends with an assistant turn."""
-    prompt = _any_prompt(row, column)
+def prompt_of(row: Row) -> Prompt:
+    """The prompt of a row: text, or messages that the assistant answers next. Raises DataError if it ends with an assistant turn."""
+    prompt = _any_prompt(row)
     if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
-        raise DataError(f"{row.location}: {column} ends with an assistant turn; expected a turn that the assistant answers (user or tool)")
+        raise DataError(f"{row.location}: prompt ends with an assistant turn; expected a turn that the assistant answers (user or tool)")
     return prompt
 
 
-def _any_prompt(row: Row, column: str) -> Prompt:
-    """The prompt in ``column``, which may end with any role."""
-    return messages_of(row, column) if isinstance(row.get(column), list) else text_prompt(row, text_of(row, column))
+def _any_prompt(row: Row) -> Prompt:
+    """The prompt, which may end with any role."""
+    return messages_of(row, "prompt") if isinstance(row.get("prompt"), list) else text_prompt(row, text_of(row, "prompt"))
 
 
 def text_prompt(row: Row, text: str) -> Prompt:
@@ -300,7 +300,7 @@ def split_answers(row: Row, answers: Mapping[str, object]) -> tuple[Prompt, list
     or in an ``open_conversation``. The common prefix of several answers becomes part of the prompt, and every completion begins with an
     assistant turn. Raises DataError if an answer does not end with an assistant turn, or if there is no common turn for the prompt.
     """
-    given = _any_prompt(row, "prompt") if "prompt" in row else open_conversation(row)
+    given = _any_prompt(row) if "prompt" in row else open_conversation(row)
     sides = [_turns_in(row, name, answer) for name, answer in answers.items()]
     opening, sides = _opened(row, given, sides, next(iter(answers)))
     if len(sides) == 1:

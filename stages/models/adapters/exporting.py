@@ -15,7 +15,6 @@ from stages.models.reward_question import read_question
 from stages.registry.references import ResolvedModel
 
 if TYPE_CHECKING:
-    from stages.registry.ledger import Registry
     from stages.registry.record import ModelRecord
 
 
@@ -44,7 +43,7 @@ def _guess_role(adapter: ResolvedModel) -> str:
     return "classifier" if read_adapter_config(adapter).get("task_type") == "SEQ_CLS" else "language_model"
 
 
-def export_merged(record: ModelRecord, registry: Registry, folder: Path) -> None:
+def export_merged(record: ModelRecord, folder: Path) -> None:
     """Save the registry's adapter version ``record`` as a full model for ``from_pretrained``."""
     adapter = ResolvedModel(
         ref=record.ref, kind="registry", path=str(record.path), digest=record.digest, input=ModelInput(ref=record.ref), record=record
