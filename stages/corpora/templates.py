@@ -162,7 +162,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], pr
     if named:
         bare = [_without(contents, turn, ("name",))[turn] if turn in named else message for turn, message in enumerate(contents)]
         if apply_template(tokenizer, bare, generation_prompt=generation_prompt, tools=tools) == text:
-            logger.warning("the model's chat template does not write the names of speakers (the field name of a message)")
+            logger.warning("the model's chat template does not write the field name of messages, so the model does not see who speaks")
     return text
 
 

@@ -86,11 +86,11 @@ def load_prompts(
     if not kept:
         raise DataError(
             f"none of {len(encoded)} prompts has at most {longest} tokens (max_prompt_tokens, or the context length minus "
-            f"generation.max_new_tokens={config.generation.max_new_tokens})"
+            f"generation.max_new_tokens={config.generation.max_new_tokens}); raise it, or use shorter prompts"
         )
     if len(kept) < len(encoded):
         left_out = len(encoded) - len(kept)
-        context.runtime.console.print(f"{context.name}: left out {left_out} of {len(encoded)} prompts ({longest} tokens at most)")
+        context.runtime.console.print(f"{context.name}: left out {left_out} of {len(encoded)} prompts longer than {longest} tokens")
     require_room(policy, [one.ids for one in kept], config.generation)  # fail now instead of in a later iteration
     return kept
 

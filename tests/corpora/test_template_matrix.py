@@ -315,7 +315,7 @@ def test_names_of_speakers_that_a_template_does_not_write_are_said(tokenizer_of,
     assert tokenizer.decode(encode_prompt(tokenizer, asked)) == "<|user|>tom:hello" and caplog.messages == []
     tokenizer.chat_template = TEMPLATES["chatml"]
     encode_prompt(tokenizer, asked)
-    assert caplog.messages == ["the model's chat template does not write the names of speakers (the field name of a message)"]
+    assert caplog.messages == ["the model's chat template does not write the field name of messages, so the model does not see who speaks"]
 
 
 def test_named_templates_need_a_default(tokenizer_of) -> None:

@@ -100,4 +100,4 @@ def test_prompts_are_limited_to_what_policy_and_tokenizer_can_read(step: Any, mo
     lines = said(context, monkeypatch)
     kept = load_prompts(config, context, roles.policy.model, roles.tokenizer)
     assert [one.prompt for one in kept] == ["joy"]
-    assert any("left out 1 of 2 prompts (5 tokens at most)" in line for line in lines)
+    assert any("left out 1 of 2 prompts longer than 5 tokens" in line for line in lines)

@@ -193,6 +193,14 @@ def contrast(browser: Any, selector: str) -> float:
     return (max(text, behind) + 0.05) / (min(text, behind) + 0.05)
 
 
+def test_captions_of_tables_and_rows_of_steps_fit_a_narrow_page(opened) -> None:
+    opened.set_window_size(500, 900)
+    script = """const [boxes, side] = arguments;
+        return [...document.querySelectorAll(boxes)].map(box => Math.round(box.getBoundingClientRect()[side]))"""
+    assert max(opened.execute_script(script, ".scroll caption", "right")) <= opened.execute_script("return innerWidth")
+    assert len(set(opened.execute_script(script, ".step > summary span:nth-of-type(4)", "right"))) == 1  # one column for the memory
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_both_themes_are_readable(opened, scheme: str) -> None:
     opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
