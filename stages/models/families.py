@@ -12,7 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -46,6 +50,21 @@ def refuse_unfit(config: PretrainedConfig, name: str) -> None:
             f"{name!r} is a {kind} model; a policy or a scalar head needs a causal language model (llama, gpt2, gpt_neox, qwen2, ...). "
             "An encoder can be trained as a classifier (stage: sentiment), whose label can be a reward"
         )
+    part = text_part(config)
+    if part is not None and part not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(
+            f"{name!r} is a {kind} model. transformers loads only its text part as a language model, and cannot load that part ({part}) "
+            "again after it is saved. Use a model for text"
+        )
+
+
+def text_part(config: PretrainedConfig) -> str | None:
+    """The model type of what the class of causal language models loads of a model for several inputs; None if it loads all of it."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    loaded = kind.config_class
+    return None if loaded is None or isinstance(config, loaded) else str(loaded.model_type)
 
 
 def refuse_quantization(config: PretrainedConfig, quantization: str, name: str) -> None:

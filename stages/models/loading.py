@@ -24,7 +24,7 @@ from stages.models.classifiers.classes import order_classes
 from stages.models.classifiers.inputs import allow_end_tokens
 from stages.models.embeddings import resize_embedding, vocabulary_size
 from stages.models.failures import explained
-from stages.models.families import refuse_quantization, refuse_unfit, unquantized_modules
+from stages.models.families import refuse_quantization, refuse_unfit, text_part, unquantized_modules
 from stages.models.layers.attention import attention_of
 from stages.models.layers.dropout import disable_dropout
 from stages.models.layers.longrope import choose_frequencies_by_sequence
@@ -347,8 +347,23 @@ def _from_pretrained(
     new = _refuse_missing(loaded, report, model, require_head, supplied, by_config="num_labels" not in options)
     if auto is AutoModelForSequenceClassification:
         leave_autocast(loaded)
+    elif text_part(config) is not None:
+        _say_text_only(loaded, model)
     setattr(loaded, NEW_MODULES, sorted({name.rpartition(".")[0] for name in new}))
     return loaded
+
+
+def _say_text_only(loaded: PreTrainedModel, model: ResolvedModel) -> None:
+    """Log that only the text part of a model for several inputs is loaded. Raises ModelError if its class needs the other inputs."""
+    kind = type(loaded).__name__
+    if kind.endswith("ForConditionalGeneration"):  # AutoModel of Llama 4
+        raise ModelError(
+            f"{model.ref!r}: transformers cannot load its text part without its output layer ({kind}). Train it by a step with stage: sft, "
+            "which publishes the text part, and start from that"
+        )
+    if not kind.endswith("ForCausalLM"):
+        return  # all of it is loaded
+    logger.warning("%s: only its text part is loaded (%s). What is trained and published has no images, sound or video", model.ref, kind)
 
 
 def _own_device() -> torch.device:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from transformers.utils import cached_file
 
 from stages.models.adapters.activation import NEW_ADAPTER, lora_config
 from stages.models.adapters.variants import write_as_lora
@@ -53,6 +55,7 @@ def save_model(
             _stop_at_turn_ends(model, tokenizer)
         with quiet_transformers():
             model.save_pretrained(folder, state_dict=state_dict)
+        _copy_processor(model, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     load = _loader_of(plain_model(model))
@@ -68,6 +71,22 @@ def save_model(
         check_saved_adapter(model, folder, lambda: outputs_of(model, ids), reload)
     else:
         check_saved_weights(model, folder, lambda: outputs_of(model, ids), reload)
+
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "audio_preprocessor_config.json")
+
+OPTIONAL = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+
+
+def _copy_processor(model: TransformersModel, folder: Path) -> None:
+    """Copy the settings for images, sound and video of a model that also has the parts for them, from where it was loaded."""
+    config, source = model.config, model.name_or_path
+    if config.get_text_config() is config or not source or Path(source) == folder:
+        return
+    for name in PROCESSOR_FILES:
+        version = getattr(config, "_commit_hash", None)  # of a model from the Hub
+        if (file := cached_file(source, name, revision=version, **OPTIONAL)) is not None:
+            shutil.copyfile(file, folder / name)
 
 
 def _stop_at_turn_ends(model: TransformersModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -86,4 +105,4 @@ def _loader_of(plain: PreTrainedModel) -> Callable[..., TransformersModel] | Non
     name = type(plain).__name__
     if name.endswith("ForSequenceClassification"):
         return load_classifier
-    return load_language_model if name.endswith(("ForCausalLM", "LMHeadModel", "LMHead")) else None
+    return load_language_model if name.endswith(("ForCausalLM", "LMHeadModel", "LMHead", "ForConditionalGeneration")) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import transformers
 from stages.errors import ModelError
 from stages.models.families import refuse_unfit, unfit_products
 from stages.models.loading import load_backbone, load_language_model
+from stages.models.saving import save_model
 
 
 @pytest.mark.parametrize(
@@ -104,3 +106,46 @@ def test_backbone_that_looks_ahead_is_refused_as_a_language_model_is(tmp_path: P
     for load in (load_backbone, load_language_model):
         with pytest.raises(ModelError, match="is not a causal language model"):
             load(str(tmp_path), dtype=torch.float32)
+
+
+SEVERAL_INPUTS: dict[str, dict[str, Any]] = {  # the parts for text of models for text and images
+    "llama4": {**EXPERTS, "intermediate_size_mlp": 48, "head_dim": 16},
+    "gemma3": {**SMALL, "num_key_value_heads": 2, "head_dim": 16},
+}
+
+
+def save_model_of_several_inputs(kind: str, folder: Path) -> None:
+    """A tiny model for text and images with the settings of its processor."""
+    vision = {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    vision |= dict.fromkeys(("hidden_size", "intermediate_size", "vision_output_dim", "projector_input_dim", "projector_output_dim"), 8)
+    torch.manual_seed(0)
+    config = transformers.CONFIG_MAPPING[kind](text_config=SEVERAL_INPUTS[kind], vision_config=vision)
+    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "Gemma3ImageProcessor"}')
+
+
+def test_of_a_model_for_several_inputs_the_text_part_is_loaded_with_a_warning(tmp_path: Path, caplog) -> None:
+    save_model_of_several_inputs("llama4", tmp_path / "model")
+    with caplog.at_level(logging.WARNING):
+        model = load_language_model(str(tmp_path / "model"), dtype=torch.float32)
+    assert type(model).__name__ == "Llama4ForCausalLM"
+    assert any("only its text part is loaded (Llama4ForCausalLM)" in message for message in caplog.messages)
+    save_model(model, None, tmp_path / "saved")
+    assert not (tmp_path / "saved" / "preprocessor_config.json").exists()
+    with pytest.raises(ModelError, match="cannot load its text part without its output layer"):
+        load_backbone(str(tmp_path / "model"), dtype=torch.float32)
+
+
+def test_a_model_that_keeps_its_part_for_images_keeps_the_settings_of_its_processor(tmp_path: Path) -> None:
+    save_model_of_several_inputs("gemma3", tmp_path / "model")
+    model = load_language_model(str(tmp_path / "model"), dtype=torch.float32)
+    save_model(model, None, tmp_path / "saved")
+    copied, original = (tmp_path / name / "preprocessor_config.json" for name in ("saved", "model"))
+    assert copied.read_text() == original.read_text()
+    again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
+    assert sorted(again.state_dict()) == sorted(model.state_dict())
+
+
+def test_a_text_part_that_cannot_be_loaded_again_is_refused_before_training() -> None:
+    with pytest.raises(ModelError, match=r"cannot load that part \(mllama_text_model\)"):
+        refuse_unfit(transformers.MllamaConfig(), "some/model")
