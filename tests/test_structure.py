@@ -452,3 +452,13 @@ def test_functions_are_short() -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (node.end_lineno or 0) - node.lineno >= MOST_LINES
     }
     assert long == set(LONGER)
+
+
+def test_changelog_has_each_entry_once_under_its_subject() -> None:
+    """A merge of two versions of the list can bring back entries, or the headings Added, Changed and Fixed."""
+    unreleased = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8").partition("\n## Unreleased\n")[2].partition("\n## ")[0]
+    headings = re.findall(r"^### (.+)$", unreleased, re.MULTILINE)
+    assert len(headings) == len(set(headings)) > 5
+    assert not {"Added", "Changed", "Fixed", "Removed"} & set(headings)
+    starts = re.findall(r"^- (?:New: |Fixed: )?(.{50})", unreleased, re.MULTILINE)
+    assert sorted(start for start in set(starts) if starts.count(start) > 1) == []
