@@ -106,6 +106,21 @@ def adapter_weights(kind: PassKind) -> AdapterWeights | None:
     return counted
 
 
+def refuse_unfit_stacks(kind: PassKind, changed: tuple[int, ...]) -> None:
+    """Raise ModelError if the adapters of ``kind.stacks`` cannot be on its model together.
+
+    ``changed``: when the folders in it were changed. An error of a family's own code is ignored, because the step itself will show it.
+    """
+
+    def tried() -> Fields:
+        from stages.memory.fake_weights import stacks_of
+
+        return stacks_of(kind)
+
+    if kind.config and (unfit := _known(f"stacks {_key(kind)} {changed}", partial(_or_reason, tried)).get("unfit")):
+        raise ModelError(unfit)
+
+
 def decoding_memory(kind: PassKind) -> DecodingMemory | None:
     """What a model keeps while it decodes; None if it cannot be counted. The log (or ``uncounted``) then says why, once."""
 
@@ -220,7 +235,15 @@ def _libraries() -> list[str]:
 @cache
 def _code() -> list[str]:
     own = ("counting", "passes", "weights", "decoding", "fake_passes", "fake_weights", "fake_decoding")
-    models = ("adapters/activation", "adapters/attaching", "adapters/folding", "families", "layers/lean")
+    models = (
+        "adapters/activation",
+        "adapters/attaching",
+        "adapters/folding",
+        "adapters/saved",
+        "adapters/variants",
+        "families",
+        "layers/lean",
+    )
     counted = (*(f"models/{name}" for name in models), "kernels/lean", "kernels/low_rank", "sampling/cache", "sampling/support")
     folder = Path(__file__).parent
     paths = [*(folder / name for name in own), *(folder.parent / name for name in counted)]

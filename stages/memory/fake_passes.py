@@ -41,6 +41,7 @@ from stages.models.families import quantized_modules
 from stages.models.layers.attention import attention_of, class_of
 from stages.models.layers.dropout import disable_dropout
 from stages.models.layers.lean import _LeanNorm, use_lean_layers
+from stages.models.quantizing import STANDS_FOR
 from stages.sampling.support import plain_model
 from stages.tokens.positions import model_length
 
@@ -264,7 +265,7 @@ def _adapted_model(kind: PassKind, layers: int) -> TransformersModel:
     model = _bare_model(kind, layers) if kind.adapter.is_everywhere else full_model(kind, layers)
     disable_dropout(model)
     if kind.quantization != "none":
-        _quantize(model, kind.quantization, kind.device)
+        quantize(model, kind.quantization, kind.device)
     model.requires_grad_(False)
     task = "FEATURE_EXTRACTION" if kind.adapter.is_everywhere else kind.task
     with torch.device("meta"):
@@ -285,7 +286,7 @@ def _model(kind: PassKind, layers: int) -> TransformersModel:
         model = _bare_model(kind, layers)
         disable_dropout(model)
         if kind.quantization != "none":
-            _quantize(model, kind.quantization, kind.device)
+            quantize(model, kind.quantization, kind.device)
     if kind.device == "cuda" or (kind.compute > HALF and kind.trains):
         _use_lean_layers(model, kind)
     model.train(kind.trains)
@@ -418,7 +419,7 @@ def _quantized_class(kind: type[nn.Module], quantization: str, device: str) -> t
     for made, settings in QUANTIZED.items():
         if issubclass(made, kind) and settings == (quantization, device):
             return made
-    made = type(f"{kind.__name__}_{quantization}_{device}", (kind,), {})
+    made = type(f"{kind.__name__}_{quantization}_{device}", (kind,), {STANDS_FOR: (quantization, device)})
     QUANTIZED[made] = (quantization, device)
     return made
 
@@ -427,7 +428,7 @@ QUANTIZED: dict[type[nn.Module], tuple[str, str]] = {}
 """(quantization, device) of each class of quantized layers that a count has made."""
 
 
-def _quantize(model: TransformersModel, quantization: str, device: str) -> None:
+def quantize(model: TransformersModel, quantization: str, device: str) -> None:
     """Make those linear layers that bitsandbytes would quantize behave like quantized ones."""
     for module in quantized_modules(plain_model(model)):
         kind = _QuantizedConv1D if isinstance(module, Conv1D) else _QuantizedLinear

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,12 +12,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from stages.errors import ModelError
-from stages.memory.fake_passes import WHOLE, are_alike, config_of, full_model, text_config_of
-from stages.memory.passes import PassKind
+from stages.memory.fake_passes import WHOLE, are_alike, config_of, full_model, quantize, text_config_of
+from stages.memory.passes import Adapter, PassKind
 from stages.memory.weights import SMALL, AdapterWeights, ModelWeights, Quantizable
-from stages.models.adapters.activation import adapted, is_part_of
-from stages.models.adapters.attaching import attach_lora
+from stages.models.adapters.activation import activate, adapted, is_part_of
+from stages.models.adapters.attaching import add_adapter, attach_lora
 from stages.models.families import quantized_modules
+from stages.models.loading import as_resolved
 from stages.sampling.support import plain_model
 
 if TYPE_CHECKING:
@@ -63,6 +65,8 @@ def adapter_of(kind: PassKind) -> AdapterWeights:
 def _adapter_with(kind: PassKind, layers: int) -> AdapterWeights:
     assert kind.adapter is not None
     model: TransformersModel = full_model(kind, layers)
+    if kind.quantization != "none":
+        quantize(model, kind.quantization, kind.device)
     model.requires_grad_(False)
     try:
         with torch.device("meta"):
@@ -73,3 +77,37 @@ def _adapter_with(kind: PassKind, layers: int) -> AdapterWeights:
     output = plain_model(adapted(model)).get_output_embeddings()
     of_output = [] if output is None else [one.numel() for name, one in output.named_parameters() if is_part_of(name, NAME)]
     return AdapterWeights(sum(own), sum(of_output), sum(number for number in own if number < SMALL))
+
+
+def stacks_of(kind: PassKind) -> dict[str, str]:
+    """Put the adapters of ``kind.stacks`` on a model of its class, as a step loads them, and read back those that steps will make.
+
+    Returns ``unfit``: why that is impossible; empty if it is possible. Raises the errors of the model's code.
+    """
+    model: TransformersModel = full_model(kind)
+    if kind.quantization != "none":
+        quantize(model, kind.quantization, kind.device)
+    model.requires_grad_(False)
+    names: dict[str, str] = {}
+    try:
+        for stack in kind.stacks:
+            below: list[str] = []
+            for form in stack:
+                if hasattr(model, "peft_config"):
+                    activate(adapted(model), below)
+                if form not in names:
+                    names[form] = f"{NAME}-{len(names)}"
+                    with torch.device("meta"):
+                        model = _with_form(model, form, names[form], kind, is_shared=len(kind.stacks) > 1)
+                if names[form] in model.peft_config:
+                    below.append(names[form])
+    except ModelError as error:
+        return {"unfit": str(error)}
+    return {"unfit": ""}
+
+
+def _with_form(model: TransformersModel, form: str, name: str, kind: PassKind, *, is_shared: bool) -> TransformersModel:
+    if not form.startswith("["):
+        return add_adapter(model, as_resolved(form), name, is_shared=is_shared)
+    step, content = json.loads(form)
+    return attach_lora(model, Adapter(content).settings, task=kind.task, base=step, name=name)

@@ -55,12 +55,14 @@ class TrainedStep(Protocol):
 class View:
     """A model that a step reads: its sizes and its loading options.
 
-    ``adapters``: (identifier, weights) of each of its adapters. ``generative``: it is a generative reward model.
+    ``adapters``: (identifier, weights) of each of its adapters. ``forms``: the same adapters, as in PassKind.stacks.
+    ``generative``: it is a generative reward model.
     """
 
     shape: Shape
     base: str  # identifies its full weights: roles with the same base can share them
     adapters: tuple[tuple[str, float], ...] = ()
+    forms: tuple[str, ...] = ()
     quantization: str = "none"
     double: bool = True
     generative: bool = False

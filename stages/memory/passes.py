@@ -5,6 +5,7 @@ R rows (sequences), C columns (tokens of a row).
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -55,6 +56,7 @@ class PassKind:
     ``config``: the transformers config as JSON. ``weights`` and ``compute``: bytes per weight, and per value of the compute dtype.
     ``adapter``: the adapter that is trained; None: all weights are trained. ``trains``: with a backward pass. ``masked``: rows have
     padding, so attention gets a mask. ``task``: the class that the adapter is added to, whose module names its settings use.
+    ``stacks``: the unmerged adapters of each role on the same weights, lowest first (see ``planned_form``, or a folder).
     """
 
     config: str
@@ -68,6 +70,12 @@ class PassKind:
     quantization: str = "none"
     masked: bool = False
     task: Task = "CAUSAL_LM"
+    stacks: tuple[tuple[str, ...], ...] = ()
+
+
+def planned_form(name: str, adapter: Adapter) -> str:
+    """An adapter that a step will make, as JSON: a name for it, and its settings."""
+    return json.dumps([name, adapter.content])
 
 
 @dataclass(frozen=True)

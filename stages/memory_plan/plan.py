@@ -19,9 +19,9 @@ from stages.memory.counting import kept_in, uncounted
 from stages.memory.estimate import Machine, Memory
 from stages.memory.lengths import Lengths
 from stages.memory.models import View
-from stages.memory.passes import Adapter, Task
+from stages.memory.passes import Adapter, planned_form
 from stages.memory.shapes import shape_of, shape_of_folder, shape_of_hub
-from stages.memory_plan.steps import lengths_of, memory_of
+from stages.memory_plan.steps import lengths_of, memory_of, refuse_unfit_adapters, task_of
 from stages.models.adapters.stacks import Stack, stack_of, weights_of
 from stages.process.tables import Table
 from stages.recipe.schema import Recipe, RecipeStep, Reference, model_inputs
@@ -81,6 +81,7 @@ def _plan_memory(recipe: Recipe, registry: Registry, machine: Machine, reused: M
                 estimates.append(StepMemory(step.name, step.stage, None, _unknown_note(missing)))
             elif step.name not in reused:
                 lengths = lengths_of(step.config, folder)
+                refuse_unfit_adapters(step.config, _loaded(views, step.config), machine)
                 memory = memory_of(step.config, _loaded(views, step.config), lengths, machine, processes)
                 advised = _advised(step, views, lengths, machine, processes, memory)
                 estimates.append(replace(advised, uncounted=[*messages, *_outside(step.config)]))
@@ -150,7 +151,8 @@ def _foreign(reference: Reference, registry: Registry) -> View | None:
     if shape is None:
         return None
     adapters = tuple((adapter.digest or adapter.path, _weights_in(_folder_of(adapter))) for adapter in stack.adapters)
-    return View(shape, weights_of(base), adapters, generative=_is_generative(model))
+    forms = tuple(str(_folder_of(adapter)) for adapter in stack.adapters)
+    return View(shape, weights_of(base), adapters, forms, generative=_is_generative(model))
 
 
 def _is_generative(model: ResolvedModel) -> bool:
@@ -204,10 +206,6 @@ def _weights_in_file(file: Path) -> int:
     return sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
-TASKS: dict[str, Task] = {"reward_model": "FEATURE_EXTRACTION", "sentiment": "SEQ_CLS"}
-"""The class that a stage trains, if it is not a language model."""
-
-
 def _made_by(step: RecipeStep, views: Mapping[str, View]) -> View | None:
     """The model that a step makes: its input with one more adapter, or a model with its own full weights."""
     config = step.config
@@ -221,9 +219,9 @@ def _made_by(step: RecipeStep, views: Mapping[str, View]) -> View | None:
     adapter = Adapter.of(lora) if isinstance(lora, LoraSettings) else None
     if adapter is None:
         return View(start.shape, step.name, generative=generative)
-    task: Task = "CAUSAL_LM" if generative else TASKS.get(step.stage, "CAUSAL_LM")
-    weights = start.shape.adapter(adapter, task).weights
-    return replace(start, adapters=(*start.adapters, (step.name, float(weights))), generative=generative)
+    weights = start.shape.adapter(adapter, task_of(config)).weights
+    adapters, forms = (*start.adapters, (step.name, float(weights))), (*start.forms, planned_form(step.name, adapter))
+    return replace(start, adapters=adapters, forms=forms, generative=generative)
 
 
 def _loaded(views: Mapping[str, View], config: StepConfig) -> dict[str, View]:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.config import OptimizerSettings, StepConfig
+from stages.memory.counting import refuse_unfit_stacks
 from stages.memory.estimate import Machine, Memory, fillable, with_heap
 from stages.memory.lengths import Counter, Lengths
 from stages.memory.models import View
+from stages.memory.passes import Adapter, PassKind, Task, planned_form
 from stages.recipe.schema import STAGES
 
 
@@ -21,6 +23,7 @@ class Planner:
     lengths_of: Callable[[StepConfig, Counter], Lengths]
     estimate: Callable[[StepConfig, Mapping[str, View], Lengths, Machine, int], Memory]
     heap: Callable[[StepConfig], str]  # a key of stages.memory.estimate.HEAP
+    stacks: Callable[[StepConfig, Mapping[str, View], Adapter], tuple[tuple[str, ...], ...]]  # see PassKind.stacks
 
 
 def lengths_of(config: StepConfig, folder: Path | None) -> Lengths:
@@ -55,6 +58,44 @@ def memory_of(config: StepConfig, models: Mapping[str, View], lengths: Lengths, 
         rows //= 2
 
 
+def refuse_unfit_adapters(config: StepConfig, models: Mapping[str, View], machine: Machine) -> None:
+    """Raise ModelError if the step cannot put its new adapters on its models, with the other adapters that stay unmerged there."""
+    planner, adapter = _planner(config.stage), Adapter.of(getattr(config, "lora", None))
+    start = models.get("policy", models.get("model"))
+    if planner is None or adapter is None or start is None:
+        return
+    stacks = planner.stacks(config, models, adapter)
+    if (
+        start.quantization == "none"
+        and not any(form for stack in stacks for form in stack if not form.startswith("["))
+        and len(stacks) == 1
+    ):
+        return  # counting the new adapter is enough
+    shape, task = start.shape, task_of(config)
+    kind = PassKind(
+        shape.config,
+        shape.vocabulary,
+        machine.kind,
+        weights=4,
+        compute=4,
+        trains=True,
+        quantization=start.quantization,
+        task=task,
+        stacks=stacks,
+    )
+    folders = {form for stack in stacks for form in stack if not form.startswith("[")}
+    refuse_unfit_stacks(kind, tuple(Path(folder).stat().st_mtime_ns for folder in sorted(folders)))
+
+
+TASKS: dict[str, Task] = {"reward_model": "FEATURE_EXTRACTION", "sentiment": "SEQ_CLS"}
+"""The class that a stage trains, if it is not a language model."""
+
+
+def task_of(config: StepConfig) -> Task:
+    """The class of the model that a step trains."""
+    return "CAUSAL_LM" if getattr(config, "generative", None) is not None else TASKS.get(config.stage, "CAUSAL_LM")
+
+
 def _heap(config: StepConfig) -> str:
     """The key of HEAP for a Trainer's step."""
     return "trainer with adapters" if getattr(config, "lora", None) is not None else "trainer"
@@ -65,4 +106,10 @@ def _planner(stage: str) -> Planner | None:
     if address is None:
         return None
     module = importlib.import_module(address)
-    return Planner(module.lengths_of, module.estimate, getattr(module, "heap", _heap))
+    return Planner(module.lengths_of, module.estimate, getattr(module, "heap", _heap), getattr(module, "stacks", _stacks))
+
+
+def _stacks(config: StepConfig, models: Mapping[str, View], adapter: Adapter) -> tuple[tuple[str, ...], ...]:
+    """The adapters of a Trainer's step: those below are merged into weights that are not quantized."""
+    view = models["model"]
+    return ((*(view.forms if view.quantization != "none" else ()), planned_form("new", adapter)),)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 QUANTIZED_LAYERS = ("Linear4bit", "Linear8bitLt")
+STANDS_FOR = "stands_for"
+"""Attribute of a layer that stands for a quantized one in a memory plan: (its quantization, the type of its device)."""
 REPACKS = "support_avx512bf16_for_cpu"  # attribute of bitsandbytes' 4-bit layers
 
 
@@ -37,6 +39,16 @@ def quantization_config(model: ModelInput, dtype: torch.dtype) -> BitsAndBytesCo
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=model.double_quantization,
     )
+
+
+def quantization_of(layer: nn.Module) -> tuple[str, str]:
+    """(quantization, type of the device) of a layer. Also for one that stands for a quantized layer in a memory plan."""
+    if (planned := getattr(layer, STANDS_FOR, None)) is not None:
+        quantization, device = planned
+        return quantization, device
+    weight = getattr(layer, "weight", None)
+    kind = {"Linear4bit": "nf4", "Linear8bitLt": "int8"}.get(type(layer).__name__, "none")
+    return kind, weight.device.type if isinstance(weight, torch.Tensor) else ""
 
 
 @contextmanager

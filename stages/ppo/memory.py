@@ -21,6 +21,7 @@ from stages.memory.models import (
     saving,
     training_phase,
 )
+from stages.memory.passes import Adapter, planned_form
 from stages.ppo.config import PPOStepConfig
 from stages.rewards.memory import Judge, frozen_judge, is_reward_model, judges_of, scoring_phase
 
@@ -225,7 +226,7 @@ def _held_by_adapters(
     frozen_adapters = dict(policy.adapters)  # below; roles that have one in common load it once
 
     def shares(view: View) -> bool:
-        return (view.base, view.quantization, view.double) == (policy.base, policy.quantization, policy.double)
+        return _share(view, policy)
 
     if value is not None and shares(value):
         frozen_adapters |= dict(value.adapters)
@@ -246,6 +247,22 @@ def _held_by_adapters(
         else:
             own.append(frozen_judge(judge, compute))
     return held + Memory(adapters=FP32 * sum(frozen_adapters.values())), _Waiting(reference, own)
+
+
+def stacks(config: PPOStepConfig, models: Mapping[str, View], adapter: Adapter) -> tuple[tuple[str, ...], ...]:
+    """The unmerged adapters of each role on the policy's base, as PassKind.stacks has them, in the order in which the step adds them."""
+    policy, value = models["policy"], _value_view(config, models)
+    roles = [(*policy.forms, planned_form("policy", adapter))]
+    if value is not None and _share(value, policy):
+        roles.append((*value.forms, planned_form("value", adapter)))
+    judges = [*judges_of(config.reward, "reward", models), *judges_of(config.monitors, "monitors", models)]
+    frozen = [view for judge in judges if is_reward_model(judge) and (view := judge[1]) is not None]
+    return (*roles, *(view.forms for view in (*frozen, models.get("reference")) if view is not None and _share(view, policy)))
+
+
+def _share(one: View, other: View) -> bool:
+    """Whether two models can share a backbone."""
+    return (one.base, one.quantization, one.double) == (other.base, other.quantization, other.double)
 
 
 def _summed(first: Memory, more: list[Memory]) -> Memory:

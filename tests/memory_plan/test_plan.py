@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from stages.cli import app
+from stages.errors import ModelError
 from stages.memory import counting, fake_passes
 from stages.memory.estimate import Machine
 from stages.memory_plan.plan import PROCESS, StepMemory, advice_lines, plan_memory
@@ -243,6 +244,83 @@ def test_an_adapter_that_does_not_fit_ends_the_plan_with_the_name_of_the_step(re
     result = CliRunner().invoke(app, ["plan", str(path), "--home", str(tmp_path), "--device-memory", "24"])
     assert result.exit_code == 2
     assert "aligned: lora.target_modules names query_proj, which LlamaForCausalLM does not have" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lora": {"modules_to_save": ["mlp"]}}, "the new adapter has full weights of model.layers.0.mlp.gate_proj .*which is quantized"),
+        ({"lora": {"init_lora_weights": "pissa", "r": 40}}, "needs a rank of at most 32 for model.layers.0.self_attn.q_proj"),
+        ({"lora": {"rank_pattern": {"nothing": 2}}}, "lora.rank_pattern names 'nothing'"),
+    ],
+)
+def test_a_new_adapter_that_cannot_be_on_quantized_weights_is_refused_by_the_plan(
+    recipe: Any, tmp_path: Path, small: Any, fields: dict[str, Any], message: str
+) -> None:
+    path = recipe(policy={"ref": small("policy"), "quantization": "nf4"}, value="shared", **fields)
+    with pytest.raises(ModelError, match=f"aligned: .*{message}"):
+        planned(path, tmp_path, 24)
+
+
+def test_dora_on_int8_is_refused_by_the_plan_for_a_cpu(recipe: Any, tmp_path: Path, small: Any) -> None:
+    path = recipe(policy={"ref": small("policy"), "quantization": "int8"}, value="shared", lora={"use_dora": True})
+    assert planned(path, tmp_path, 24)["aligned"].memory is not None
+    loaded, registry = load_recipe(path, [], Registry(tmp_path / "registry")), Registry(tmp_path / "registry")
+    with pytest.raises(ModelError, match="aligned: lora.use_dora adds a DoRA adapter, which peft cannot compute on int8 weights on a CPU"):
+        plan_memory(loaded, registry, Machine("cpu", 24 * GIB, 2, "a CPU"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, ""),
+        ({"use_dora": True}, ""),
+        ({"bias": "all", "target_modules": ["q_proj"]}, r"changes weights of its base \(model.layers.0.self_attn.k_proj.bias"),
+        ({"modules_to_save": ["up_proj"], "target_modules": ["q_proj"]}, "change model.layers.0.mlp.up_proj in different ways"),
+    ],
+)
+def test_ppo_above_a_saved_adapter_is_tried_by_the_plan(recipe: Any, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    """The plan adds the saved adapter and the new ones of policy and value network to the model without memory."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 90}
+    base = LlamaForCausalLM(LlamaConfig(**sizes, attention_bias=True))
+    base.save_pretrained(tmp_path / "base")
+    config = LoraConfig(**{"r": 2, "task_type": "CAUSAL_LM", "target_modules": ["q_proj"], **settings})
+    model = get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name.endswith("bias"):
+            parameter.data.add_(1.0)
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    path = recipe(policy=str(tmp_path / "adapter"), value="policy", lora={"target_modules": ["q_proj", "up_proj"]})
+    if not message:
+        assert planned(path, tmp_path, 24)["aligned"].memory is not None
+        return
+    with pytest.raises(ModelError, match=f"aligned: .*{message}"):
+        planned(path, tmp_path, 24)
+
+
+def test_adapters_of_earlier_steps_that_cannot_share_a_backbone_are_refused_by_the_plan(recipe: Any, tmp_path: Path, small: Any) -> None:
+    """The policy has an update of the embedding, the reward model above it a full copy."""
+    base, (rows, pairs) = small("base"), (tmp_path / "rows.jsonl", tmp_path / "ranked.jsonl")
+    rows.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    pairs.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    ppo = json.loads(recipe(policy="sft", value=None, lora={}, reward=[{"model": "liked"}]).read_text())["steps"]
+    steps = [
+        {"stage": "sft", "name": "sft", "model": base, "lora": {"target_modules": ["embed_tokens"]}, "data": {"train": str(rows)}},
+        {
+            "stage": "reward_model",
+            "name": "liked",
+            "model": "sft",
+            "lora": {"modules_to_save": ["embed_tokens"]},
+            "data": {"train": str(pairs)},
+        },
+    ]
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"name": "planned", "steps": [*steps, *ppo]}))
+    with pytest.raises(ModelError, match="aligned: .*change model.embed_tokens in different ways"):
+        planned(tmp_path / "recipe.yaml", tmp_path, 24)
 
 
 def test_rewards_have_their_own_weights_unless_they_share_the_backbone(recipe: Any, tmp_path: Path, small: Any) -> None:

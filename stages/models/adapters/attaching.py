@@ -34,7 +34,7 @@ from stages.models.adapters.variants import OWN_STARTS, adapted_layers, use_weig
 from stages.models.families import unfit_products
 from stages.models.layers.replacing import use_folded_adapters
 from stages.models.parts import module_name
-from stages.models.quantizing import QUANTIZED_LAYERS
+from stages.models.quantizing import QUANTIZED_LAYERS, quantization_of
 from stages.sampling.support import plain_model
 
 if TYPE_CHECKING:
@@ -241,11 +241,11 @@ def _drop_other_copies(model: PeftModel, name: str, saved: SavedAdapter) -> None
 
 def _refuse_quantized_copies(plain: PreTrainedModel, who: str, names: Collection[str]) -> None:
     """Raise ModelError if one of the modules that ``modules_to_save`` names has quantized weights, which cannot be trained."""
-    for name, parameter in plain.named_parameters():
-        if not parameter.is_floating_point() and is_inside(name.rpartition(".")[0], names):
+    for name, module in plain.named_modules():
+        if quantization_of(module)[0] != "none" and is_inside(name, names):
             raise ModelError(
-                f"{who} has full weights of {name.rpartition('.')[0]} (modules_to_save), which is quantized. "
-                "Remove the module from modules_to_save, or load the model with quantization: none"
+                f"{who} has full weights of {name} (modules_to_save), which is quantized. Remove the module from modules_to_save, or load "
+                "the model with quantization: none"
             )
 
 
@@ -302,7 +302,7 @@ def add_adapter(
 
 def _refuse_int8_dora(plain: PreTrainedModel, who: str) -> None:
     """Raise ModelError for a DoRA adapter on int8 layers on a CPU."""
-    if any(type(module).__name__ == "Linear8bitLt" and next(module.parameters()).device.type == "cpu" for module in plain.modules()):
+    if any(quantization_of(module) == ("int8", "cpu") for module in plain.modules()):
         raise ModelError(f"{who} a DoRA adapter, which peft cannot compute on int8 weights on a CPU. Write quantization: nf4 or none")
 
 

@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 
 from stages.errors import ModelError
 from stages.models.adapters.variants import STARTS
-from stages.models.quantizing import QUANTIZED_LAYERS
+from stages.models.quantizing import quantization_of
 from stages.sampling.support import weight_of
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def fitted(saved: SavedAdapter, plain: PreTrainedModel) -> SavedAdapter:
     for field in ("rank_pattern", "alpha_pattern"):
         setattr(config, field, {**by_module(getattr(saved.config, field), trained), **getattr(config, field)})
     start = str(config.init_lora_weights).lower()
-    if start in STARTS and not any(type(module).__name__ in QUANTIZED_LAYERS for module in plain.modules()):
+    if start in STARTS and all(quantization_of(module)[0] == "none" for module in plain.modules()):
         # On quantized weights peft would quantize again what the start leaves over.
         config.init_lora_weights = True
         saved = replace(saved, start=start)
@@ -226,11 +226,16 @@ def _with_changes(saved: SavedAdapter, plain: PreTrainedModel) -> SavedAdapter:
         is_copy = is_inside(module, copies)
         if ".lora_" not in name and not name.endswith(TOKENS) and not is_copy:
             own = parameters.get(f"{module}.{name.rpartition('.')[2]}", parameters.get(f"{module}.base_layer.{name.rpartition('.')[2]}"))
-            if own is not None and own.shape == value.shape and torch.equal(own.detach().cpu(), value.to(own.dtype)):
+            if own is not None and own.shape == value.shape and _are_equal(own.detach(), value, name):
                 continue
             changes.append(name.removeprefix(BEFORE))
         kept[name] = value
     return replace(saved, weights=kept, changes_base=tuple(changes))
+
+
+def _are_equal(own: Tensor, value: Tensor, name: str) -> bool:
+    """Whether a saved value is the base's own. In a plan, where the base has no values, only biases count as changed."""
+    return not name.endswith(".bias") if own.is_meta else torch.equal(own.cpu(), value.to(own.dtype))
 
 
 def is_inside(module: str, names: Collection[str]) -> bool:
