@@ -512,11 +512,10 @@ def _keep(folder: Path, kind: str, incoming: Incoming) -> tuple[int, int]:
             annotator = _annotator_name(item.annotator)
             content = json.dumps([item.task, annotator, item.ranks])
             number = hashlib.sha256(content.encode()).hexdigest()[:32]
-            if store.knows(number):
+            if store.knows(number) or not store.store_imported(number, annotator, item.task, item.ranks, f"imported from {kind}"):
                 known += 1
-                continue
-            store.store_imported(number, annotator, item.task, item.ranks, f"imported from {kind}")
-            taken += 1
+            else:
+                taken += 1
     finally:
         store.close()
     return taken, known

@@ -315,9 +315,15 @@ class Store:
         """Whether an answer with the id ``number`` is stored."""
         return number in self._ids
 
-    def store_imported(self, number: str, annotator: str, task: str, ranks: list[int], note: str) -> None:
-        """Store an imported ranking. It has no ratings and no time, and its display order is not known."""
+    def store_imported(self, number: str, annotator: str, task: str, ranks: list[int], note: str) -> bool:
+        """Store an imported ranking. It has no ratings and no time, and its display order is not known.
+
+        Returns False if the annotator's answer has this ranking already: it may have ratings and notes, and stays as it is.
+        """
+        ranks = [sum(other < own for other in ranks) for own in ranks]
         before = self.answers.get(annotator, {}).get(task)
+        if before is not None and before.ranks == ranks:
+            return False
         answer = LabelAnswer(
             id=number,
             task=task,
@@ -326,12 +332,13 @@ class Store:
             seconds=0.0,
             order=list(range(len(ranks))),
             digests=self.tasks[task].digests,
-            ranks=[sum(other < own for other in ranks) for own in ranks],
+            ranks=ranks,
             notes=note,
             replaces=before.id if before is not None else None,
         )
         self._log.append(answer.as_line())
         self._take(answer)
+        return True
 
     # Progress
 

@@ -117,6 +117,16 @@ def test_exported_answers_can_be_imported(answered, make_folder, kind) -> None:
     assert rankings(empty) == after
 
 
+@pytest.mark.parametrize("kind", ["argilla", "label-studio", "csv"])
+def test_answers_imported_into_the_folder_they_come_from_stay_as_they_are(answered, kind) -> None:
+    path, _ = written(answered, kind)
+    before = (answered / "answers.jsonl").read_text()
+    said = import_answers(answered, kind, path)
+    count = 2 if kind == "label-studio" else 3  # it has no ties
+    assert said.splitlines()[0] == f"imported 0 rankings from {path}; {count} already existed"
+    assert (answered / "answers.jsonl").read_text() == before
+
+
 def test_argilla_forms_of_a_ranking(make_folder) -> None:
     folder = make_folder(texts=[["a", "b", "c"]], overlap=1.0)
     task = next(iter(read_labels(folder).tasks))
