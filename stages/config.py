@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serializer, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, field_serializer, field_validator, model_validator
 
 from stages.json_types import JsonObject
 
@@ -114,6 +114,14 @@ class ModelInput(Strict):
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
     trust_remote_code: bool = Field(False, description="Run the Python code in a Hub model's repository. Recorded in the lineage.")
     attention: str = Field("auto", description="auto: the fastest implementation that the model class supports. " + ATTENTION_HELP)
+    template_arguments: dict[str, JsonValue] = Field(
+        {},
+        description="Values of the chat template's variables, e.g. {enable_thinking: false}. A model that is trained from this one keeps "
+        "them as the defaults in its template.",
+    )
+
+    def without_effect(self) -> set[str]:
+        return set() if self.template_arguments else {"template_arguments"}
 
     @field_validator("attention")
     @classmethod

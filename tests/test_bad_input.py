@@ -131,6 +131,26 @@ RECIPES = {
     "held-out rows under another name": Case(
         "steps[0].data.test: unknown field 'test'; did you mean 'validation'?", SFT, {"data": {"train": "demos.jsonl", "test": "x.jsonl"}}
     ),
+    "template arguments under another name": Case(
+        "steps[0].chat_template_kwargs: unknown field 'chat_template_kwargs'; did you mean steps[0].model.template_arguments?",
+        SFT,
+        {"chat_template_kwargs": {"enable_thinking": False}},
+    ),
+    "template arguments under another name in the model": Case(
+        "steps[0].model.chat_template_kwargs: unknown field 'chat_template_kwargs'; did you mean 'template_arguments'?",
+        SFT,
+        {"model": {"ref": "./model", "chat_template_kwargs": {}}},
+    ),
+    "template arguments for a template that is replaced": Case(
+        "template='chatml' replaces the model's chat template, so model.template_arguments would have no effect",
+        SFT,
+        {"template": "chatml", "model": {"ref": "./model", "template_arguments": {"enable_thinking": False}}},
+    ),
+    "template arguments without a template": Case(
+        "bad.yaml:3 (sft): model: template_arguments of ./model: its tokenizer has no chat template that could use enable_thinking",
+        SFT,
+        {"model": {"ref": "./model", "template_arguments": {"enable_thinking": False}}},
+    ),
     "unknown nested field": Case("steps[0].training.epoch: unknown field 'epoch'; did you mean 'epochs'?", SFT, {"training": {"epoch": 1}}),
     "text for a number": Case(
         "steps[0].training.learning_rate: got 'fast', expected a number", SFT, {"training": {"learning_rate": "fast"}}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from stages.chain.conversations import check_texts, tokenizer_digests
+from stages.chain.conversations import check_template_arguments, check_texts, tokenizer_digests
 from stages.chain.fingerprints import fingerprint_of, parts_of, why
 from stages.chain.fitness import ModelChecks
 from stages.chain.pins import hub_inputs, is_known, pinned, resolve_commits
@@ -115,6 +115,7 @@ def _check_data(recipe: Recipe, step: RecipeStep, registry: Registry) -> None:
 
 def _check_rows(recipe: Recipe, step: RecipeStep, registry: Registry) -> None:
     recipe.check_data(step)
+    check_template_arguments(recipe, step, registry)
     check_texts(recipe, step, registry)
 
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Required, TypedDict
 
-from stages.corpora.conversations.messages import Conversation, as_turns, completion_text
+from stages.corpora.conversations.messages import ARGUMENTS, Conversation, as_turns, completion_text
 from stages.errors import DataError
 from stages.json_types import JsonObject
 
@@ -51,11 +51,14 @@ class LabelTask:
     sample: int = 0
     gold: Gold | None = None
     tools: list[JsonObject] = field(default_factory=list)
+    chat_template_kwargs: JsonObject = field(default_factory=dict)
 
     @property
     def asked(self) -> Prompt:
-        """The prompt with its tools, as models receive it."""
-        return self.prompt if isinstance(self.prompt, str) else Conversation(self.prompt, tools=self.tools)
+        """The prompt with its tools and template arguments, as models receive it."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return Conversation(self.prompt, tools=self.tools, arguments=self.chat_template_kwargs)
 
     @property
     def texts(self) -> list[str]:
@@ -65,7 +68,7 @@ class LabelTask:
     def as_line(self) -> str:
         """One line of tasks.jsonl, without the line end."""
         content = {name: getattr(self, name) for name in LabelTask.__dataclass_fields__}
-        for name in ("gold", "tools"):
+        for name in ("gold", "tools", ARGUMENTS):
             if not content[name]:
                 del content[name]
         return json.dumps(content, ensure_ascii=False)
@@ -189,6 +192,7 @@ def labelled_rows(folder: Path) -> Iterator[tuple[str, JsonObject]]:
                 "sample": task.sample,
                 "task": task.id,
                 **({"tools": task.tools} if task.tools else {}),
+                **({ARGUMENTS: task.chat_template_kwargs} if task.chat_template_kwargs else {}),
             },
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,15 +25,19 @@ from stages.corpora.demonstrations import demonstration
 from stages.corpora.files import read_rows
 from stages.corpora.rows import Row, text_of
 from stages.corpora.summaries import compared_prompt, is_comparison, is_post, post_prompt
-from stages.corpora.templates import check_rendering
+from stages.corpora.templates import check_rendering, render_pair
 from stages.errors import DataError
 from stages.json_types import JsonObject
+from stages.tokens.template_arguments import arguments_in, without_arguments
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from stages.corpora.rows import RowFilter
     from stages.registry.references import ResolvedModel
 
 
+logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 
@@ -125,6 +130,38 @@ def check_readers(models: Iterable[ResolvedModel], prompts: Sequence[Prompt]) ->
     for model in models:
         if model.record is not None and model.record.role in ("language_model", "reward_model"):
             check_rendering(load_tokenizer(model), ((prompt, [], location_of(prompt)) for prompt in prompts))
+
+
+def compare_template_arguments(models: Iterable[ResolvedModel]) -> None:
+    """Log a warning if two models of a step have the same chat template, but write a conversation differently because of its arguments."""
+    from stages.models.loading import load_tokenizer
+
+    first: dict[str, tuple[ResolvedModel, PreTrainedTokenizerBase]] = {}  # by template without arguments
+    for model in models:
+        if model.record is not None and model.record.role == "classifier":
+            continue
+        tokenizer = load_tokenizer(model)
+        known, other = first.setdefault(str(without_arguments(tokenizer)), (model, tokenizer))
+        own, others = arguments_in(tokenizer), arguments_in(other)
+        with_reply = any(one.record is not None and one.record.role == "reward_model" for one in (known, model))
+        if own != others and _written(tokenizer, with_reply=with_reply) != _written(other, with_reply=with_reply):
+            logger.warning(
+                "%s reads conversations with template_arguments %s, and %s with %s: they read different texts. Give both the same, "
+                "unless you want this difference",
+                known.ref,
+                others or "none",
+                model.ref,
+                own or "none",
+            )
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, *, with_reply: bool) -> str:
+    """What the chat template writes for a test conversation; empty if it rejects it."""
+    try:
+        shown, written = render_pair(tokenizer, "hello", "hello")
+    except DataError:
+        return ""
+    return shown + written if with_reply else shown
 
 
 def plain_text(prompt: Prompt) -> str:

@@ -13,10 +13,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from stages.corpora.conversations.messages import (
+    ARGUMENTS,
     REASONING,
     Completion,
+    Conversation,
     Message,
     Prompt,
+    arguments_of,
     as_question,
     as_turns,
     content_text,
@@ -29,6 +32,7 @@ from stages.errors import DataError, ModelError
 from stages.json_types import JsonObject
 from stages.tokens.continuation import CONTEXT, beginning_ids, continued, plain_ids, segment_ids
 from stages.tokens.plain import is_begun, is_plain, plain_template
+from stages.tokens.template_arguments import used_arguments
 from stages.tokens.turns import TurnForm, apply_template, argument_form, first_difference, turn_form
 
 if TYPE_CHECKING:
@@ -121,7 +125,7 @@ def render_pair(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: 
         return shown, joined(tokenizer, prompt, _bare_completion(prompt, completion))
     turns = as_turns(completion)
     messages = [*(as_question(prompt) if isinstance(prompt, str) else prompt), *turns]
-    form = turn_form(tokenizer)
+    form = turn_form(tokenizer, arguments_of(prompt))
     reply = content_text(turns[-1])
     closes = form.closing in reply if form.closing else False
     if len(turns) == 1 and form.closing and sampled and not closes:
@@ -133,27 +137,30 @@ def render_pair(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: 
         return shown, reply.removeprefix(form.opening).removeprefix(form.opening.strip()) + form.ending
     if not isinstance(prompt, str) and len(prompt) > 1 and len(turns) == 1:
         opening = shown.removeprefix(rendered(tokenizer, prompt, prompt, generation_prompt=False))
-        written = _after_a_question(tokenizer, turns)
+        written = _after_a_question(tokenizer, turns, arguments_of(prompt))
         if written and opening and full_text.endswith(opening + written):
             return shown, written
     raise DataError(_at(prompt) + _unstable(shown, full_text, form))
 
 
-def _after_a_question(tokenizer: PreTrainedTokenizerBase, turns: list[Message]) -> str:
+def _after_a_question(tokenizer: PreTrainedTokenizerBase, turns: list[Message], arguments: JsonObject) -> str:
     """The text that the template writes for a reply to a single question; empty if it does not continue the rendered question."""
     try:
-        return render_pair(tokenizer, OTHER_WORDS, turns)[1]
+        return render_pair(tokenizer, Conversation(as_question(OTHER_WORDS), arguments=arguments), turns)[1]
     except DataError:
         return ""
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: Prompt, *, generation_prompt: bool) -> str:
-    """Apply the chat template to ``messages`` with the tools of ``prompt``. Raises DataError as ``render_prompt`` does."""
-    tools = tools_of(prompt)
+    """Apply the chat template to ``messages`` with tools and arguments of ``prompt``. Raises DataError as ``render_prompt`` does."""
+    tools, arguments = tools_of(prompt), arguments_of(prompt)
     with errors_at(location_of(prompt)):
         contents = in_template_form(tokenizer, messages)
-    text = apply_template(tokenizer, contents, generation_prompt=generation_prompt, tools=tools, location=location_of(prompt))
-    lost = _lost(tokenizer, contents, tools, text, generation_prompt=generation_prompt)
+    if unused := sorted(arguments.keys() - used_arguments(tokenizer, arguments).keys()):
+        logger.warning("the model's chat template does not use %s of %s; the values are ignored", ", ".join(unused), ARGUMENTS)
+    write = partial(apply_template, tokenizer, arguments=arguments)
+    text = write(contents, generation_prompt=generation_prompt, tools=tools, location=location_of(prompt))
+    lost = _lost(tokenizer, write, contents, tools, text, generation_prompt=generation_prompt)
     if lost:
         raise DataError(
             f"{_at(prompt)}the model's chat template drops {lost}; use a model whose template keeps it, or remove it from the data"
@@ -161,7 +168,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], pr
     named = [turn for turn, message in enumerate(contents) if message.get("name") and message["role"] in NAMED_ROLES]
     if named:
         bare = [_without(contents, turn, ("name",))[turn] if turn in named else message for turn, message in enumerate(contents)]
-        if apply_template(tokenizer, bare, generation_prompt=generation_prompt, tools=tools) == text:
+        if write(bare, generation_prompt=generation_prompt, tools=tools) == text:
             logger.warning("the model's chat template does not write the field name of messages, so the model does not see who speaks")
     return text
 
@@ -203,9 +210,17 @@ def _bare_completion(prompt: Prompt, completion: Completion) -> str:
 
 
 def _lost(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[JsonObject], text: str, *, generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase,
+    write: Callable[..., str],
+    messages: Sequence[Message],
+    tools: Sequence[JsonObject],
+    text: str,
+    *,
+    generation_prompt: bool,
 ) -> str:
     """Describe what the template drops from a conversation; empty if nothing is missing from ``text``.
+
+    ``write``: ``apply_template`` with the tokenizer and the arguments of the row.
 
     Reasoning before the last reply may be missing, because many templates drop it on purpose. A template may write a turn in another form
     (without its line breaks, or without a mark such as /no_think): the turn is dropped if other words in it would change nothing.
@@ -213,7 +228,7 @@ def _lost(
 
     def makes_no_difference(others: Sequence[Message], tools: Sequence[JsonObject]) -> bool:
         try:
-            return apply_template(tokenizer, others, generation_prompt=generation_prompt, tools=tools) == text
+            return write(others, generation_prompt=generation_prompt, tools=tools) == text
         except DataError:
             return False
 
@@ -236,14 +251,14 @@ def _lost(
             ]
         if missing:
             return f"tool calls ({', '.join(map(_name, missing))})"
-        if calls and (beside := _lost_beside_calls(tokenizer, messages[: turn + 1], tools, text)):
+        if calls and (beside := _lost_beside_calls(write, messages[: turn + 1], tools, text)):
             return f"the text {beside!r:.60} beside tool calls"
     last = len(messages) - 1
     thought = messages[last]["role"] == "assistant" and any(messages[last].get(name) for name in REASONING)
     return "the reasoning of the last reply" if thought and makes_no_difference(_without(messages, last, REASONING), tools) else ""
 
 
-def _lost_beside_calls(tokenizer: PreTrainedTokenizerBase, until: Sequence[Message], tools: Sequence[JsonObject], text: str) -> str:
+def _lost_beside_calls(write: Callable[..., str], until: Sequence[Message], tools: Sequence[JsonObject], text: str) -> str:
     """The text of the last turn of ``until``, which has tool calls, if the template drops it; else empty.
 
     Later turns may remove it from ``text`` on purpose: gpt-oss takes it for reasoning.
@@ -252,7 +267,7 @@ def _lost_beside_calls(tokenizer: PreTrainedTokenizerBase, until: Sequence[Messa
     if not content or content in text:
         return ""
     said = (until, _with_content(until, len(until) - 1, OTHER_WORDS))
-    return content if len({apply_template(tokenizer, one, generation_prompt=False, tools=tools) for one in said}) == 1 else ""
+    return content if len({write(one, generation_prompt=False, tools=tools) for one in said}) == 1 else ""
 
 
 def _with_content(messages: Sequence[Message], turn: int, text: str) -> list[Message]:
@@ -331,7 +346,7 @@ def encode_pair(
     """
     shown, written = render_pair(tokenizer, prompt, completion, sampled=sampled)
     if not eos and tokenizer.chat_template:
-        written = written.removesuffix(turn_form(tokenizer).ending)
+        written = written.removesuffix(turn_form(tokenizer, arguments_of(prompt)).ending)
     ids, text = _begun(tokenizer, shown)
     prompt_ids = _not_empty(tokenizer, ids + plain_ids(tokenizer, text))
     completion_ids = continued(tokenizer, text, prompt_ids[len(ids) :] if text else [], written)

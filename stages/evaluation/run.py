@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from stages.corpora.prompts import check_readers
+from stages.corpora.prompts import check_readers, compare_template_arguments
 from stages.engines.shared_server import shared_server
 from stages.evaluation.agreement import agreement
 from stages.evaluation.answers import answer, answered_by_someone, ask, missing_answers, read_answers, same_model
@@ -79,6 +79,7 @@ def _answers(
 ) -> tuple[Asked, dict[str, Answers], list[Exclusion]]:
     """(questions, answers of each candidate, what was left out): sampled by its model, or read from a file."""
     prompts = [row.prompt for row in heldout]
+    compare_template_arguments(context.models.values())
     check_readers([model for name, model in context.models.items() if not name.startswith("candidates.")], prompts)
     answers: dict[str, Answers] = {}
     with ExitStack() as stack:

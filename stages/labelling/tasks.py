@@ -11,7 +11,7 @@ from pathlib import Path
 from stages.config import DataSource
 from stages.corpora.comparisons import comparison
 from stages.corpora.completions import completion_in
-from stages.corpora.conversations.messages import Prompt, tools_of
+from stages.corpora.conversations.messages import Prompt, arguments_of, tools_of
 from stages.corpora.files import read_rows
 from stages.corpora.labels import MOST_COMPLETIONS, Completion, Gold, LabelTask
 from stages.errors import DataError
@@ -21,11 +21,21 @@ def task_of(
     prompt: Prompt, completions: Sequence[Completion], authors: Sequence[Sequence[str]], digests: Sequence[Sequence[str]], sample: int = 0
 ) -> LabelTask:
     """Create a task. Its id is a hash of its content."""
-    tools = tools_of(prompt)
-    content = json.dumps([prompt, list(completions), sample, *([tools] if tools else [])], ensure_ascii=False)
+    tools, arguments = tools_of(prompt), arguments_of(prompt)
+    beside = [tools, arguments] if arguments else [tools] if tools else []
+    content = json.dumps([prompt, list(completions), sample, *beside], ensure_ascii=False)
     number = hashlib.sha256(content.encode()).hexdigest()[:16]
     asked = prompt if isinstance(prompt, str) else list(prompt)
-    return LabelTask(number, asked, list(completions), [list(one) for one in authors], [list(one) for one in digests], sample, None, tools)
+    return LabelTask(
+        number,
+        asked,
+        list(completions),
+        [list(one) for one in authors],
+        [list(one) for one in digests],
+        sample,
+        tools=tools,
+        chat_template_kwargs=arguments,
+    )
 
 
 def read_gold(sources: Sequence[DataSource], checks: Sequence[str]) -> list[LabelTask]:

@@ -35,6 +35,7 @@ from stages.models.quiet import quiet_transformers
 from stages.models.verification import outputs_of, rows_for
 from stages.registry.references import ResolvedModel
 from stages.sampling.support import PASS_FAILURES, plain_model
+from stages.tokens.template_arguments import set_arguments
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -60,15 +61,18 @@ def as_resolved(model: ResolvedModel | str | Path) -> ResolvedModel:
 def load_tokenizer(model: ResolvedModel | str | Path) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer, with a pad token that differs from its end token. The padding side is not changed.
 
-    An adapter without a tokenizer uses the tokenizer of the model below it. Raises ModelError if there is no tokenizer.
+    An adapter without a tokenizer uses the tokenizer of the model below it. The model's ``template_arguments`` become the defaults of its
+    chat template. Raises ModelError if there is no tokenizer, and for arguments that the template does not use.
     """
-    model = tokenizer_source(as_resolved(model))
+    asked = as_resolved(model)
+    model = tokenizer_source(asked)
     with explained(model, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             model.path, revision=model.input.revision, trust_remote_code=model.input.trust_remote_code
         )
     _refuse_empty_vocabulary(tokenizer, model.ref)
     ensure_pad_token(tokenizer, model.ref)
+    set_arguments(tokenizer, asked.input.template_arguments, asked.ref)
     return tokenizer
 
 

@@ -67,6 +67,7 @@ def check_prompts(config: PPOStepConfig, context: StepContext) -> None:
     prompts = corpus.load_prompts(config.data, prompt_words=config.prompt_words)
     check_rendering(load_tokenizer(context.models["policy"]), ((prompt, [], "") for prompt in prompts))
     corpus.check_readers(context.models.values(), prompts)
+    corpus.compare_template_arguments(context.models.values())
 
 
 def load_prompts(

@@ -43,6 +43,9 @@ PATTERNS = {
 HELD_OUT = dict.fromkeys(("test", "eval", "evaluation", "dev", "valid", "val", "heldout"), "validation")
 """Names of the held-out rows in other tools."""
 
+TEMPLATE_ARGUMENTS = ("chat_template_kwargs", "apply_chat_template_kwargs", "default_chat_template_kwargs")
+"""Names of the field ``template_arguments`` of a model in other tools."""
+
 Block = TypeVar("Block", bound=BaseModel)
 SECRET_FIELD = re.compile(r"(?i)api_?key|secret|passw|credential")  # the value may be the secret itself instead of its name
 
@@ -67,7 +70,10 @@ def _explained(problem: ErrorDetails, model: type[BaseModel], content: object, p
         known = sorted({name for block in _blocks_at(model, location[:-1]) for name in block.model_fields})
         if (held_out := HELD_OUT.get(str(location[-1]))) in known:
             return source.error(where, f"unknown field {str(location[-1])!r}; did you mean {held_out!r}?{more}")
-        if other := _same_name(model, location):
+        here = "template_arguments" if location[-1] in TEMPLATE_ARGUMENTS else location[-1]
+        if here in known:
+            return source.error(where, f"unknown field {str(location[-1])!r}; did you mean {here!r}?{more}")
+        if other := _same_name(model, (*location[:-1], here)):
             return source.error(where, f"unknown field {str(location[-1])!r}; did you mean {show((*path, *other))}?{more}")
         return source.error(where, f"unknown field {str(location[-1])!r}; {nearest(location[-1], known)}{more}")
     description = next(

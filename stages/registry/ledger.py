@@ -554,6 +554,8 @@ def _describe(model: ResolvedModel) -> ModelDescription:
         described["quantization"] = options.quantization
     if options.trust_remote_code:
         described["trust_remote_code"] = options.trust_remote_code
+    if options.template_arguments:
+        described["template_arguments"] = {**options.template_arguments}
     if options.quantization == "nf4":
         described["double_quantization"] = options.double_quantization
     return described

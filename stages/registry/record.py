@@ -29,6 +29,7 @@ class ModelDescription(TypedDict):
     quantization: NotRequired[str]
     double_quantization: NotRequired[bool]
     trust_remote_code: NotRequired[bool]
+    template_arguments: NotRequired[JsonObject]
     licence: NotRequired[Licence]  # of a parent from outside of the registry, if its model card names one
 
 
@@ -48,6 +49,7 @@ class Lineage(TypedDict):
     quantization: NotRequired[str]
     double_quantization: NotRequired[bool]
     trust_remote_code: NotRequired[bool]
+    template_arguments: NotRequired[JsonObject]
     licence: NotRequired[Licence]
     removed: NotRequired[bool]  # the version was removed from the registry
     repeated: NotRequired[bool]  # its parents are written where it occurs first (``written_once``)

@@ -91,6 +91,10 @@ class SFTStepConfig(TrainingStepConfig):
     @model_validator(mode="after")
     def _trainable(self) -> SFTStepConfig:
         check_trainable(self.model, self.lora)
+        if self.model.template_arguments and self.template not in (None, "chat"):
+            raise ValueError(
+                f"template={self.template!r} replaces the model's chat template, so model.template_arguments would have no effect"
+            )
         return self
 
     def model_inputs(self) -> dict[str, ModelInput]:

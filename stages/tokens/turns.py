@@ -16,6 +16,7 @@ from stages.errors import DataError, ModelError
 from stages.tokens.continuation import segment_ids
 from stages.tokens.dates import dated
 from stages.tokens.plain import template_to_apply
+from stages.tokens.template_arguments import NONE, Arguments, used_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +35,7 @@ def apply_template(
     *,
     generation_prompt: bool,
     tools: Sequence[Mapping[str, object]] = (),
+    arguments: Arguments = NONE,
     location: str = "",
 ) -> str:
     """Apply the tokenizer's chat template to ``messages``. Raises DataError with ``location`` if the template rejects them."""
@@ -45,6 +47,7 @@ def apply_template(
             chat_template=template,
             tokenize=False,
             add_generation_prompt=generation_prompt,
+            **used_arguments(tokenizer, arguments),
         )
     except Exception as error:  # a template is a program and can raise any exception
         roles = ", ".join(str(message["role"]) for message in messages)
@@ -103,13 +106,15 @@ class ArgumentForm:
     texts: bool
 
 
-_turn_forms: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[object, TurnForm]] = WeakKeyDictionary()
-_argument_forms: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[object, ArgumentForm]] = WeakKeyDictionary()
+MOST_FORMS = 256  # rows may have arguments with long texts
+
+_turn_forms: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[object, dict[str, TurnForm]]] = WeakKeyDictionary()
+_argument_forms: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[object, dict[str, ArgumentForm]]] = WeakKeyDictionary()
 
 
-def turn_form(tokenizer: PreTrainedTokenizerBase) -> TurnForm:
-    """The form of the tokenizer's chat template."""
-    return _read_once(_turn_forms, tokenizer, _read_form)
+def turn_form(tokenizer: PreTrainedTokenizerBase, arguments: Arguments = NONE) -> TurnForm:
+    """The form of the tokenizer's chat template with these arguments."""
+    return _read_once(_turn_forms, tokenizer, lambda tokenizer: _read_form(tokenizer, arguments), repr(dict(arguments)))
 
 
 def argument_form(tokenizer: PreTrainedTokenizerBase) -> ArgumentForm:
@@ -118,15 +123,18 @@ def argument_form(tokenizer: PreTrainedTokenizerBase) -> ArgumentForm:
 
 
 def _read_once(
-    known: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[object, Read]],
+    known: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[object, dict[str, Read]]],
     tokenizer: PreTrainedTokenizerBase,
     read: Callable[[PreTrainedTokenizerBase], Read],
+    key: str = "",
 ) -> Read:
-    """The cached result of ``read`` for the tokenizer; recomputed if its template changed."""
+    """The cached result of ``read`` for the tokenizer and ``key``; recomputed if its template changed."""
     entry = known.get(tokenizer)
-    if entry is None or entry[0] != tokenizer.chat_template:
-        entry = known[tokenizer] = (tokenizer.chat_template, read(tokenizer))
-    return entry[1]
+    if entry is None or entry[0] != tokenizer.chat_template or len(entry[1]) == MOST_FORMS:
+        entry = known[tokenizer] = (tokenizer.chat_template, {})
+    if key not in entry[1]:
+        entry[1][key] = read(tokenizer)
+    return entry[1][key]
 
 
 def turn_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -143,8 +151,8 @@ def first_difference(one: Sequence[object], other: Sequence[object]) -> int:
     return next((index for index in range(shorter) if one[index] != other[index]), shorter)
 
 
-def _read_form(tokenizer: PreTrainedTokenizerBase) -> TurnForm:
-    texts, parts = _probe(tokenizer, _as_text), _probe(tokenizer, _as_parts)
+def _read_form(tokenizer: PreTrainedTokenizerBase, arguments: Arguments) -> TurnForm:
+    texts, parts = _probe(tokenizer, _as_text, arguments), _probe(tokenizer, _as_parts, arguments)
     chosen = texts or parts
     if chosen is None:  # the template expects different conversations; it will raise its own errors
         return TurnForm("", "", "", "", (), writes_end=False, parts=False, texts=True)
@@ -157,7 +165,7 @@ def _read_form(tokenizer: PreTrainedTokenizerBase) -> TurnForm:
     surplus = "" if first is None else ending.removeprefix(_through(ending, str(tokenizer.convert_ids_to_tokens(first))))
     surplus = surplus if shown.endswith(surplus) else ""
     ending = ending.removesuffix(surplus)
-    following = _first_special(tokenizer, _followed(tokenizer, _as_text if texts else _as_parts)) if first is None else first
+    following = _first_special(tokenizer, _followed(tokenizer, _as_text if texts else _as_parts, arguments)) if first is None else first
     return TurnForm(
         opening=opening,
         closing=f"</{opened[1]}>" if opened else "",
@@ -196,21 +204,22 @@ def _first_special(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
     return next((token for token in segment_ids(tokenizer, [head + answered, after])[1] if token in special), None)
 
 
-def _followed(tokenizer: PreTrainedTokenizerBase, content: Callable[[str], object]) -> str:
+def _followed(tokenizer: PreTrainedTokenizerBase, content: Callable[[str], object], arguments: Arguments) -> str:
     """The test conversation with another question after the reply; empty if the template rejects it."""
     said = [("user", _ASKED), ("assistant", _ANSWERED), ("user", _ASKED)]
+    turns = [{"role": role, "content": content(text)} for role, text in said]
     try:
-        return apply_template(tokenizer, [{"role": role, "content": content(text)} for role, text in said], generation_prompt=False)
+        return apply_template(tokenizer, turns, generation_prompt=False, arguments=arguments)
     except DataError:
         return ""
 
 
-def _probe(tokenizer: PreTrainedTokenizerBase, content: Callable[[str], object]) -> tuple[str, str] | None:
+def _probe(tokenizer: PreTrainedTokenizerBase, content: Callable[[str], object], arguments: Arguments) -> tuple[str, str] | None:
     """Render a test conversation as (prompt, full text); None if the template does not support this form of content."""
     messages = [{"role": "user", "content": content(_ASKED)}, {"role": "assistant", "content": content(_ANSWERED)}]
     try:
-        shown = apply_template(tokenizer, messages[:1], generation_prompt=True)
-        full_text = apply_template(tokenizer, messages, generation_prompt=False)
+        shown = apply_template(tokenizer, messages[:1], generation_prompt=True, arguments=arguments)
+        full_text = apply_template(tokenizer, messages, generation_prompt=False, arguments=arguments)
     except DataError:
         return None
     written = _ASKED in shown and _ANSWERED in full_text and "'type'" not in full_text  # reject a Python-formatted list

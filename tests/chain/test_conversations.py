@@ -212,3 +212,48 @@ def test_the_plan_checks_the_data_again_after_the_template_of_a_local_model_chan
     )
     with pytest.raises(DataError, match=r"\(preference\): model cannot read .*pairs.jsonl:1: .*no system turns"):
         plan(load_recipe(folder / "chain.yaml"), folder / "home")
+
+
+THOUGHTFUL = "{{ '[think]' if thinking else '[answer]' }}" + TEMPLATE
+
+
+def test_template_arguments_are_kept_by_every_model_that_is_made_from_theirs(folder, caplog) -> None:
+    from transformers import AutoTokenizer
+
+    plain = AutoTokenizer.from_pretrained(folder / "model")
+    plain.chat_template = THOUGHTFUL
+    plain.save_pretrained(folder / "model")
+    recipe = json.loads((folder / "chain.yaml").read_text())
+    sft, preference, ppo, verdict = recipe["steps"]
+    sft["model"] = {"ref": "./model", "template_arguments": {"thinking": True}}
+    verdict["candidates"] = {"base": "./model", "aligned": "aligned"}
+    (folder / "chain.yaml").write_text(json.dumps(recipe))
+    command = ["run", str(folder / "chain.yaml"), "--home", str(folder / "home")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    expected = plain.apply_chat_template(opening(1), tokenize=False, add_generation_prompt=True, thinking=True)
+    assert expected == "[think]" + SHOWN.format(1)
+    models = folder / "home" / "registry" / "models" / "chats"
+    for name in ("sft", "preference", "aligned"):
+        published = AutoTokenizer.from_pretrained(models / name / "1" / "model")
+        assert published.apply_chat_template(opening(1), tokenize=False, add_generation_prompt=True) == expected
+    (parent,) = json.loads((models / "sft" / "1" / "manifest.json").read_text())["parents"]
+    assert parent["template_arguments"] == {"thinking": True}
+    different = "{} reads conversations with template_arguments {}, and {} with {}: they read different texts"
+    assert different.format("./model", "none", "aligned", "{'thinking': True}") in caplog.text  # the base candidate has no arguments
+    assert "sft reads" not in caplog.text  # policy and reward model have the same
+
+    preference["model"] = "./model"  # a reward model that reads other texts than the policy
+    recipe["steps"] = [sft, preference, ppo]
+    (folder / "chain.yaml").write_text(json.dumps(recipe))
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert different.format("sft", "{'thinking': True}", "preference", "none") in caplog.text
+
+    sft["model"]["template_arguments"] = {"thinkin": True}
+    (folder / "chain.yaml").write_text(json.dumps(recipe))
+    done = CliRunner().invoke(app, ["plan", *command[1:]])
+    assert done.exit_code == 2
+    assert "(sft): model: template_arguments of ./model: the chat template does not use thinkin; it uses thinking" in " ".join(
+        done.output.split()
+    )

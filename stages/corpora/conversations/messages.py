@@ -18,33 +18,41 @@ from stages.corpora.rows import Row, text_of
 from stages.corpora.tables.columnar import without_missing
 from stages.errors import DataError
 from stages.json_types import JsonObject
+from stages.tokens.template_arguments import Arguments
 
 Message = dict[str, Any]
 """``role`` and ``content``; if the data has them also ``name``, ``tool_calls``, ``tool_call_id``, ``reasoning_content`` and others."""
 
 
 class Conversation(list[Message]):
-    """Messages, the tools that the assistant may call, and the location of the row.
+    """Messages, the tools that the assistant may call, the arguments of the chat template, and the location of the row.
 
-    Equal messages with different tools are different prompts. The location does not affect equality.
+    Equal messages with different tools or arguments are different prompts. The location does not affect equality.
     """
 
-    def __init__(self, messages: Iterable[Message] = (), *, tools: Sequence[JsonObject] = (), location: str = "") -> None:
+    def __init__(
+        self, messages: Iterable[Message] = (), *, tools: Sequence[JsonObject] = (), arguments: Arguments | None = None, location: str = ""
+    ) -> None:
         super().__init__(messages)
         self.tools = list(tools)
+        self.arguments = dict(arguments or {})
         self.location = location
 
     def __repr__(self) -> str:
-        messages = super().__repr__()
-        return f"{messages} with tools {self.tools!r}" if self.tools else messages
+        beside = {name: value for name, value in (("tools", self.tools), ("template arguments", self.arguments)) if value}
+        return " with ".join([super().__repr__(), *(f"{name} {value!r}" for name, value in beside.items())])
 
     def __eq__(self, other: object) -> bool:
-        return super().__eq__(other) and self.tools == tools_of(other)
+        return super().__eq__(other) and self.tools == tools_of(other) and self.arguments == arguments_of(other)
 
     def __ne__(self, other: object) -> bool:
         return not self == other
 
     __hash__ = None
+
+    def part(self, turns: int) -> Conversation:
+        """The first ``turns`` messages, with the same tools, arguments and location."""
+        return Conversation(self[:turns], tools=self.tools, arguments=self.arguments, location=self.location)
 
 
 Prompt = str | list[Message]
@@ -52,6 +60,7 @@ Completion = str | list[Message]
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # field names for the assistant's reasoning before its reply
 _THOUGHT = re.compile(r"\s*(?P<opening><think>)?(?P<thought>.*?)</think>\s*", re.DOTALL)
+ARGUMENTS = "chat_template_kwargs"  # TRL's name of the column
 COLUMNS = ("messages", "conversations")  # columns with a full conversation; the second is ShareGPT's
 LAST_REPLY = "\n\nAssistant:"  # the assistant marker in Anthropic's dialogues
 
@@ -74,7 +83,7 @@ def messages_of(row: Row, column: str) -> Conversation:
         with errors_at(f"{row.location}: {column}, message {index}"):
             messages.append(_message(entry, columnar=row.columnar))
     messages = _after_system(row, column, messages)
-    return Conversation(messages, tools=_tools(row), location=row.location)
+    return _of_row(row, messages)
 
 
 def _message(entry: object, *, columnar: bool) -> Message:
@@ -194,6 +203,22 @@ def _tools(row: Row) -> list[JsonObject]:
     return without_missing(tools) if row.columnar and tools is value else tools
 
 
+def _arguments(row: Row) -> JsonObject:
+    """The column ``chat_template_kwargs`` of TRL: arguments of the chat template for this row. Null values are not given."""
+    value = row.get(ARGUMENTS)
+    given = _read_json(value) if isinstance(value, str) else value
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise DataError(f"{row.location}: {ARGUMENTS} is {value!r:.80}; expected an object with arguments of the chat template")
+    return {name: item for name, item in (without_missing(given) if row.columnar else given).items() if item is not None}
+
+
+def _of_row(row: Row, messages: Iterable[Message]) -> Conversation:
+    """The messages with the tools, the template arguments and the location of their row."""
+    return Conversation(messages, tools=_tools(row), arguments=_arguments(row), location=row.location)
+
+
 def prompt_of(row: Row) -> Prompt:
     """The prompt of a row: text, or messages that the assistant answers next. Raises DataError if it ends with an assistant turn."""
     prompt = _any_prompt(row)
@@ -210,14 +235,14 @@ def _any_prompt(row: Row) -> Prompt:
 def text_prompt(row: Row, text: str) -> Prompt:
     """The prompt with ``text`` as its last turn.
 
-    It is a conversation if the row has tools, a text in ``system`` (the first turn) or pairs of texts in ``history`` (earlier questions and
-    replies, as in LLaMA-Factory's data); else it is the text. Raises DataError for other values of these columns.
+    It is a conversation if the row has tools, template arguments, a text in ``system`` (the first turn) or pairs of texts in ``history``
+    (earlier questions and replies, as in LLaMA-Factory's data); else it is the text. Raises DataError for other values of these columns.
     """
     tools = row.get("tools") if isinstance(row.get("tools"), list) else None
     before = [*_system_turn(row), *_history(row)]
-    if not tools and not before:
+    if not tools and not before and not _arguments(row):
         return text
-    return Conversation([*before, *as_question(text)], tools=_tools(row), location=row.location)
+    return _of_row(row, [*before, *as_question(text)])
 
 
 def _system_turn(row: Row) -> list[Message]:
@@ -256,6 +281,11 @@ def tools_of(prompt: object) -> list[JsonObject]:
     return list(getattr(prompt, "tools", ()))
 
 
+def arguments_of(prompt: object) -> JsonObject:
+    """The template arguments of a prompt's row; none for a text."""
+    return dict(getattr(prompt, "arguments", {}))
+
+
 def location_of(prompt: object) -> str:
     """The location of a conversation's row in the data; empty if unknown."""
     return str(getattr(prompt, "location", ""))
@@ -289,8 +319,7 @@ def split_messages(row: Row, column: str = "messages") -> tuple[Conversation, Co
     messages = messages_of(row, column)
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
         raise DataError(f"{row.location}: {column} must have at least two turns and end with an assistant turn")
-    prompt = Conversation(messages[:-1], tools=messages.tools, location=messages.location)
-    return prompt, simplified(messages[-1:])
+    return messages.part(len(messages) - 1), simplified(messages[-1:])
 
 
 def split_answers(row: Row, answers: Mapping[str, object]) -> tuple[Prompt, list[Completion]]:
@@ -312,7 +341,7 @@ def split_answers(row: Row, answers: Mapping[str, object]) -> tuple[Prompt, list
     completions = [simplified(side[cut:]) for side in sides]
     if isinstance(given, str) and sides[0][:cut] == as_question(given):
         return given, completions
-    return Conversation(sides[0][:cut], tools=_tools(row), location=row.location), completions
+    return _of_row(row, sides[0][:cut]), completions
 
 
 def as_question(text: str) -> list[Message]:

@@ -11,12 +11,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from stages.corpora.conversations.messages import Conversation, Message, as_question, as_turns, errors_at, simplified, tools_of
+from stages.corpora.conversations.messages import (
+    Conversation,
+    Message,
+    arguments_of,
+    as_question,
+    as_turns,
+    errors_at,
+    simplified,
+    tools_of,
+)
 from stages.corpora.demonstrations import Demonstration
 from stages.corpora.templates import encode_pair, encode_segments, in_template_form, render_pair, rendered
 from stages.errors import DataError
 from stages.json_types import JsonObject
 from stages.tokens.continuation import plain_ids
+from stages.tokens.template_arguments import used_arguments
 from stages.tokens.turns import first_difference, template_for, turn_form
 
 if TYPE_CHECKING:
@@ -58,7 +68,12 @@ def _trained_turns(demonstration: Demonstration, train_on: TrainOn) -> tuple[Con
     """Return (full conversation, indices of the trained turns)."""
     prompt = demonstration["prompt"]
     opening = as_question(prompt) if isinstance(prompt, str) else list(prompt)
-    messages = Conversation([*opening, *as_turns(demonstration["completion"])], tools=tools_of(prompt), location=demonstration.location)
+    messages = Conversation(
+        [*opening, *as_turns(demonstration["completion"])],
+        tools=tools_of(prompt),
+        arguments=arguments_of(prompt),
+        location=demonstration.location,
+    )
     first = len(messages) - 1 if train_on == "last_reply" else 0 if demonstration.is_full_conversation else len(opening)
     first = max(first, 1)  # an assistant turn at index 0 answers nothing, so it is not trained on
     replies = [turn for turn in range(first, len(messages)) if messages[turn]["role"] == "assistant"]
@@ -71,10 +86,6 @@ def has_untrained_reply(demonstration: Demonstration) -> bool:
     return any(turn["role"] == "assistant" and turn.get("weight") == 0 for turn in turns)
 
 
-def _before(messages: Conversation, turn: int) -> Conversation:
-    return Conversation(messages[:turn], tools=messages.tools, location=messages.location)
-
-
 def _completion_row(ids: list[int], length: int) -> TrainingRow:
     return TrainingRow(ids, length, [0] * length + [1] * (len(ids) - length))
 
@@ -82,12 +93,12 @@ def _completion_row(ids: list[int], length: int) -> TrainingRow:
 def _by_prefixes(tokenizer: PreTrainedTokenizerBase, messages: Conversation, replies: Sequence[int]) -> list[TrainingRow]:
     """Build rows by comparing the full conversation with what the template writes up to each reply."""
     if list(replies) == [len(messages) - 1]:
-        return [_completion_row(*encode_pair(tokenizer, _before(messages, replies[0]), simplified(messages[-1:])))]
+        return [_completion_row(*encode_pair(tokenizer, messages.part(replies[0]), simplified(messages[-1:])))]
     full_text = rendered(tokenizer, messages, messages, generation_prompt=False)
-    form = turn_form(tokenizer)
+    form = turn_form(tokenizer, messages.arguments)
     cuts, apart = [0], []
     for turn in replies:
-        prompt, reply = _before(messages, turn), simplified(messages[turn : turn + 1])
+        prompt, reply = messages.part(turn), simplified(messages[turn : turn + 1])
         shown, written = render_pair(tokenizer, prompt, reply)
         if not full_text.startswith(shown + written):  # some templates write more than an end of turn after the last reply
             written = written.removesuffix(form.ending) + form.turn_end
@@ -112,15 +123,15 @@ def _by_markers(tokenizer: PreTrainedTokenizerBase, messages: Conversation, repl
     apart = [turn for turn in replies if not _is_unchanged(tokenizer, messages, turn, full_text)]
     kept = [turn for turn in replies if turn not in apart]
     rows = [_marked_row(tokenizer, messages, kept)] if kept else []
-    return rows + [_marked_row(tokenizer, _before(messages, turn + 1), [turn]) for turn in apart]
+    return rows + [_marked_row(tokenizer, messages.part(turn + 1), [turn]) for turn in apart]
 
 
 def _is_unchanged(tokenizer: PreTrainedTokenizerBase, messages: Conversation, turn: int, full_text: str) -> bool:
     """Whether the template writes the conversation up to ``turn`` in the same way if other turns follow it."""
     if turn == len(messages) - 1:
         return True
-    form = turn_form(tokenizer)
-    until = rendered(tokenizer, _before(messages, turn + 1), messages, generation_prompt=False).removesuffix(form.surplus)
+    form = turn_form(tokenizer, messages.arguments)
+    until = rendered(tokenizer, messages.part(turn + 1), messages, generation_prompt=False).removesuffix(form.surplus)
     return full_text.startswith(until) or full_text.startswith(until.removesuffix(form.ending) + form.turn_end)
 
 
@@ -134,6 +145,7 @@ def _marked_row(tokenizer: PreTrainedTokenizerBase, messages: Conversation, repl
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,
+        **used_arguments(tokenizer, messages.arguments),
     )
     ids, marked = list(encoded["input_ids"]), list(encoded["assistant_masks"])
     before = rendered(tokenizer, messages[: replies[0]], messages, generation_prompt=False)

@@ -1,0 +1,127 @@
+"""Arguments of chat templates, such as ``enable_thinking``, stored in the template as the defaults of its variables.
+
+A saved model so renders the same text in every program. An argument that is given to ``apply_chat_template`` replaces the default.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from stages.errors import ModelError
+
+if TYPE_CHECKING:
+    from jinja2 import nodes
+    from transformers import PreTrainedTokenizerBase
+
+Arguments = Mapping[str, object]
+NONE: Arguments = MappingProxyType({})
+GIVEN = ("messages", "tools", "add_generation_prompt", "raise_exception", "strftime_now")
+"""Names in a template whose values come from the conversation or from transformers."""
+_FIRST_LINE = re.compile(r"\A\{#- template arguments: (.*?) -#\}.*\n")
+
+
+def set_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Arguments, name: str = "") -> None:
+    """Set ``arguments`` as defaults in the tokenizer's chat template. Those that it already has stay, unless ``arguments`` has others.
+
+    Raises ModelError with the ``name`` of the model for an argument that no template of the tokenizer uses.
+    """
+    if not arguments:
+        return
+    about = f"template_arguments of {name or tokenizer.name_or_path or 'the model'}"
+    own = tokenizer.chat_template
+    if not own:
+        raise ModelError(f"{about}: its tokenizer has no chat template that could use {', '.join(arguments)}; remove template_arguments")
+    known = template_variables(tokenizer)
+    if unknown := [argument for argument in arguments if argument not in known]:
+        uses = f"it uses {', '.join(sorted(known))}" if known else "it has no arguments"
+        raise ModelError(f"{about}: the chat template does not use {', '.join(unknown)}; {uses}")
+    if isinstance(own, dict):
+        tokenizer.chat_template = {key: _with_defaults(template, arguments) for key, template in own.items()}
+    else:
+        tokenizer.chat_template = _with_defaults(own, arguments)
+
+
+def arguments_in(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
+    """The arguments that ``set_arguments`` stored in the tokenizer's chat template."""
+    own = tokenizer.chat_template
+    lines = [_FIRST_LINE.match(template) for template in (own.values() if isinstance(own, dict) else [own or ""])]
+    return {name: value for line in lines if line for name, value in json.loads(line[1]).items()}
+
+
+def without_arguments(tokenizer: PreTrainedTokenizerBase) -> object:
+    """The tokenizer's chat template (or its named ones) before ``set_arguments``."""
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        return {name: _FIRST_LINE.sub("", template, count=1) for name, template in own.items()}
+    return _FIRST_LINE.sub("", own or "", count=1)
+
+
+def template_variables(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """The variables of the tokenizer's chat template that a caller may set. With named templates: those of any of them."""
+    own = tokenizer.chat_template or ""
+    read = {variable for template in (own.values() if isinstance(own, dict) else [own]) for variable in _variables(template)}
+    return read - {*GIVEN, *tokenizer.special_tokens_map}
+
+
+def used_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Arguments) -> dict[str, Any]:
+    """Those of ``arguments`` that the tokenizer's chat template uses."""
+    known = template_variables(tokenizer) if arguments else ()
+    return {name: value for name, value in arguments.items() if name in known}
+
+
+@lru_cache
+def _variables(template: str) -> frozenset[str]:
+    """The names that a template reads before it sets them. A name that it sets itself counts only if it asks whether it is set."""
+    from jinja2 import meta, nodes
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    environment = _compile_jinja_template(template).environment
+    tree = environment.parse(template)
+    own = _set_in(tree)
+    asked = {test.node.name for test in tree.find_all(nodes.Test) if isinstance(test.node, nodes.Name)}
+    defaults = [found.node for found in tree.find_all(nodes.Filter) if found.name == "default"]
+    asked |= {name.name for name in defaults if isinstance(name, nodes.Name)}
+    for branch in tree.find_all(nodes.If):  # {% if not thinking %}{% set thinking = ... %}
+        condition = branch.test.node if isinstance(branch.test, nodes.Not) else branch.test
+        asked |= {condition.name} & _set_in(branch) if isinstance(condition, nodes.Name) else set()
+    read = meta.find_undeclared_variables(tree) - set(environment.globals)
+    return frozenset(name for name in read if name not in own or name in asked)
+
+
+def _set_in(part: nodes.Node) -> set[str]:
+    from jinja2 import nodes
+
+    return {name.name for name in part.find_all(nodes.Name) if name.ctx == "store"}
+
+
+def _with_defaults(template: str, arguments: Arguments) -> str:
+    """``template`` with a first line that sets the variables that it uses to ``arguments``, unless the caller sets them.
+
+    transformers passes ``documents=None`` if there are none, so None does not count as set.
+    """
+    line = _FIRST_LINE.match(template)
+    rest = template[line.end() :] if line else template
+    used = _variables(rest)
+    values = {**(json.loads(line[1]) if line else {}), **{name: value for name, value in arguments.items() if name in used}}
+    if not values:
+        return template
+    content = json.dumps(values, ensure_ascii=False).replace("#}", "#\\u007d")  # the end of a comment in Jinja
+    defaults = "".join(
+        f"{{%- if {name} is not defined or {name} is none -%}}{{%- set {name} = {_literal(value)} -%}}{{%- endif %}}"
+        for name, value in values.items()
+    )
+    return f"{{#- template arguments: {content} -#}}{defaults}\n{rest}"  # transformers drops a line end after a block
+
+
+def _literal(value: object) -> str:
+    """A JSON value as a Jinja expression."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_literal(key)}: {_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_literal(item) for item in value) + "]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
