@@ -33,7 +33,7 @@ from stages.json_types import JsonObject
 from stages.tokens.continuation import CONTEXT, beginning_ids, continued, plain_ids, segment_ids
 from stages.tokens.plain import is_begun, is_plain, plain_template
 from stages.tokens.template_arguments import used_arguments
-from stages.tokens.turns import TurnForm, apply_template, argument_form, first_difference, turn_form
+from stages.tokens.turns import TurnForm, apply_template, argument_form, first_difference, first_special, turn_form, up_to
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -165,6 +165,8 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], pr
         raise DataError(
             f"{_at(prompt)}the model's chat template drops {lost}; use a model whose template keeps it, or remove it from the data"
         )
+    if messages and messages[-1]["role"] == "assistant" and not generation_prompt:
+        text += _borrowed(tokenizer, write, contents, tools, arguments, text)
     named = [turn for turn, message in enumerate(contents) if message.get("name") and message["role"] in NAMED_ROLES]
     if named:
         bare = [_without(contents, turn, ("name",))[turn] if turn in named else message for turn, message in enumerate(contents)]
@@ -207,6 +209,26 @@ def _bare_completion(prompt: Prompt, completion: Completion) -> str:
     if isinstance(completion, str):
         return completion
     raise DataError(f"{_at(prompt)}the completion has several turns, but the model has no chat template; set template in its sft step")
+
+
+def _borrowed(
+    tokenizer: PreTrainedTokenizerBase,
+    write: Callable[..., str],
+    messages: Sequence[Message],
+    tools: Sequence[JsonObject],
+    arguments: JsonObject,
+    text: str,
+) -> str:
+    """The end of the last reply if the template writes it only before the next turn: after tool calls that of a tool's result."""
+    form = turn_form(tokenizer, arguments)
+    if not form.borrowed or not messages[-1].get("tool_calls"):
+        return form.borrowed
+    try:
+        after = write([*messages, {"role": "tool", "content": OTHER_WORDS}], generation_prompt=False, tools=tools)
+    except DataError:
+        return ""
+    following = after.removeprefix(text) if after.startswith(text) else ""
+    return up_to(following, tokenizer, first_special(tokenizer, following))
 
 
 def _lost(

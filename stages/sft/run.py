@@ -157,7 +157,7 @@ def _missing_end(tokenizer: PreTrainedTokenizerBase) -> str | None:
             "tokenizer_config.json"
         )
     form = turn_form(tokenizer)
-    if form.writes_end:
+    if form.end_ids:
         return None
     return (
         f"the chat template ends a reply with {form.ending!r}, without a special token: the model does not learn to stop; add one to the "

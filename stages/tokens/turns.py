@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from stages.errors import DataError, ModelError
-from stages.tokens.continuation import segment_ids
+from stages.tokens.continuation import plain_ids, segment_ids
 from stages.tokens.dates import dated
 from stages.tokens.plain import template_to_apply
 from stages.tokens.template_arguments import NONE, Arguments, used_arguments
@@ -79,9 +79,9 @@ class TurnForm:
     ``opening``: text that the generation prompt writes and a reply does not repeat, e.g. ``<think>`` and a line end. ``closing``: the tag
     that closes this block. ``ending``: the text after the last reply. ``turn_end``: the ending up to its first special token and following
     white space, without text that only closes the conversation. ``end_ids``: the first special token after a reply, where generation stops;
-    empty if there is none. ``writes_end``: whether that token is part of the ending, not only of the next turn's beginning. ``parts``,
-    ``texts``: whether a message's content may be a list of text parts, or a text. ``surplus``: a generation prompt that the template writes
-    after the last reply although none is asked for; it is no part of ``ending``.
+    empty if there is none. ``parts``, ``texts``: whether a message's content may be a list of text parts, or a text. ``surplus``: a
+    generation prompt that the template writes after the last reply although none is asked for; it is no part of ``ending``.
+    ``borrowed``: the part of the ending that the template writes only if a user turn follows. GLM's replies end where the next turn begins.
     """
 
     opening: str
@@ -89,10 +89,10 @@ class TurnForm:
     ending: str
     turn_end: str
     end_ids: tuple[int, ...]
-    writes_end: bool
     parts: bool
     texts: bool
     surplus: str = ""
+    borrowed: str = ""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _read_form(tokenizer: PreTrainedTokenizerBase, arguments: Arguments) -> Turn
     texts, parts = _probe(tokenizer, _as_text, arguments), _probe(tokenizer, _as_parts, arguments)
     chosen = texts or parts
     if chosen is None:  # the template expects different conversations; it will raise its own errors
-        return TurnForm("", "", "", "", (), writes_end=False, parts=False, texts=True)
+        return TurnForm("", "", "", "", (), parts=False, texts=True)
     shown, full_text = chosen
     opened = re.search(r"<(\w+)>\s*$", shown) if not full_text.startswith(shown) else None
     opening = opened[0] if opened else shown[first_difference(shown, full_text) :]
@@ -165,17 +165,23 @@ def _read_form(tokenizer: PreTrainedTokenizerBase, arguments: Arguments) -> Turn
     surplus = "" if first is None else ending.removeprefix(_through(ending, str(tokenizer.convert_ids_to_tokens(first))))
     surplus = surplus if shown.endswith(surplus) else ""
     ending = ending.removesuffix(surplus)
-    following = _first_special(tokenizer, _followed(tokenizer, _as_text if texts else _as_parts, arguments)) if first is None else first
+    turn_end = ending if first is None else _through(ending, str(tokenizer.convert_ids_to_tokens(first)))
+    following, borrowed = first, ""
+    if first is None:
+        after = _followed(tokenizer, _as_text if texts else _as_parts, arguments)
+        following = _first_special(tokenizer, after)
+        borrowed = up_to(after.rpartition(_ANSWERED)[2].removeprefix(ending), tokenizer, following)
+        ending = turn_end = ending + borrowed
     return TurnForm(
         opening=opening,
         closing=f"</{opened[1]}>" if opened else "",
         ending=ending,
-        turn_end=ending if first is None else _through(ending, str(tokenizer.convert_ids_to_tokens(first))),
+        turn_end=turn_end,
         end_ids=() if following is None else (following,),
-        writes_end=first is not None,
         parts=parts is not None and parts == chosen,
         texts=texts is not None,
         surplus=surplus,
+        borrowed=borrowed,
     )
 
 
@@ -189,6 +195,18 @@ def _say_missing_prompt(tokenizer: PreTrainedTokenizerBase, shown: str, full_tex
             tokenizer.name_or_path or "the tokenizer",
             before,
         )
+
+
+def up_to(text: str, tokenizer: PreTrainedTokenizerBase, token: int | None) -> str:
+    """The beginning of ``text`` through the first ``token``; empty if it does not occur."""
+    before, mark, _ = text.partition(str(tokenizer.convert_ids_to_tokens(token))) if token is not None else ("", "", "")
+    return before + mark if mark else ""
+
+
+def first_special(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
+    """The first special token of ``text``; None if there is none."""
+    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
+    return next((token for token in plain_ids(tokenizer, text) if token in special), None)
 
 
 def _through(ending: str, token: str) -> str:

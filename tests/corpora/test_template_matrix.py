@@ -6,6 +6,7 @@ The full rendering is transformers' ``apply_chat_template``. ``REPLY`` has, by h
 from __future__ import annotations
 
 import re
+from importlib.resources import files
 from itertools import groupby
 from typing import Any
 
@@ -428,7 +429,36 @@ def test_a_turn_may_end_with_the_start_of_the_next_turn(tokenizer_of) -> None:
         "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
     )
     assert tokenizer.convert_ids_to_tokens(turn_end_ids(tokenizer)) == ["<|user|>"]
-    assert not turn_form(tokenizer).writes_end
+    (made,) = training_rows(tokenizer, demonstration(row(messages=turns("", MULTI))), train_on="all_assistant_turns")
+    assert trained_runs(tokenizer, made) == ["i am fine<|user|>", "the sun is warm<|user|>", "three<|user|>"]
+    ids, length = encode_pair(tokenizer, "hello", "i am fine")
+    assert tokenizer.decode(ids[length:]) == "i am fine<|user|>"
+    assert tokenizer.decode(encode_pair(tokenizer, "hello", "i am fine", eos=False)[0][length:]) == "i am fine"
+
+
+def test_trained_tokens_of_glm_are_those_that_its_training_template_marks(tokenizer_of) -> None:
+    """TRL's copy of GLM-4.5's template marks the trained tokens. A reply ends with the token of the next speaker."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "rome"}}}
+    messages = [
+        *turns("", MULTI[:3]),
+        {"role": ASSISTANT, "content": "wait", "tool_calls": [call]},
+        {"role": "tool", "content": "22"},
+        {"role": ASSISTANT, "content": "warm"},
+    ]
+    folder = files("trl") / "chat_templates"
+    tokenizer = tokenizer_of("byte_bpe")
+    marks = ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    tokenizer.chat_template = (folder / "glm4moe.jinja").read_text()
+    for spoken in (messages, messages[:4]):  # the last one calls a tool
+        reference = tokenizer.apply_chat_template(
+            spoken,
+            chat_template=(folder / "glm4moe_training.jinja").read_text(),
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        (made,) = training_rows(tokenizer, demonstration(row(messages=spoken)), train_on="all_assistant_turns")
+        assert (made.ids, made.trained) == (reference["input_ids"], reference["assistant_masks"])
 
 
 REWRITES = {  # as Falcon-Instruct's and SmolLM3's templates

@@ -68,4 +68,4 @@ def test_chatml_writes_turns_that_end_with_one_token(tokenizer) -> None:
     assert render_prompt(tokenizer, messages) == opened
     ids, prompt_length = encode_pair(tokenizer, "why?", "because")
     assert tokenizer.decode(ids[prompt_length:]) == "because<|im_end|>\n"
-    assert turn_form(tokenizer).writes_end
+    assert not turn_form(tokenizer).borrowed
