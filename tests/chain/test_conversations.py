@@ -193,7 +193,7 @@ def test_plan_refuses_a_role_that_the_template_of_a_later_step_refuses(folder) -
     evaluated = [*chain["steps"][:2], chain["steps"][3] | {"candidates": {"a": "sft"}}]
     for steps, step in ((chain["steps"][:3], "aligned"), (evaluated, "verdict")):
         (folder / "chain.yaml").write_text(json.dumps({"name": "chats", "steps": steps}))
-        with pytest.raises(DataError, match=rf"\({step}\): (policy|candidates.a) cannot read .*prompts.jsonl:1: .*no system turns"):
+        with pytest.raises(DataError, match=rf"\({step}\): the model of (policy|candidates.a) cannot read .*prompts.jsonl:1: .*no system turns"):
             plan(load_recipe(folder / "chain.yaml"), folder / "home")
 
 
