@@ -83,7 +83,7 @@ def check_texts(recipe: Recipe, step: RecipeStep, registry: Registry) -> None:
             check_rendering(tokenizer, shown)
         except DataError as error:
             raise DataError(
-                f"{recipe.source.location(('steps', step.index))} ({step.name}): the model of {field_path} cannot read {error}"
+                f"{recipe.source.location(('steps', step.index))} ({step.name}): {field_path}: this model cannot read {error}"
             ) from error
 
 

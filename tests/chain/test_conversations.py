@@ -193,7 +193,9 @@ def test_plan_refuses_a_role_that_the_template_of_a_later_step_refuses(folder) -
     evaluated = [*chain["steps"][:2], chain["steps"][3] | {"candidates": {"a": "sft"}}]
     for steps, step in ((chain["steps"][:3], "aligned"), (evaluated, "verdict")):
         (folder / "chain.yaml").write_text(json.dumps({"name": "chats", "steps": steps}))
-        with pytest.raises(DataError, match=rf"\({step}\): the model of (policy|candidates.a) cannot read .*prompts.jsonl:1: .*no system turns"):
+        with pytest.raises(
+            DataError, match=rf"\({step}\): (policy|candidates.a): this model cannot read .*prompts.jsonl:1: .*no system turns"
+        ):
             plan(load_recipe(folder / "chain.yaml"), folder / "home")
 
 
@@ -210,7 +212,7 @@ def test_the_plan_checks_the_data_again_after_the_template_of_a_local_model_chan
     (folder / "model" / "chat_template.jinja").write_text(
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + TEMPLATE
     )
-    with pytest.raises(DataError, match=r"\(preference\): model cannot read .*pairs.jsonl:1: .*no system turns"):
+    with pytest.raises(DataError, match=r"\(preference\): model: this model cannot read .*pairs.jsonl:1: .*no system turns"):
         plan(load_recipe(folder / "chain.yaml"), folder / "home")
 
 
