@@ -147,7 +147,7 @@ RECIPES = {
         {"template": "chatml", "model": {"ref": "./model", "template_arguments": {"enable_thinking": False}}},
     ),
     "template arguments without a template": Case(
-        "bad.yaml:4: steps[0] (sft): model: template_arguments of ./model: its tokenizer has no chat template that could use enable_thinking",
+        "steps[0] (sft): model: template_arguments of ./model: its tokenizer has no chat template that could use enable_thinking",
         SFT,
         {"model": {"ref": "./model", "template_arguments": {"enable_thinking": False}}},
     ),

@@ -24,6 +24,7 @@ from stages.corpora.conversations.messages import (
     as_turns,
     content_text,
     errors_at,
+    in_reasoning_form,
     location_of,
     tools_of,
 )
@@ -32,7 +33,7 @@ from stages.errors import DataError, ModelError
 from stages.json_types import JsonObject
 from stages.tokens.continuation import CONTEXT, beginning_ids, continued, plain_ids, segment_ids
 from stages.tokens.plain import is_begun, is_plain, plain_template
-from stages.tokens.template_arguments import used_arguments
+from stages.tokens.template_arguments import template_variables, used_arguments
 from stages.tokens.turns import TurnForm, apply_template, argument_form, first_difference, first_special, turn_form, up_to
 
 if TYPE_CHECKING:
@@ -123,11 +124,11 @@ def render_pair(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: 
     shown = render_prompt(tokenizer, prompt)
     if not tokenizer.chat_template:
         return shown, joined(tokenizer, prompt, _bare_completion(prompt, completion))
-    turns = as_turns(completion)
-    messages = [*(as_question(prompt) if isinstance(prompt, str) else prompt), *turns]
     form = turn_form(tokenizer, arguments_of(prompt))
+    turns = [in_reasoning_form(turn, form.reasoning) for turn in as_turns(completion)]
+    messages = [*(as_question(prompt) if isinstance(prompt, str) else prompt), *turns]
     reply = content_text(turns[-1])
-    closes = form.closing in reply if form.closing else False
+    closes = bool(form.closing) and (form.closing in reply or any(turns[-1].get(name) for name in REASONING))
     if len(turns) == 1 and form.closing and sampled and not closes:
         return shown, reply + form.ending
     full_text = rendered(tokenizer, messages, prompt, generation_prompt=False).removesuffix(form.surplus)
@@ -140,7 +141,7 @@ def render_pair(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: 
         written = _after_a_question(tokenizer, turns, arguments_of(prompt))
         if written and opening and full_text.endswith(opening + written):
             return shown, written
-    raise DataError(_at(prompt) + _unstable(shown, full_text, form))
+    raise DataError(_at(prompt) + _unstable(tokenizer, shown, full_text, form))
 
 
 def _after_a_question(tokenizer: PreTrainedTokenizerBase, turns: list[Message], arguments: JsonObject) -> str:
@@ -155,7 +156,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], pr
     """Apply the chat template to ``messages`` with tools and arguments of ``prompt``. Raises DataError as ``render_prompt`` does."""
     tools, arguments = tools_of(prompt), arguments_of(prompt)
     with errors_at(location_of(prompt)):
-        contents = in_template_form(tokenizer, messages)
+        contents = in_template_form(tokenizer, messages, arguments)
     if unused := sorted(arguments.keys() - used_arguments(tokenizer, arguments).keys()):
         logger.warning("the model's chat template does not use %s of %s; the values are ignored", ", ".join(unused), ARGUMENTS)
     write = partial(apply_template, tokenizer, arguments=arguments)
@@ -314,10 +315,13 @@ def _name(tool: JsonObject) -> str:
     return str((inner if isinstance(inner, dict) else tool).get("name"))
 
 
-def _unstable(shown: str, full_text: str, form: TurnForm) -> str:
+def _unstable(tokenizer: PreTrainedTokenizerBase, shown: str, full_text: str, form: TurnForm) -> str:
+    switches = sorted(name for name in template_variables(tokenizer) if name.endswith("thinking") and "_history_" not in name)
+    without = f". A reply without reasoning begins with {form.opening.strip()}{form.closing}"
+    without += f", or set template_arguments: {{{switches[0]}: false}} of the model" if switches else ""
     same = first_difference(shown, full_text)
     advice = (
-        f"the generation prompt opens {form.opening.strip()}: end the reasoning in each reply with {form.closing}"
+        f"the generation prompt opens {form.opening.strip()}: end the reasoning in each reply with {form.closing}{without}"
         if form.closing
         else "use a chat template that begins each reply with its generation prompt"
     )
@@ -327,13 +331,14 @@ def _unstable(shown: str, full_text: str, form: TurnForm) -> str:
     )
 
 
-def in_template_form(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Message]:
-    """Convert ``messages`` to the form that the template accepts.
+def in_template_form(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], arguments: JsonObject) -> list[Message]:
+    """Convert ``messages`` to the form that the template accepts with the ``arguments`` of the row.
 
     Content becomes a text, or a list with one text part; tool call arguments become objects, or JSON text. Raises DataError for arguments
     that are not a JSON object if the template needs one.
     """
-    form = turn_form(tokenizer)
+    form = turn_form(tokenizer, arguments)
+    messages = [in_reasoning_form(message, form.reasoning) for message in messages]
     if any(message.get("tool_calls") for message in messages):
         messages = [in_argument_form(message, argument_form(tokenizer)) for message in messages]
     if not form.texts:

@@ -80,8 +80,10 @@ class TurnForm:
     that closes this block. ``ending``: the text after the last reply. ``turn_end``: the ending up to its first special token and following
     white space, without text that only closes the conversation. ``end_ids``: the first special token after a reply, where generation stops;
     empty if there is none. ``parts``, ``texts``: whether a message's content may be a list of text parts, or a text. ``surplus``: a
-    generation prompt that the template writes after the last reply although none is asked for; it is no part of ``ending``.
-    ``borrowed``: the part of the ending that the template writes only if a user turn follows. GLM's replies end where the next turn begins.
+    generation prompt that the template writes after the last reply although none is asked for; it is no part of ``ending``. ``reasoning``:
+    how a reply must give its reasoning, ``field`` (``reasoning_content``) or ``text`` (a think block); empty if the template reads the data
+    as they are. ``borrowed``: the part of the ending that the template writes only if a user turn follows. GLM's replies end where the next
+    turn begins.
     """
 
     opening: str
@@ -93,6 +95,7 @@ class TurnForm:
     texts: bool
     surplus: str = ""
     borrowed: str = ""
+    reasoning: str = ""
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,10 @@ def _read_form(tokenizer: PreTrainedTokenizerBase, arguments: Arguments) -> Turn
     if chosen is None:  # the template expects different conversations; it will raise its own errors
         return TurnForm("", "", "", "", (), parts=False, texts=True)
     shown, full_text = chosen
-    opened = re.search(r"<(\w+)>\s*$", shown) if not full_text.startswith(shown) else None
-    opening = opened[0] if opened else shown[first_difference(shown, full_text) :]
+    opened = re.search(r"<(\w+)>\s*$", shown)
+    if opened and full_text.startswith(shown) and f"</{opened[1]}>" not in full_text[len(shown) :]:
+        opened = None  # the mark of a turn
+    opening = opened[0] if opened and not full_text.startswith(shown) else shown[first_difference(shown, full_text) :]
     _say_missing_prompt(tokenizer, shown, full_text)
     ending = full_text.rpartition(_ANSWERED)[2]
     first = _first_special(tokenizer, full_text)
@@ -182,7 +187,27 @@ def _read_form(tokenizer: PreTrainedTokenizerBase, arguments: Arguments) -> Turn
         texts=texts is not None,
         surplus=surplus,
         borrowed=borrowed,
+        reasoning=_reasoning_form(tokenizer, arguments, opens=opened is not None) if texts else "",
     )
+
+
+def _reasoning_form(tokenizer: PreTrainedTokenizerBase, arguments: Arguments, *, opens: bool) -> str:
+    """The form of reasoning that the template needs: ``field`` if it writes its own block before one in the text (Qwen 3.8), ``text`` if
+    its generation prompt opens a block (``opens``) and it ignores the field (DeepSeek R1).
+    """
+    question = {"role": "user", "content": _ASKED}
+
+    def written(**reply: str) -> str:
+        try:
+            return apply_template(tokenizer, [question, {"role": "assistant", **reply}], generation_prompt=False, arguments=arguments)
+        except DataError:
+            return ""
+
+    in_field = written(content=_ANSWERED, reasoning_content=_KEY)
+    if _KEY not in in_field:
+        return "text" if opens else ""
+    in_text = written(content=f"<think>\n{_KEY}\n</think>\n\n{_ANSWERED}")
+    return "field" if 0 < in_field.count("</think>") < in_text.count("</think>") else ""
 
 
 def _say_missing_prompt(tokenizer: PreTrainedTokenizerBase, shown: str, full_text: str) -> None:

@@ -18,6 +18,7 @@ from stages.corpora.encoding.training_rows import training_rows
 from stages.corpora.rows import Row
 from stages.corpora.templates import encode_pair, encode_prompt, render_pair
 from stages.errors import DataError, ModelError
+from stages.tokens.template_arguments import set_arguments
 from stages.tokens.turns import turn_end_ids, turn_form
 
 REFUSE_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns here') }}{% endif %}"
@@ -279,9 +280,55 @@ def test_reasoning_reaches_the_template_or_is_refused(tokenizer_of) -> None:
     reply = [{"role": ASSISTANT, "content": "22", "reasoning_content": "look outside"}]
     tokenizer.chat_template = TEMPLATES["qwen3"]
     assert render_pair(tokenizer, "hello", reply)[1] == "<think>\nlook outside\n</think>\n\n22<|im_end|>\n"
+    tokenizer.chat_template = TEMPLATES["deepseek"]  # ignores the field, and its generation prompt opens the block
+    assert render_pair(tokenizer, "hello", reply)[1] == "look outside\n</think>\n\n22</s>"
+    messages = [*turns("deepseek", MULTI[:3]), *reply]
+    made = training_rows(tokenizer, demonstration(row(messages=messages)), train_on="last_reply")
+    assert [trained_runs(tokenizer, one) for one in made] == [["look outside\n</think>\n\n22</s>"]]
     tokenizer.chat_template = TEMPLATES["chatml"]
     with pytest.raises(DataError, match="drops the reasoning of the last reply"):
         render_pair(tokenizer, "hello", reply)
+
+
+def published(tokenizer_of: Any, name: str) -> Any:
+    """A tokenizer with TRL's copy of a published template."""
+    tokenizer = tokenizer_of("byte_bpe")
+    tokenizer.chat_template = (files("trl") / f"chat_templates/{name}.jinja").read_text()
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_think", "qwen3_8", "nemotron_3_nano"])
+def test_a_think_block_of_the_text_is_written_once(tokenizer_of, name) -> None:
+    """Qwen 3.8's template writes a block of its own before one in the text; in the field it writes only that."""
+    tokenizer = published(tokenizer_of, name)
+    question = {"role": USER, "content": "hello"}
+    in_field = {"role": ASSISTANT, "content": "22", "reasoning_content": "hm"}
+    reference = tokenizer.apply_chat_template([question, in_field], tokenize=False)
+    for reply in ("<think>\nhm\n</think>\n\n22", "hm\n</think>\n\n22"):
+        for sampled in (False, True):
+            written = "".join(render_pair(tokenizer, "hello", reply, sampled=sampled))
+            assert written.count("</think>") == 1 and written.split() == reference.replace("</think>\n22", "</think>\n\n22").split()
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_think", "qwen3_8", "nemotron_3_nano", "deepseek_r1_distill"])
+def test_a_sample_that_ends_in_its_reasoning_gets_no_empty_block(tokenizer_of, name) -> None:
+    """The generation prompt opens the block, so a text without an end of the block is reasoning."""
+    tokenizer = published(tokenizer_of, name)
+    shown, written = render_pair(tokenizer, "hello", "let me see", sampled=True)
+    assert shown.endswith("<think>\n") and written == "let me see" + turn_form(tokenizer).ending
+
+
+def test_what_to_do_with_replies_without_reasoning_is_said(tokenizer_of) -> None:
+    tokenizer = published(tokenizer_of, "nemotron_3_nano")
+    advice = r"A reply without reasoning begins with <think></think>, or set template_arguments: \{enable_thinking: false\} of the model"
+    with pytest.raises(DataError, match=advice):
+        render_pair(tokenizer, "hello", "22")
+    assert render_pair(tokenizer, "hello", "<think></think>22")[1] == "</think>22<|im_end|>\n"
+    set_arguments(tokenizer, {"enable_thinking": False})
+    assert render_pair(tokenizer, "hello", "22") == (
+        tokenizer.apply_chat_template([{"role": USER, "content": "hello"}], tokenize=False, add_generation_prompt=True),
+        "22<|im_end|>\n",
+    )
 
 
 PARTS_ONLY = (

@@ -125,6 +125,22 @@ def _with_one_reasoning(message: Message) -> Message:
     return {**message, "content": content_text(message)[block.end() :]}
 
 
+def in_reasoning_form(message: Message, form: str) -> Message:
+    """A reply with its reasoning in the field ``reasoning_content`` (``form`` is field), or in a think block of its text (text).
+
+    Messages without reasoning, and all messages if ``form`` is empty, are unchanged.
+    """
+    if not form or message["role"] != "assistant":
+        return message
+    text = content_text(message)
+    given = next((message[name] for name in REASONING if message.get(name)), None)
+    if form == "text" and given is not None:
+        rest = {name: item for name, item in message.items() if name not in REASONING}
+        return {**rest, "content": f"<think>\n{given}\n</think>\n\n{text}"}
+    block = _THOUGHT.match(text) if form == "field" and given is None else None
+    return {**message, "content": text[block.end() :], REASONING[0]: block["thought"].strip("\n")} if block else message
+
+
 def _read_json(text: str) -> object:
     """Parse ``text`` as JSON. Returns the text itself if it is not JSON, and None if it is blank."""
     try:

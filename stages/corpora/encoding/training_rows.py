@@ -137,7 +137,7 @@ def _is_unchanged(tokenizer: PreTrainedTokenizerBase, messages: Conversation, tu
 
 def _marked_row(tokenizer: PreTrainedTokenizerBase, messages: Conversation, replies: Sequence[int]) -> TrainingRow:
     """One row of a conversation. Only tokens of ``replies`` that the generation markers enclose are trained."""
-    contents: list[Message] = in_template_form(tokenizer, messages)
+    contents: list[Message] = in_template_form(tokenizer, messages, messages.arguments)
     encoded: Any = tokenizer.apply_chat_template(
         contents,
         tools=[*messages.tools] or None,
