@@ -582,6 +582,15 @@ MODELS = {
     "a layer missing": Case("lacks weights of LlamaForCausalLM", SFT, prepare=without_a_layer),
     "another width": Case("lacks weights of LlamaForCausalLM", SFT, prepare=configured(hidden_size=16, head_dim=4)),
     "no tokenizer": Case("cannot load the tokenizer of './model'", SFT, prepare=without("tokenizer*", "special_tokens_map.json")),
+    "a tokenizer with a merge out of its vocabulary": Case(
+        "cannot load the tokenizer of './model' (Exception: ",
+        SFT,
+        files={
+            "model/tokenizer.json": json.dumps(
+                {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"h": 0}, "merges": ["h e"]}}
+            )
+        },
+    ),
     "a tokenizer that is no JSON": Case("cannot load the tokenizer of './model'", SFT, files={"model/tokenizer.json": "{"}),
     "no chat template": Case("template: chat, but the tokenizer has no chat template", SFT, {"template": "chat"}),
     "a template without a prompt": Case("template 'Answer:': expected chat, chatml, one of", SFT, {"template": "Answer:"}),

@@ -41,7 +41,9 @@ def explained(model: ResolvedModel, what: str) -> Iterator[None]:
             yield
     except ModelError:
         raise
-    except FAILURES as error:
+    except Exception as error:
+        if not isinstance(error, FAILURES) and type(error) is not Exception:  # the library tokenizers raises the latter
+            raise
         if problem := _wrong_labels(model):
             raise ModelError(f"cannot load the {what} of {model.ref!r}: {problem}. Correct its config.json") from error
         move = _incomplete_folder(model, what) or _move(model, error)
