@@ -166,13 +166,13 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], pr
         raise DataError(
             f"{_at(prompt)}the model's chat template drops {lost}; use a model whose template keeps it, or remove it from the data"
         )
-    if messages and messages[-1]["role"] == "assistant" and not generation_prompt:
-        text += _borrowed(tokenizer, write, contents, tools, arguments, text)
     named = [turn for turn, message in enumerate(contents) if message.get("name") and message["role"] in NAMED_ROLES]
     if named:
         bare = [_without(contents, turn, ("name",))[turn] if turn in named else message for turn, message in enumerate(contents)]
         if write(bare, generation_prompt=generation_prompt, tools=tools) == text:
             logger.warning("the model's chat template does not write the field name of messages, so the model does not see who speaks")
+    if messages and messages[-1]["role"] == "assistant" and not generation_prompt:
+        return text + _borrowed(tokenizer, write, contents, tools, arguments, text)
     return text
 
 
@@ -316,15 +316,17 @@ def _name(tool: JsonObject) -> str:
 
 
 def _unstable(tokenizer: PreTrainedTokenizerBase, shown: str, full_text: str, form: TurnForm) -> str:
-    switches = sorted(name for name in template_variables(tokenizer) if name.endswith("thinking") and "_history_" not in name)
-    without = f". A reply without reasoning begins with {form.opening.strip()}{form.closing}"
-    without += f", or set template_arguments: {{{switches[0]}: false}} of the model" if switches else ""
+    switch = next((name for name in ("enable_thinking", "thinking") if name in template_variables(tokenizer)), "")
     same = first_difference(shown, full_text)
-    advice = (
-        f"the generation prompt opens {form.opening.strip()}: end the reasoning in each reply with {form.closing}{without}"
-        if form.closing
-        else "use a chat template that begins each reply with its generation prompt"
-    )
+    if form.closing:
+        opening = form.opening.strip()
+        advice = f"the generation prompt opens {opening}: end the reasoning in each reply with {form.closing}. A reply without reasoning "
+        advice += f"begins with {opening}{form.closing}{f', or set template_arguments: {{{switch}: false}} of the model' if switch else ''}"
+    elif shown.rstrip().endswith("</think>"):
+        advice = "the generation prompt has an empty think block: remove the reasoning from the replies"
+        advice += f", or set template_arguments: {{{switch}: true}} of the model" if switch else ""
+    else:
+        advice = "use a chat template that begins each reply with its generation prompt"
     return (
         "the full conversation, as the chat template writes it, does not begin with the rendered prompt: "
         f"...{shown[max(0, same - 10) : same + 30]!r} as a prompt, ...{full_text[max(0, same - 10) : same + 30]!r} with the reply; {advice}"

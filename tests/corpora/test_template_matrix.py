@@ -325,6 +325,10 @@ def test_what_to_do_with_replies_without_reasoning_is_said(tokenizer_of) -> None
         render_pair(tokenizer, "hello", "22")
     assert render_pair(tokenizer, "hello", "<think></think>22")[1] == "</think>22<|im_end|>\n"
     set_arguments(tokenizer, {"enable_thinking": False})
+    with pytest.raises(
+        DataError, match=r"remove the reasoning from the replies, or set template_arguments: \{enable_thinking: true\} of the"
+    ):
+        render_pair(tokenizer, "hello", "<think>\nhm\n</think>\n22")
     assert render_pair(tokenizer, "hello", "22") == (
         tokenizer.apply_chat_template([{"role": USER, "content": "hello"}], tokenize=False, add_generation_prompt=True),
         "22<|im_end|>\n",
