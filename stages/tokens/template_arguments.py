@@ -84,7 +84,7 @@ def _variables(template: str) -> frozenset[str]:
     tree = environment.parse(template)
     own = _set_in(tree)
     asked = {test.node.name for test in tree.find_all(nodes.Test) if isinstance(test.node, nodes.Name)}
-    defaults = [found.node for found in tree.find_all(nodes.Filter) if found.name == "default"]
+    defaults = [one.node for one in tree.find_all(nodes.Filter) if one.name == "default"]
     asked |= {name.name for name in defaults if isinstance(name, nodes.Name)}
     for branch in tree.find_all(nodes.If):  # {% if not thinking %}{% set thinking = ... %}
         condition = branch.test.node if isinstance(branch.test, nodes.Not) else branch.test

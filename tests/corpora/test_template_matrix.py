@@ -299,7 +299,7 @@ def published(tokenizer_of: Any, name: str) -> Any:
 
 @pytest.mark.parametrize("name", ["qwen3_5_think", "qwen3_8", "nemotron_3_nano"])
 def test_a_think_block_of_the_text_is_written_once(tokenizer_of, name) -> None:
-    """Qwen 3.8's template writes a block of its own before one in the text; in the field it writes only that."""
+    """Qwen 3.8's template writes another, empty block before one in the text; in the field it writes only that."""
     tokenizer = published(tokenizer_of, name)
     question = {"role": USER, "content": "hello"}
     in_field = {"role": ASSISTANT, "content": "22", "reasoning_content": "hm"}

@@ -119,9 +119,9 @@ def test_arguments_of_a_row_reach_the_template(tokenizer_of) -> None:
         conversation = messages_of(made, "messages") if "messages" in prompt else prompt_of(made)
         assert render_pair(tokenizer, conversation, "i am fine") == (asked, "i am fine<|im_end|>\n")
         assert conversation != QUESTION  # another prompt than the same turns without arguments
-    whole = row(messages=CHAT, chat_template_kwargs='{"enable_thinking": false, "custom": null}')
-    assert split_messages(whole)[0].arguments == arguments
-    (only,) = training_rows(tokenizer, demonstration(whole), train_on="all_assistant_turns")
+    full_row = row(messages=CHAT, chat_template_kwargs='{"enable_thinking": false, "custom": null}')
+    assert split_messages(full_row)[0].arguments == arguments
+    (only,) = training_rows(tokenizer, demonstration(full_row), train_on="all_assistant_turns")
     assert tokenizer.decode(only.ids) == tokenizer.apply_chat_template(CHAT, tokenize=False, **arguments)
     assert tokenizer.decode([token for token, counts in zip(only.ids, only.trained, strict=True) if counts]) == "i am fine<|im_end|>\n"
 
