@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 from accelerate import Accelerator
@@ -76,7 +76,7 @@ class TokenizedDPOTrainer(reproducible(DPOTrainer)):  # type: ignore[misc]
     ) -> torch.Tensor:
         """The loss of a pass [scalar], divided by the number of pairs of its step; TRL divides by those of the pass."""
         own = pairs_in(inputs)
-        with without_masks(self.model, self.ref_model), _gathering_unequal_shares(self.accelerator, own):
+        with without_masks(self.model, self.ref_model), _gathering_unequal_shares(self.accelerator, own), _unselected_logits(self.model):
             if self.precompute_ref_logps:
                 inputs = {**inputs, **self._reference_logprobs(inputs)}
             loss: torch.Tensor = super().compute_loss(model, inputs, return_outputs)
@@ -149,6 +149,37 @@ def make_trainer(
         shard(trainer.ref_model, add_up=False)
     train_in_fp32(model)
     return trainer
+
+
+class _SummedByMask(torch.Tensor):
+    """Numbers of tokens of which TRL sums those of a mask. A selection by a mask would make the CPU wait for its size."""
+
+    def __getitem__(self, index: object) -> torch.Tensor:
+        if isinstance(index, torch.Tensor) and index.dtype == torch.bool and index.shape == self.shape:
+            return torch.where(index, self, 0.0)
+        selected: torch.Tensor = super().__getitem__(index)  # type: ignore[index]
+        return selected
+
+
+class _TokenOutputs(Protocol):
+    """The output of a model that TRL has patched. ``mean_logits`` [B, T]: the mean over the vocabulary."""
+
+    mean_logits: torch.Tensor
+
+
+@contextmanager
+def _unselected_logits(model: nn.Module) -> Iterator[None]:
+    """Context manager in which TRL sums the mean logits of counted tokens without selecting them."""
+
+    def replace(module: nn.Module, inputs: object, outputs: _TokenOutputs) -> None:
+        if getattr(outputs, "mean_logits", None) is not None:
+            outputs.mean_logits = outputs.mean_logits.as_subclass(_SummedByMask)
+
+    handle = model.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

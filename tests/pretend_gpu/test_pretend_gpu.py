@@ -82,13 +82,13 @@ def test_a_training_stage_reads_one_number_per_optimizer_step_and_one_tensor_per
     assert norms.keys() | logs.keys() | copies.keys() == lines.keys()
 
 
-@pytest.mark.parametrize(("stage", "in_each_pass"), [("sft", 0), ("dpo", 2), ("reward_model", 0)])
-def test_the_libraries_read_neither_masks_nor_metrics_in_a_pass(results, stage: str, in_each_pass: int) -> None:
-    """Four passes. TRL's DPO trainer selects tokens by a mask of values twice. The Trainer reads its loss for each line of the log."""
+@pytest.mark.parametrize("stage", ["sft", "dpo", "reward_model"])
+def test_the_libraries_read_neither_masks_nor_metrics_in_a_pass(results, stage: str) -> None:
+    """The Trainer reads its loss for each line of the log."""
     libraries = {line: number for line, number in results["training"][stage].items() if line.startswith(LIBRARIES)}
     assert libraries, "the Trainer reads its loss"
     others = {line: number for line, number in libraries.items() if "transformers/trainer.py" not in line}
-    assert sum(others.values()) == 4 * in_each_pass, others
+    assert not others
 
 
 @pytest.mark.parametrize(("precision", "reads"), [("bf16", {"totals.py": 4}), ("fp16", {"totals.py": 4, "loss_scale.py": 4})])
