@@ -6,9 +6,13 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
 from stages.errors import doing
+
+WIDE = 80  # columns of a terminal that shows a bar
 
 
 class ProgressBar:
@@ -22,11 +26,28 @@ class ProgressBar:
         self._progress.update(self._task, advance=amount, fields=shown)
 
 
+class _CutText(TextColumn):
+    """A text that is cut if the columns do not fit. Rich narrows columns that may wrap before the others."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, table_column=Column(overflow="ellipsis"))
+
+    def render(self, task: Task) -> Text:
+        """The text, on one line."""
+        made = super().render(task)
+        made.no_wrap, made.overflow = True, "ellipsis"
+        return made
+
+
 @contextmanager
 def progress_bar(console: Console, description: str, total: float) -> Iterator[ProgressBar]:
-    """A progress bar over ``total`` units. Shown only in a terminal, not in a log file."""
-    description_and_bar = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-    columns = [*description_and_bar, TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[fields]}")]
+    """A progress bar over ``total`` units. Shown only in a terminal, not in a log file.
+
+    In a narrow terminal there is no bar, and the texts are cut, so that the count and the times can be read.
+    """
+    bars = [BarColumn()] if console.width >= WIDE else []
+    numbers = [column(table_column=Column(no_wrap=True)) for column in (MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn)]
+    columns = [_CutText("{task.description}"), *bars, *numbers, _CutText("{task.fields[fields]}")]
     disable = console.quiet or not console.is_terminal
     with doing(description), Progress(*columns, console=console, disable=disable, transient=False) as bar:
         yield ProgressBar(bar, bar.add_task(description, total=total, fields=""))
