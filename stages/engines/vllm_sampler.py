@@ -225,14 +225,13 @@ class VllmSampler:
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds")
         require_room(self.policy.model, prompts, settings)
-        stop, late = ending_tokens(self.policy.model, self.tokenizer, settings)
+        stop = ending_tokens(self.policy.model, self.tokenizer, settings)
         made = self.servers.complete(
             self._model,
             prompts,
             settings,
             seeds,
-            stop_ids=stop,
-            late_stop_ids=late,
+            stop,
             # Several processes must restart a server together, so the caller does that (``revive``).
             revive=lambda: self._runtime.num_processes == 1 and self.revive(),
             on_finished=on_finished,

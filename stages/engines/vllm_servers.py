@@ -15,7 +15,7 @@ from stages.config import GenerationSettings, Vllm
 from stages.engines.vllm_client import Completed, Lost, VllmClient
 from stages.engines.vllm_start import StartedServer
 from stages.errors import LaunchError
-from stages.sampling.generation import Finished, OnFinished, episode_seed
+from stages.sampling.generation import Finished, OnFinished, StopTokens, episode_seed
 from stages.sampling.sampler import SamplerLost
 
 RESTARTS = 3  # the most restarts of a started server; if it dies more often, the run gives up
@@ -117,9 +117,8 @@ class Servers:
         prompts: Sequence[Sequence[int]],
         settings: GenerationSettings,
         seeds: Sequence[int],
+        stop: StopTokens,
         *,
-        stop_ids: Sequence[int],
-        late_stop_ids: Sequence[int],
         revive: Callable[[], bool] = lambda: False,
         on_finished: OnFinished | None = None,
     ) -> list[Finished]:
@@ -132,7 +131,7 @@ class Servers:
         done: dict[int, Finished] = {}
 
         def ask(row: int, client: VllmClient) -> Completed:
-            return _complete(client, model or client.base_model(), prompts[row], settings, seeds[row], stop_ids, late_stop_ids)
+            return _complete(client, model or client.base_model(), prompts[row], settings, seeds[row], stop)
 
         def arrived(row: int, one: Completed) -> None:
             done[row] = Finished(row, one.tokens, one.logprobs, one.stopped)
@@ -176,22 +175,16 @@ class Servers:
 
 
 def _complete(
-    client: VllmClient,
-    model: str,
-    prompt: Sequence[int],
-    settings: GenerationSettings,
-    seed: int,
-    stop_ids: Sequence[int],
-    late_stop_ids: Sequence[int],
+    client: VllmClient, model: str, prompt: Sequence[int], settings: GenerationSettings, seed: int, stop: StopTokens
 ) -> Completed:
     """Sample one completion.
 
-    If ``late_stop_ids`` apply only from ``settings.stop_after`` on, it takes two requests: one up to that position, and one from there.
+    If late stop tokens apply only from ``settings.stop_after`` on, it takes two requests: one up to that position, and one from there.
     """
     most, early = settings.max_new_tokens, settings.stop_after
-    if not late_stop_ids or not early:
-        return client.complete(model, prompt, settings, most=most, stop_ids=[*stop_ids, *late_stop_ids], seed=seed)
-    first = client.complete(model, prompt, settings, most=min(early, most), stop_ids=stop_ids, seed=seed)
+    if not stop.late or not early:
+        return client.complete(model, prompt, settings, most=most, stop_ids=[*stop.anywhere, *stop.late], seed=seed)
+    first = client.complete(model, prompt, settings, most=min(early, most), stop_ids=stop.anywhere, seed=seed)
     if first.stopped or len(first.tokens) >= most:
         return first
     rest = client.complete(
@@ -199,7 +192,7 @@ def _complete(
         [*prompt, *first.tokens],
         settings,
         most=most - len(first.tokens),
-        stop_ids=[*stop_ids, *late_stop_ids],
+        stop_ids=[*stop.anywhere, *stop.late],
         seed=episode_seed(seed, 1),  # a different seed: with the same seed, the server would repeat the same random numbers
     )
     return Completed(first.tokens + rest.tokens, first.logprobs + rest.logprobs, rest.stopped)

@@ -11,7 +11,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,6 +87,13 @@ class Finished:
 OnFinished = Callable[[list[Finished]], None]
 
 
+class StopTokens(NamedTuple):
+    """Token ids that end a completion: ``anywhere`` at every position, ``late`` from position ``stop_after`` of the settings on."""
+
+    anywhere: list[int]
+    late: list[int]
+
+
 def stop_token_ids(model: TransformersModel, tokenizer: PreTrainedTokenizerBase, stop: Iterable[str] = ()) -> list[int]:
     """The ids of the tokens that end a completion, sorted.
 
@@ -111,20 +118,14 @@ def stop_token_ids(model: TransformersModel, tokenizer: PreTrainedTokenizerBase,
     return sorted(ids)
 
 
-def ending_tokens(
-    model: TransformersModel, tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings
-) -> tuple[list[int], list[int]]:
-    """The arguments ``stop_ids`` and ``late_stop_ids`` of ``generate``.
-
-    The first list ends a completion at every position, the second from position ``settings.stop_after`` on. Raises ModelError like
-    ``stop_token_ids``.
-    """
+def ending_tokens(model: TransformersModel, tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings) -> StopTokens:
+    """The stop tokens of ``settings``. Raises ModelError like ``stop_token_ids``."""
     usual = stop_token_ids(model, tokenizer)
     named = stop_token_ids(model, tokenizer, settings.stop)
     if not settings.ignore_eos:
-        return usual, [token for token in named if token not in usual]
+        return StopTokens(usual, [token for token in named if token not in usual])
     own = {tokenizer.convert_tokens_to_ids(text) for text in settings.stop}
-    return [], [token for token in named if token not in usual or token in own]
+    return StopTokens([], [token for token in named if token not in usual or token in own])
 
 
 def require_room(model: TransformersModel, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> None:
