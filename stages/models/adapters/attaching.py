@@ -99,6 +99,7 @@ def attach_lora(
             f"no adapter{f' with {chosen}' if chosen else ''} fits {type(plain).__name__}: {error} {_linear_modules(plain)}{_advice(below)}"
         ) from error
     _check_patterns(model, lora, name)
+    _refuse_parameters(model, lora, name)
     _report_left_out(plain, lora)
     lora_config(model, name).base_model_name_or_path = base
     _prepare_wrappers(model, name)
@@ -195,6 +196,22 @@ def _check_patterns(model: PeftModel, lora: LoraSettings, name: str) -> None:
                     f"lora.{field} has several numbers for {layer}: {', '.join(f'{key!r}: {pattern[key]:g}' for key in keys)}. Change the "
                     "names such that only one fits, because adapter_config.json does not keep their order"
                 )
+
+
+def _refuse_parameters(model: PeftModel, lora: LoraSettings, name: str) -> None:
+    """Raise ModelError for an adapter that peft makes one of a parameter (routers, experts) although that is wrong.
+
+    It does so for excluded modules, too. On a quantized module such an adapter is saved, but cannot be loaded again.
+    """
+    parameters = tuple(f".{target}" for target in lora_config(model, name).target_parameters or ())
+    for path, layer in adapted_layers(model, name):
+        is_quantized = f".{path}.weight".endswith(parameters) and quantization_of(base_of(layer))[0] != "none"
+        if is_quantized or re.fullmatch(_excluded(lora.exclude_modules), path):
+            reason = "but the module is quantized" if is_quantized else "in spite of lora.exclude_modules"
+            raise ModelError(
+                f"peft makes the adapter of {path} of {type(plain_model(model)).__name__} one of a parameter, {reason}. "
+                "Name the modules that get an adapter, without this one: lora.target_modules: [q_proj, v_proj, ...]"
+            )
 
 
 def _names_for_peft(names: Collection[str], plain: PreTrainedModel) -> list[str]:

@@ -7,9 +7,10 @@ changes are therefore determined from the names of its weights.
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,16 +21,18 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from stages.errors import ModelError
+from stages.models.adapters.stacks import ADAPTER_CONFIG, read_adapter_config
 from stages.models.adapters.variants import STARTS
 from stages.models.quantizing import quantization_of
 from stages.sampling.support import weight_of
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftConfig
     from transformers import PreTrainedModel
 
     from stages.registry.references import ResolvedModel
 
+logger = logging.getLogger(__name__)
 HEAD_FILE = "head.safetensors"
 """File of a reward or value model's fp32 scalar head, next to its adapter."""
 BEFORE = "base_model.model."
@@ -88,7 +91,26 @@ def read_adapter(adapter: ResolvedModel) -> SavedAdapter:
         weights = load_file(file)
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ModelError(f"cannot read the adapter {adapter.ref!r}: {str(error).strip().splitlines()[0][:300]}") from error
+    _judge_unknown_fields(adapter, config)
     return SavedAdapter(adapter.ref, config, {_plain_name(name): value for name, value in weights.items()})
+
+
+def _judge_unknown_fields(adapter: ResolvedModel, config: PeftConfig) -> None:
+    """Raise ModelError if the adapter's config switches on something that the installed peft does not know and would ignore.
+
+    A warning names unknown fields with a number or a text, because these may be the settings of something that is off.
+    """
+    known = {field.name for field in fields(config)} | {"peft_version"}
+    unknown = {name: value for name, value in read_adapter_config(adapter).items() if name not in known and value}
+    described = ", ".join(f"{name}={value!r}"[:80] for name, value in unknown.items())
+    if any(value is True or isinstance(value, dict | list) for value in unknown.values()):
+        raise ModelError(
+            f"the adapter {adapter.ref!r} needs a newer peft: its {ADAPTER_CONFIG} has {described}, which the installed version does not "
+            "know and would ignore, so the adapter would compute something else. Update peft, or use an adapter without this"
+        )
+    if unknown:
+        told = "the adapter %s: the installed peft does not know %s and ignores it; a newer peft may compute another model"
+        logger.warning(told, adapter.ref, described)
 
 
 def _plain_name(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,39 @@ def test_linear_modules_that_peft_leaves_out_are_counted(tiny_tokenizer: Any, tm
     base = mixture("glm4_moe", tmp_path / "base", tiny_tokenizer, **experts)
     load_language_model(str(base), dtype=torch.float32, lora=LoraSettings(r=2))
     assert "leaves 6 linear modules with the same names without an adapter, e.g. model.layers.0.mlp.gate_proj" in caplog.text
+
+
+def test_an_adapter_of_a_router_that_peft_cannot_load_again_is_refused(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """AFMoE's router is a linear layer, which peft treats as a parameter. Training worked on nf4, and publishing failed."""
+    experts = {"num_experts": 2, "num_dense_layers": 1, "num_shared_experts": 1, "layer_types": ["full_attention", "full_attention"]}
+    base = mixture("afmoe", tmp_path / "base", tiny_tokenizer, **experts)
+    source = ResolvedModel("one", "folder", str(base), "", ModelInput(ref="one", quantization="nf4"))
+    with pytest.raises(ModelError, match="adapter of model.layers.1.mlp.router.gate .* one of a parameter, but the module is quantized"):
+        load_language_model(source, dtype=torch.float32, lora=LoraSettings(r=2))
+    with pytest.raises(ModelError, match="one of a parameter, in spite of lora.exclude_modules. Name the modules"):
+        load_language_model(str(base), dtype=torch.float32, lora=LoraSettings(r=2, exclude_modules=["router.gate"]))
+    model = load_language_model(source, dtype=torch.float32, lora=LoraSettings(r=2, target_modules=["q_proj", "o_proj"]))
+    save_model(model, tiny_tokenizer, tmp_path / "adapter")  # it compares the saved adapter
+
+
+def test_a_field_that_peft_does_not_know_is_refused_or_named(
+    tiny_llama_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """peft ignores such a field of a newer version with a warning. What is off has no effect."""
+    foreign(tiny_llama_folder, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+
+    def load(**fields: Any) -> None:
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **fields}))
+        load_language_model(str(tmp_path), dtype=torch.float32)
+
+    load(use_future=False, future_config=None, future_list=[])
+    assert "does not know" not in caplog.text
+    for value in (True, {"size": 2}, ["q_proj"]):
+        with pytest.raises(ModelError, match="needs a newer peft: its adapter_config.json has use_future=.*Update peft"):
+            load(use_future=value)
+    load(future_size=16)
+    assert "the installed peft does not know future_size=16 and ignores it" in caplog.text
 
 
 def test_weights_in_a_pickle_file_are_refused(tiny_llama_folder: Path, tmp_path: Path) -> None:
