@@ -117,21 +117,27 @@ def _report_left_out(plain: PreTrainedModel, lora: LoraSettings) -> None:
     """Warn if peft put a new adapter on tensors of experts instead of other modules of the same names (shared experts)."""
     from peft.tuners.lora.layer import ParamWrapper
 
-    if lora.target_modules != "all-linear" or not any(isinstance(module, ParamWrapper) for module in plain.modules()):
+    if not any(isinstance(module, ParamWrapper) for module in plain.modules()):
         return
     output, skipped = plain.get_output_embeddings(), set(unfit_products(plain))
-    excluded = _excluded(lora.exclude_modules)
+    wanted, excluded = lora.target_modules, _excluded(lora.exclude_modules)
+    named = ".*" if wanted == "all-linear" else wanted if isinstance(wanted, str) else rf"(?:.*\.)?(?:{'|'.join(map(re.escape, wanted))})"
     left = [
         own
         for own, module in plain.named_modules()
         if type(module).__name__ in ("Linear", *QUANTIZED_LAYERS) and not is_adapter_layer(module) and module is not output
-        if own not in skipped and not re.fullmatch(excluded, own) and ".lora_" not in own and not own.endswith(".base_layer")
+        if re.fullmatch(named, own)
+        and own not in skipped
+        and not re.fullmatch(excluded, own)
+        and ".lora_" not in own
+        and not own.endswith(".base_layer")
     ]
     if left and (message := f"{len(left)} {left[0]} {type(plain).__name__}") not in _warned:
         _warned.add(message)
         logger.warning(
-            "lora.target_modules='all-linear': peft adapts the experts of %s, and leaves %d linear modules with the same names without an "
+            "lora.target_modules=%r: peft adapts the experts of %s, and leaves %d linear modules with the same names without an "
             "adapter, e.g. %s",
+            wanted,
             type(plain).__name__,
             len(left),
             left[0],

@@ -239,6 +239,8 @@ def test_linear_modules_that_peft_leaves_out_are_counted(tiny_tokenizer: Any, tm
     base = mixture("glm4_moe", tmp_path / "base", tiny_tokenizer, **experts)
     load_language_model(str(base), dtype=torch.float32, lora=LoraSettings(r=2))
     assert "leaves 6 linear modules with the same names without an adapter, e.g. model.layers.0.mlp.gate_proj" in caplog.text
+    load_language_model(str(base), dtype=torch.float32, lora=LoraSettings(r=2, target_modules=["q_proj", "down_proj"]))
+    assert "leaves 2 linear modules with the same names without an adapter, e.g. model.layers.0.mlp.down_proj" in caplog.text
 
 
 def test_an_adapter_of_a_router_that_peft_cannot_load_again_is_refused(tiny_tokenizer: Any, tmp_path: Path) -> None:
