@@ -97,9 +97,9 @@ def test_pairs_stay_together() -> None:
 @pytest.mark.parametrize("loss", ["pairs", "best_of"])
 def test_rankings_are_split_between_prompts(loss: str) -> None:
     from stages.reward_model.training import RankingTrainer
-    from stages.rl.ranking import best_of_ranked_losses, ranking_losses
+    from stages.rl.ranking import best_of_losses, ranking_losses
 
-    losses_of = ranking_losses if loss == "pairs" else best_of_ranked_losses
+    losses_of = ranking_losses if loss == "pairs" else best_of_losses
     full_batch = {
         **batch(),
         "ranks": torch.tensor([1, 2, 1, 2, 3, 1]),
