@@ -64,6 +64,7 @@ def train_with_seed(
     checkpoint = done.newest() if several else None
     if checkpoint is not None:
         load_tensors(trainable(model), checkpoint.path / "model.safetensors")
+        trainer.restore_config()
         return Attempt(**json.loads((checkpoint.path / "attempt.json").read_text(encoding="utf-8"))), trainer
     context.runtime.seed_everything(seed)
     trained = train(

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -58,10 +58,11 @@ def _score_by_own_logits(plain: PreTrainedModel) -> None:
     with_trl = plain.forward
 
     @functools.wraps(kind.forward)
-    def forward(self: PreTrainedModel, *inputs: Any, fused_lm_head: bool = False, **named: Any) -> Any:
+    def forward(self: PreTrainedModel, *inputs: object, fused_lm_head: bool = False, **named: object) -> object:
         if not fused_lm_head:
             return with_trl(*inputs, **named)
         labels = named.pop("labels")
+        assert isinstance(labels, Tensor)
         return scored(with_trl(*inputs, **{**named, **no_cache(self)}), labels)
 
     plain.forward = MethodType(forward, plain)

@@ -78,6 +78,7 @@ def train(
         warnings.filterwarnings("ignore", message="Could not find a config file")
         stack.enter_context(runtime.stop.deferred())
         output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    trainer.restore_config()
     context.compiled_layers.update(NOT_WANTED if compiler is None else compiler.facts())
     seconds = max(float(output.metrics["train_runtime"]), 1e-9)
     return {

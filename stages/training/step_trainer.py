@@ -51,6 +51,18 @@ class StepTrainer(Trainer):
     score: float | None = None  # of the checkpoint that is written next
     generators_of: Path | None = None  # checkpoint whose states of the random generators are not yet restored
 
+    def __init__(self, *arguments: object, **named: object) -> None:
+        settings = vars(getattr(named.get("model"), "config", object))
+        self._uses_cache = {name: settings[name] for name in ("use_cache",) if name in settings}
+        super().__init__(*arguments, **named)  # type: ignore[arg-type]  # those of a Trainer
+
+    def restore_config(self) -> None:
+        """Give the model's config its own ``use_cache`` again, which transformers' Trainer changes."""
+        config = getattr(self.model, "config", None)
+        if config is not None:
+            vars(config).pop("use_cache", None)
+            vars(config).update(self._uses_cache)
+
     def restore_generators(self) -> None:
         """Bring the random generators to the state of the checkpoint, once."""
         if self.generators_of is not None:

@@ -100,6 +100,19 @@ def make_trainer(
     )
 
 
+def test_training_changes_nothing_in_the_model_s_config(step_context: Any, tiny_llama_folder: Path) -> None:
+    """transformers' Trainer sets ``use_cache`` to false, and every model after it would be published so."""
+    context = step_context()
+    trainer = make_trainer(context, tiny_llama_folder)
+    train(trainer, context, "config")
+    kept = json.loads((tiny_llama_folder / "config.json").read_text())
+    made = json.loads(trainer.model.config.to_json_string(use_diff=False))
+    assert kept["use_cache"] is True
+    assert {name: made[name] for name in kept.keys() & made.keys() if name != "_name_or_path"} == {
+        name: kept[name] for name in kept.keys() & made.keys() if name != "_name_or_path"
+    }
+
+
 def test_log_has_a_hundred_lines_and_metrics_cover_the_complete_run(step_context: Any, tiny_llama_folder: Path) -> None:
     context = step_context()
     result = train(make_trainer(context, tiny_llama_folder), context, "uninterrupted")
