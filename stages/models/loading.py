@@ -469,6 +469,11 @@ def _refuse_missing(
     # Buffers are computed, and causal models do not use a pooler that the architecture adds.
     missing = [name for name in missing if name in names]
     body = [name for name in [*missing, *wrong] if not has_prefix or (name.startswith(prefix) and "pooler" not in name.split("."))]
+    if body and not has_prefix and all("encoder" in name.split(".")[:2] for name in body):
+        raise ModelError(
+            f"{model.ref!r} is the decoder of an encoder-decoder. A reward model or a value network cannot be made from it, because "
+            f"{type(loaded).__name__} also has an encoder. Use another model, or PPO with a reward function and advantages: rloo"
+        )
     if body:
         raise ModelError(
             f"{model.ref!r} lacks weights of {type(loaded).__name__} ({some_of(body)} missing or of another shape); the folder is "

@@ -149,3 +149,11 @@ def test_a_model_that_keeps_its_part_for_images_keeps_the_settings_of_its_proces
 def test_a_text_part_that_cannot_be_loaded_again_is_refused_before_training() -> None:
     with pytest.raises(ModelError, match=r"cannot load that part \(mllama_text_model\)"):
         refuse_unfit(transformers.MllamaConfig(), "some/model")
+
+
+def test_scores_by_the_decoder_of_an_encoder_decoder_are_refused_with_the_reason(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 40, "d_model": 16, "decoder_layers": 1, "encoder_layers": 1, "decoder_ffn_dim": 16, "encoder_ffn_dim": 16}
+    heads = {"decoder_attention_heads": 2, "encoder_attention_heads": 2, "max_position_embeddings": 16}
+    transformers.BartForCausalLM(transformers.BartConfig(**sizes, **heads)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="is the decoder of an encoder-decoder"):
+        load_backbone(str(tmp_path), dtype=torch.float32)
