@@ -207,6 +207,17 @@ def test_training_equals_that_of_peft(bases: dict[str, Path], form: str) -> None
     assert_same(logits_of(model), logits_of(reference))
 
 
+@pytest.mark.parametrize("form", ["PiSSA, rank-stabilized", "OLoRA", "patterns"])
+def test_the_adapter_for_a_server_computes_the_same(bases: dict[str, Path], tmp_path: Path, form: str) -> None:
+    """vLLM gets plain LoRA of one rank for the base, also during the training of an adapter that starts from the weights."""
+    from stages.models.adapters.served import updates_of, write_adapter
+
+    model = load_language_model(str(bases["untied"]), dtype=torch.float32, lora=LoraSettings(r=4, **FORMS[form]))
+    disturb(model)
+    write_adapter(updates_of(model), tmp_path / "served", str(bases["untied"]))
+    assert_same(logits_of(by_peft(tmp_path / "served", bases["untied"], "none")), logits_of(model))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
