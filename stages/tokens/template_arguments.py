@@ -76,27 +76,43 @@ def used_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Arguments) -> 
 
 @lru_cache
 def _variables(template: str) -> frozenset[str]:
-    """The names that a template reads before it sets them. A name that it sets itself counts only if it asks whether it is set."""
-    from jinja2 import meta, nodes
+    """The names that a template reads before it sets them. A name that it sets itself counts if its first mention is not the setting."""
+    from jinja2 import meta
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     environment = _compile_jinja_template(template).environment
     tree = environment.parse(template)
-    own = _set_in(tree)
-    asked = {test.node.name for test in tree.find_all(nodes.Test) if isinstance(test.node, nodes.Name)}
-    defaults = [one.node for one in tree.find_all(nodes.Filter) if one.name == "default"]
-    asked |= {name.name for name in defaults if isinstance(name, nodes.Name)}
-    for branch in tree.find_all(nodes.If):  # {% if not thinking %}{% set thinking = ... %}
-        condition = branch.test.node if isinstance(branch.test, nodes.Not) else branch.test
-        asked |= {condition.name} & _set_in(branch) if isinstance(condition, nodes.Name) else set()
-    read = meta.find_undeclared_variables(tree) - set(environment.globals)
-    return frozenset(name for name in read if name not in own or name in asked)
+    own, read = _set_in(tree), meta.find_undeclared_variables(tree) - set(environment.globals)
+    return frozenset(read - own | read & _read_first(tree))
 
 
 def _set_in(part: nodes.Node) -> set[str]:
     from jinja2 import nodes
 
     return {name.name for name in part.find_all(nodes.Name) if name.ctx == "store"}
+
+
+def _read_first(part: nodes.Node) -> set[str]:
+    """The names that a template, or a macro in it, mentions first where it reads them: ``{% set mode = mode or 'fast' %}``.
+
+    In a macro only names that it sets itself count: the template may set the others after the macro.
+    """
+    from jinja2 import nodes
+
+    reads: dict[str, bool] = {}
+    in_macros: set[str] = set()
+    waiting = [part]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, nodes.Name):
+            reads.setdefault(node.name, node.ctx == "load")
+        if isinstance(node, nodes.Macro) and node is not part:
+            in_macros |= _read_first(node) & _set_in(node)
+            continue
+        first = ("node", "iter") if isinstance(node, nodes.Assign | nodes.For) else ()  # read before the target is set
+        parts = [*node.iter_child_nodes(only=first), *node.iter_child_nodes(exclude=first)] if first else [*node.iter_child_nodes()]
+        waiting += reversed(parts)
+    return in_macros | {name for name, is_read in reads.items() if is_read}
 
 
 def _with_defaults(template: str, arguments: Arguments) -> str:

@@ -100,12 +100,44 @@ def test_an_argument_that_the_template_does_not_use_is_an_error_with_those_that_
         ("llama3_2", {"custom_tools", "date_string", "tools_in_user_message"}),
         ("gptoss", {"builtin_tools", "model_identity", "reasoning_effort"}),
         ("phi3", set()),
+        ("glm4moe", {"enable_thinking"}),  # content is the parameter of a macro
+        ("nemotron_3_nano", {"enable_thinking", "truncate_history_thinking"}),  # system_message is set before it is tested
     ],
 )
 def test_variables_of_published_templates(tokenizer_of, name: str, expected: set[str]) -> None:
     tokenizer = tokenizer_of("byte_bpe")
     tokenizer.chat_template = published(name)
     assert template_variables(tokenizer) == expected
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        "{% set mode = mode or 'fast' %}",
+        "{% set mode = mode if mode else 'fast' %}",
+        "{% set mode = mode | d('fast', true) %}",
+        "{% if mode not in ['slow', 'fast'] %}{% set mode = 'fast' %}{% endif %}",
+        "{% if not mode and messages %}{% set mode = 'fast' %}{% endif %}",
+        "{% macro begin() %}{% if not mode and messages %}{% set mode = 'fast' %}{% endif %}{{ mode }}{% endmacro %}{{ begin() }}",
+    ],
+)
+def test_a_variable_with_a_default_in_the_template_can_be_set(tokenizer_of, beginning: str) -> None:
+    tokenizer = tokenizer_of("byte_bpe")
+    tokenizer.chat_template = beginning + "{{ mode }} {{ messages[0].content }}"
+    expected = tokenizer.apply_chat_template(QUESTION, tokenize=False, mode="slow")
+    set_arguments(tokenizer, {"mode": "slow"})
+    assert expected.endswith("slow hello there")
+    assert tokenizer.apply_chat_template(QUESTION, tokenize=False) == expected
+
+
+def test_a_variable_that_the_template_always_sets_cannot_be_set(tokenizer_of) -> None:
+    tokenizer = tokenizer_of("byte_bpe")
+    tokenizer.chat_template = (
+        "{% macro end() %}{{ mode }}{% endmacro %}{% if messages %}{% set mode = 'fast' %}{% else %}{% set mode = 'slow' %}{% endif %}"
+        "{% if mode is defined %}{{ mode | default('') }}{% endif %}{{ end() }}"
+    )
+    with pytest.raises(ModelError, match="does not use mode; it has no arguments"):
+        set_arguments(tokenizer, {"mode": "slow"})
 
 
 def test_arguments_of_a_row_reach_the_template(tokenizer_of) -> None:
