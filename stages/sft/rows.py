@@ -58,6 +58,7 @@ def encode(
     """
     rows: list[EncodedRow] = []
     separate = untrained = 0
+    shared: dict[int, int] = {}  # one object per token id: those of the tokenizer are new in every row, 28 bytes for each token
     for demonstration in demonstrations:
         if not completion_only and has_untrained_reply(demonstration):
             raise DataError(
@@ -66,7 +67,9 @@ def encode(
         made = training_rows(tokenizer, demonstration, train_on=train_on)
         separate += max(len(made) - 1, 0)
         untrained += not made
-        rows += [EncodedRow(row.ids, row.prompt_length, row.trained) for row in made]
+        for row in made:
+            ids = list(map(shared.setdefault, row.ids, row.ids))
+            rows.append(EncodedRow(ids, row.prompt_length, None if row.trains_all else row.trained))
     return Encoded(rows, separate, untrained)
 
 

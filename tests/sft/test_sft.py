@@ -57,6 +57,15 @@ def test_counted_tokens_of_the_loss() -> None:
     assert EncodedRow([1, 2, 3], 0).counted(True) == [0, 1, 1]  # nothing predicts the first token
 
 
+def test_equal_tokens_of_all_rows_are_one_object(tiny_tokenizer: Any) -> None:
+    # CPython itself shares the integers up to 256 only; an own object of 28 bytes for each token would fill the memory with large data
+    rows = [demonstration(Row(prompt="the film", completion=" was a joy")) for _ in range(2)]
+    first, second = encode(rows, tiny_tokenizer, "all_assistant_turns").rows
+    assert first.ids == tiny_tokenizer("the film was a joy")["input_ids"] + [tiny_tokenizer.eos_token_id] and max(first.ids) > 256
+    assert all(one is other for one, other in zip(first.ids, second.ids, strict=True))
+    assert first.trained is None and first.counted(True) == [0] * first.prompt_length + [1] * (len(first.ids) - first.prompt_length)
+
+
 def test_demonstrations_without_a_trained_reply_are_counted(tiny_tokenizer, monkeypatch) -> None:
     def said(weight: int) -> Row:
         return Row({"messages": [{"role": "user", "content": "a film"}, {"role": "assistant", "content": "a plot", "weight": weight}]})

@@ -44,6 +44,11 @@ class TrainingRow:
     prompt_length: int
     trained: list[int]
 
+    @property
+    def trains_all(self) -> bool:
+        """Whether every token after the first ``prompt_length`` is trained."""
+        return all(self.trained[self.prompt_length :])
+
 
 def training_rows(tokenizer: PreTrainedTokenizerBase, demonstration: Demonstration, *, train_on: TrainOn) -> list[TrainingRow]:
     """The training rows of one demonstration: usually one row with all trained assistant turns.
