@@ -344,7 +344,11 @@ def sweep(
         ),
     ] = None,
     metric: Annotated[
-        list[str] | None, typer.Option(help="Dotted path into summary.json, e.g. candidates.aligned.kl; * is any part. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="Dotted path into summary.json, e.g. candidates.aligned.kl; * is any part. Repeatable. Default: each candidate's score by "
+            "the first judge; without an evaluation, the held-out metrics of the steps."
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the sweep (default: the varied fields).")] = None,
     until: Annotated[str | None, typer.Option(metavar="STEP", help="Skip the steps after this one.")] = None,
@@ -361,7 +365,7 @@ def sweep(
     from stages.sweep.plot import write_plot
     from stages.sweep.run import load_sweep, plan_table, result_table, run_sweep
 
-    loaded = load_sweep(recipe, varied or [], _home(home), name, until)
+    loaded = load_sweep(recipe, varied or [], _home(home), name, until, metric or [])
     runtime = _runtime()
     if only_plan:
         runtime.console.print(plan_table(loaded, _home(home)))

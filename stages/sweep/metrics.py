@@ -9,12 +9,16 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from stages.errors import RecipeError
-from stages.run_summary import RunSummary, WinRate
+from stages.run_summary import Candidate, RunSummary, StepSummary, WinRate
 from stages.stats.replicates import mean_interval
+
+if TYPE_CHECKING:
+    from stages.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,29 @@ def chosen_numbers(summary: RunSummary, patterns: Sequence[str]) -> dict[str, fl
             raise RecipeError(f"the summary has no number at {pattern!r}; {hint}")
         chosen |= matches
     return chosen
+
+
+def check_patterns(patterns: Iterable[str], recipe: Recipe) -> None:
+    """Raise RecipeError for a pattern that cannot match a number of a run of ``recipe``.
+
+    The names below a step's metrics, a candidate's scores and similar are known only after the run, so any name is accepted there.
+    """
+    candidates = list(dict.fromkeys(name for step in recipe.steps for name in getattr(step.config, "candidates", {})))
+    known = [
+        *(f"steps.{step.name}.{part}" for step in recipe.steps for part in StepSummary.__annotations__),
+        *(f"candidates.{name}.{part}" for name in candidates for part in Candidate.__annotations__),
+        *(f"win_rates.{a}.{b}" for a in candidates for b in candidates if a != b),
+        *(name for name in RunSummary.__annotations__ if name not in ("steps", "candidates", "win_rates")),
+    ]
+    for pattern in patterns:
+        beginning, star, _ = pattern.partition("*")
+        if not any(f"{path}.".startswith(beginning) if star else pattern == path for path in known) and not any(
+            beginning.startswith(f"{path}.") for path in known
+        ):
+            near = difflib.get_close_matches(".".join(pattern.split(".")[:3]), known, n=1)
+            parts = [*(f"steps.{step.name}" for step in recipe.steps), *(f"candidates.{name}" for name in candidates)]
+            hint = f"did you mean {near[0]}?" if near else f"expected a path such as {', '.join(f'{part}.*' for part in parts)}"
+            raise RecipeError(f"--metric {pattern!r}: the summary of a run will have no such number; {hint}")
 
 
 def default_patterns(summary: RunSummary) -> list[str]:

@@ -29,7 +29,7 @@ from stages.recipe.schema import Recipe, RecipeStep, load_recipe
 from stages.recipe.source import nearest
 from stages.run_summary import RunSummary
 from stages.sweep.grid import Grid, Point, read_grid, shown_value
-from stages.sweep.metrics import Estimate, chosen_numbers, default_patterns, estimate
+from stages.sweep.metrics import Estimate, check_patterns, chosen_numbers, default_patterns, estimate
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,13 @@ class Sweep:
     folder: Path
 
 
-def load_sweep(path: str, arguments: Sequence[str], home: Path, name: str | None = None, until: str | None = None) -> Sweep:
-    """Validate every combination before anything runs. Steps after ``until`` are removed. Raises RecipeError for the first invalid one."""
+def load_sweep(
+    path: str, arguments: Sequence[str], home: Path, name: str | None = None, until: str | None = None, metrics: Sequence[str] = ()
+) -> Sweep:
+    """Validate every combination, and the paths ``metrics``, before anything runs. Steps after ``until`` are removed.
+
+    Raises RecipeError for the first invalid one.
+    """
     registry = planning.open_registry(home)
     grid = read_grid(path, arguments, registry)
     name = name or grid.name
@@ -108,7 +113,9 @@ def load_sweep(path: str, arguments: Sequence[str], home: Path, name: str | None
     recipes = []
     for point in grid.points():
         recipe = load_recipe(path, point.overrides, registry)
-        recipes.append((point, dataclasses.replace(recipe, name=f"{recipe.name}.{name}", steps=_steps(recipe, until))))
+        recipe = dataclasses.replace(recipe, name=f"{recipe.name}.{name}", steps=_steps(recipe, until))
+        check_patterns(metrics, recipe)
+        recipes.append((point, recipe))
     return Sweep(name, grid, recipes, home / "sweeps" / load_recipe(path, grid.fixed, registry).name / name)
 
 

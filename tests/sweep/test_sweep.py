@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 
 from stages.cli import app
 from stages.errors import RecipeError
+from stages.recipe.schema import load_recipe
 from stages.registry.ledger import Registry
 from stages.sweep.grid import read_grid
-from stages.sweep.metrics import chosen_numbers, default_patterns, numbers_of
+from stages.sweep.metrics import check_patterns, chosen_numbers, default_patterns, numbers_of
 
 RECIPE = """\
 name: quick
@@ -253,9 +254,43 @@ def test_json_and_a_wrong_metric_or_axis() -> None:
     content = json.loads(result.stdout)
     assert [row["values"] for row in content["combinations"]] == [{"sft.rate": 1.0}, {"sft.rate": 2.0}]
     assert content["combinations"][0]["metrics"]["steps.sft.metrics.heldout_error"] == {"mean": 1.07, "low": None, "high": None, "n": 1}
-    assert "no number at 'steps.stf.metrics.loss'" in sweep("sft.rate=[1.0]", "--metric", "steps.stf.metrics.loss").stderr
+    assert "no number at 'steps.sft.metrics.lose'" in sweep("sft.rate=[1.0]", "--metric", "steps.sft.metrics.lose").stderr
     assert "--x 'rate': expected an axis or a metric" in sweep("sft.rate=[1.0]", "--x", "rate").stderr
     assert "--name '../up': expected letters" in sweep("sft.rate=[1.0]", "--name", "../up").stderr
+
+
+@pytest.mark.parametrize(
+    ("metric", "hint"),
+    [
+        ("steps.stf.metrics.loss", "did you mean steps.sft.metrics?"),
+        ("sft.metrics.loss", "did you mean steps.sft.metrics?"),
+        ("steps.sft.metric.*", "did you mean steps.sft.metrics?"),
+        ("candidates.aligned.kl", "expected a path such as steps.base.*, steps.sft.*"),
+        ("policy/kl", "expected a path such as steps.base.*, steps.sft.*"),
+    ],
+)
+def test_a_path_that_no_run_can_have_is_refused_before_the_first_run(metric: str, hint: str) -> None:
+    result = sweep("sft.rate=[1.0,2.0]", "--metric", metric, "--until", "sft")
+    assert result.exit_code == 2 and f"--metric {metric!r}: the summary of a run will have no such number; {hint}" in result.stderr
+    assert not Path("outputs").exists()
+
+
+def test_paths_that_a_run_may_have_are_accepted() -> None:
+    recipe = load_recipe("quickstart")
+    paths = [
+        "candidates.aligned.scores.gold",
+        "candidates.*.perplexity",
+        "*.kl",
+        "win_rates.aligned.*",
+        "steps.*.metrics.heldout*",
+        "steps.sft.metrics.anything",
+        "steps.sft.wall_seconds",
+        "wall_seconds",
+        "environment.cpu_count",
+    ]
+    check_patterns(paths, recipe)
+    with pytest.raises(RecipeError, match=r"did you mean candidates.aligned.scores\?"):
+        check_patterns(["candidates.alinged.scores.gold"], recipe)
 
 
 def test_steps_after_the_measured_one_are_skipped() -> None:
