@@ -614,6 +614,7 @@ def import_command(
                 "library": imported.library,
                 "head": imported.head,
                 "models": [_row(record) for record in imported.records],
+                "already_present": imported.present,
                 "notes": imported.notes,
             }
         )
@@ -622,7 +623,7 @@ def import_command(
     if imported.head:
         typer.echo(f"head: {imported.head}")
     for record in imported.records:
-        typer.echo(f"published {record.ref} ({record.role})")
+        typer.echo(f"{'already present:' if record.ref in imported.present else 'published'} {record.ref} ({record.role})")
     for note in imported.notes:
         typer.echo(f"note: {note}")
 

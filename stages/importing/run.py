@@ -44,9 +44,13 @@ HEADS: dict[str, type[ScalarModel]] = {"reward_model": RewardModel, "value_model
 
 @dataclass(frozen=True)
 class Imported:
-    """The published versions, the library that wrote the source, its head (empty without one), and what was assumed, changed or dropped."""
+    """The versions, the library that wrote the source, its head (empty without one), and what was assumed, changed or dropped.
+
+    ``present``: references of the versions that an earlier import of the same files had published.
+    """
 
     records: list[ModelRecord]
+    present: list[str]
     library: str
     head: str
     notes: list[str]
@@ -66,6 +70,8 @@ def import_model(
 ) -> Imported:
     """Publish the model at ``source`` (a folder, or a .gguf file) as ``name``; a value head next to a policy as ``<name>-value``.
 
+    A model that a version of its name already has, with the same files, is not published again.
+
     ``role`` overrides the head's recognised role. ``base`` replaces the base path in an adapter's config. Adapters are merged, so the
     published model has full weights. Raises ModelError for a source that cannot be read or converted; then nothing is published.
     """
@@ -80,8 +86,9 @@ def import_model(
             tokenizer = load_tokenizer(model)
             layout = replace(layout, notes=[*layout.notes, *unused(layout, folder), *on_tokenizer(folder, tokenizer)])
             made = _models(layout, model, tokenizer, name)
-            records = _publish(layout, made, registry, _licence(path, layout, base))
-    return Imported(records, layout.library, layout.head_name, layout.notes)
+            earlier = {record.ref for model in made for record in registry.versions(model.name)}
+            records = _publish(layout, made, registry, _licence(path, layout, base), earlier)
+    return Imported(records, [record.ref for record in records if record.ref in earlier], layout.library, layout.head_name, layout.notes)
 
 
 @contextmanager
@@ -245,8 +252,8 @@ def _licence(source: Path, layout: Layout, base: str | None) -> Licence | None:
     return stated_licence("folder" if Path(below).is_dir() else "hub", below)
 
 
-def _publish(layout: Layout, made: list[_Made], registry: Registry, licence: Licence | None) -> list[ModelRecord]:
-    """Publish all models, or none of them."""
+def _publish(layout: Layout, made: list[_Made], registry: Registry, licence: Licence | None, earlier: set[str]) -> list[ModelRecord]:
+    """Publish all models that are new, or none of them. ``earlier``: references of the versions that exist."""
     origin: JsonObject = {"library": layout.library, "head": layout.head_name or None, "notes": layout.notes}
     if layout.base:
         origin["base"] = layout.base
@@ -256,9 +263,9 @@ def _publish(layout: Layout, made: list[_Made], registry: Registry, licence: Lic
     records: list[ModelRecord] = []
     try:
         for model in made:
-            records.append(registry.publish(model.name, model.save, role=model.role, extra=extra))
+            records.append(registry.publish(model.name, model.save, role=model.role, extra=extra, only_new=True))
     except BaseException:
-        for record in records:
+        for record in (record for record in records if record.ref not in earlier):
             registry.remove(record.ref, force=True)
         raise
     return records

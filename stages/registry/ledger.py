@@ -91,8 +91,11 @@ class Registry:
         fingerprint_parts: FingerprintParts | None = None,
         base: ResolvedModel | None = None,
         extra: Mapping[str, object] | None = None,
+        only_new: bool = False,
     ) -> ModelRecord:
         """Add a version of ``name`` with the files that ``fill(folder)`` writes. A crash leaves either nothing or a complete version.
+
+        ``only_new``: if a version of ``name`` has the same files and role, return the newest one and add none.
 
         ``base`` is the base model of adapter weights: required if ``fill`` writes an adapter, else ignored. Raises RegistryError for an
         invalid name, for weights that are not safetensors, and for an empty folder; the registry is then unchanged.
@@ -120,6 +123,9 @@ class Registry:
                 "packages": installed_packages(),
                 "files": files,
             }
+            for record in reversed(self.versions(name)) if only_new else ():
+                if (record.digest, record.role) == (manifest["digest"], role):
+                    return record
             return self._commit(staging, manifest)
 
     def restore(

@@ -14,7 +14,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
+from stages.cli import app
 from stages.config import LoraSettings
 from stages.errors import ModelError
 from stages.importing.run import import_model
@@ -90,6 +92,21 @@ def test_import_trl_value_head_publishes_policy_and_value(language_model: Any, f
     loaded = load_language_model(policy.path, dtype=torch.float32, trainable=False)
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids=IDS).logits, language_model(input_ids=IDS).logits)
+
+
+def test_a_second_import_of_the_same_files_adds_no_version(language_model: Any, folder: Path, registry: Registry) -> None:
+    language_model.config.save_pretrained(folder)
+    head = torch.ones(1, 16)
+    save_file({**tensors(language_model), "v_head.summary.weight": head}, folder / "model.safetensors")
+    command = ["models", "import", str(folder), "--as", "old/ppo", "--home", str(registry.root.parent)]
+    first = CliRunner().invoke(app, command).stdout
+    assert "published old/ppo@1 (language_model)" in first and "published old/ppo-value@1 (value_model)" in first
+    again = CliRunner().invoke(app, command).stdout
+    assert "already present: old/ppo@1 (language_model)" in again and "already present: old/ppo-value@1 (value_model)" in again
+    save_file({**tensors(language_model), "v_head.summary.weight": head + 1}, folder / "model.safetensors")  # the policy is the same
+    other = CliRunner().invoke(app, [*command, "--json"]).stdout
+    assert json.loads(other)["already_present"] == ["old/ppo@1"]
+    assert [record.ref for record in registry.records()] == ["old/ppo@1", "old/ppo-value@1", "old/ppo-value@2"]
 
 
 def test_import_refuses_pickle_without_the_option(language_model: Any, folder: Path, registry: Registry) -> None:
