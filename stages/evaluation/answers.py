@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 from stages.corpora.completions import load_completions, prompt_key
 from stages.corpora.encoding.blocks import encode_documents, overlapping_windows
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
     from stages.engines.shared_server import SharedServer
     from stages.registry.references import ResolvedModel
     from stages.step import StepContext
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,13 @@ class Asked:
     few_shot: dict[str, list[FewShotTry]]  # by candidate: the tried few-shot prompts with their scores, the chosen one first
 
 
-@contextmanager
-def loaded(config: EvaluationConfig, context: StepContext, name: str) -> Iterator[LoadedModel]:
-    """Context manager that loads a candidate. Only one candidate is in memory at a time."""
+def with_candidate(config: EvaluationConfig, context: StepContext, name: str, work: Callable[[LoadedModel], Made]) -> Made:
+    """The result of ``work`` with a candidate's model, which is loaded only for it. So only one candidate is in memory at a time."""
     runtime, dtype = context.runtime, context.runtime.dtype(config.precision)
     candidate = LoadedModel.frozen(context.models[f"candidates.{name}"], dtype, runtime.device)
     runtime.say_model(f"{context.name}: {name}", candidate.model, dtype)
     try:
-        yield candidate
+        return work(candidate)
     finally:
         del candidate
         gc.collect()
@@ -198,7 +198,8 @@ def _sample_tries(
     assert settings is not None
     longest = _positions_of(context.models[f"candidates.{name}"]) - config.generation.max_new_tokens
     asked = [row.prompt for row in validation]
-    with loaded(config, context, name) as candidate:
+
+    def complete(candidate: LoadedModel) -> tuple[list[PromptRow], list[list[Sample]]]:
         encoded = [_encode_prompts(candidate.tokenizer, few_shot_prompts(settings, text, asked)) for text in texts]
         fits = [index for index in range(len(validation)) if all(len(rows[index]) <= longest for rows in encoded)]
         if not fits:
@@ -209,7 +210,9 @@ def _sample_tries(
         for rows in encoded:
             samples = _sample(config, context, candidate, [rows[index] for index in fits], seeds, server)
             tries.append([cut(sample, settings) for sample in samples])
-    return [validation[index] for index in fits], tries
+        return [validation[index] for index in fits], tries
+
+    return with_candidate(config, context, name, complete)
 
 
 def _encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> list[list[int]]:
@@ -249,7 +252,8 @@ def answer(
     draws = candidate.best_of.n if candidate.best_of is not None else 1
     each = f", {draws} times each" if draws > 1 else ""
     context.runtime.console.print(f"{context.name}: {name} answers {len(prompt_ids)} prompts{each}")
-    with loaded(config, context, name) as writer:
+
+    def measured(writer: LoadedModel) -> Answers:
         # The first draw has the stream of the plain answer, so that best-of-1 equals that answer.
         seeds = [(row,) if draw == 0 else (row, draw) for row in range(len(prompt_ids)) for draw in range(draws)]
         ids = [row for row in prompt_ids for _ in range(draws)]
@@ -263,6 +267,9 @@ def answer(
             if config.perplexity is not None:
                 answers.perplexity, answers.bits_per_byte = _perplexity(config, context, writer)
             answers.tasks = _tasks(config, context, writer)
+        return answers
+
+    answers = with_candidate(config, context, name, measured)
     if candidate.best_of is not None:
         _pick_best(config, context, asked, name, answers, candidate.best_of)
     return answers

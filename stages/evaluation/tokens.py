@@ -6,13 +6,14 @@ import gc
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from stages.config import ModelInput
 from stages.errors import ModelError
-from stages.evaluation.answers import Answers, Asked, Sample, loaded
+from stages.evaluation.answers import Answers, Asked, Sample, with_candidate
 from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.prompts import Exclusion
 from stages.json_types import JsonObject
@@ -51,15 +52,16 @@ def measure_kl(config: EvaluationConfig, context: StepContext, answers: dict[str
             continue
         measured[name] = [sample for sample in answer.samples if sample is not None]
         if name != config.kl_reference:
-            with loaded(config, context, name) as model:
-                own[name] = _logprobs(config, model, measured[name])
-    with loaded(config, context, config.kl_reference) as model:
-        for name, samples in measured.items():
-            answer, reference = answers[name], _logprobs(config, model, samples)
-            pairs = zip(own.get(name, reference), reference, strict=True)
-            answer.token_kl = [torch.sub(by_candidate, by_reference).tolist() for by_candidate, by_reference in pairs]
-            if config.candidates[name].best_of is None:
-                answer.kl = [sum(row) for row in answer.token_kl]
+            own[name] = with_candidate(config, context, name, partial(_logprobs, config, samples=measured[name]))
+
+    def by_reference(model: LoadedModel) -> dict[str, list[Tensor]]:
+        return {name: _logprobs(config, model, samples) for name, samples in measured.items()}
+
+    for name, reference in with_candidate(config, context, config.kl_reference, by_reference).items():
+        pairs = zip(own.get(name, reference), reference, strict=True)
+        answers[name].token_kl = token_kl = [torch.sub(candidates, references).tolist() for candidates, references in pairs]
+        if config.candidates[name].best_of is None:
+            answers[name].kl = [sum(row) for row in token_kl]
     return left_out
 
 

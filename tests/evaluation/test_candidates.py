@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from pydantic import ValidationError
 
 from stages.errors import DataError, ModelError
+from stages.evaluation import answers
 from stages.evaluation.answers import ask
 from stages.evaluation.run import run
+from stages.models.loaded import LoadedModel
 from stages.stats.best_of_n import best_of_n_kl
 
 PROMPTS = ["the film", "write a happy line about the music", "a fine film", "the plot was"]
@@ -147,6 +150,30 @@ def test_best_of_n_has_no_kl_to_another_model(prompts, step_context, models, con
     given = {"candidates.base": models["candidates.base"], "candidates.best": models["candidates.aligned"]}
     given["candidates.base"] = type(given["candidates.base"])(**{**vars(given["candidates.base"]), "digest": "sha256:other"})
     assert "kl" not in run(settings, step_context(models=given)).evaluation["candidates"]["best"]
+
+
+def test_only_one_candidate_is_in_memory(prompts, step_context, models, config, monkeypatch) -> None:
+    """Also while the reward of a best-of candidate scores, and while log-probabilities for the KL are measured."""
+    loaded: list[weakref.ref[Any]] = []
+    alive: dict[str, list[int]] = {"load": [], "score": []}
+    load, score = LoadedModel.frozen, answers.every_score
+
+    def counted(name: str) -> None:
+        alive[name].append(sum(model() is not None for model in loaded))
+
+    def frozen(*arguments: Any) -> LoadedModel:
+        counted("load")
+        made = load(*arguments)
+        loaded.append(weakref.ref(made.model))
+        return made
+
+    monkeypatch.setattr(LoadedModel, "frozen", frozen)
+    monkeypatch.setattr(answers, "every_score", lambda *given: counted("score") or score(*given))
+    best = {"model": "b", "best_of": {"n": 2, "reward": {"function": "judges_for_tests:lengths"}}}
+    settings = config(prompts, candidates={"base": "b", "best": best, "aligned": "a"}, kl_reference="base")
+    run(settings, step_context(models={**models, "candidates.best": models["candidates.base"]}))
+    assert len(alive["load"]) == 6 and len(alive["score"]) == 1
+    assert not any(sum(alive.values(), []))
 
 
 # Tokens
