@@ -62,7 +62,8 @@ class EndpointSource(RemoteSource[Item, float]):
         assert source.endpoint is not None
         self.name, self.source, self.cache = source.shown_name, source, cache
         self._sleep = sleep if sleep is not None else time.sleep
-        self._digest: str | None = None  # of the server's model, from its first answer in this process
+        self._knows_model = False  # whether the server has answered this process
+        self._digest: str | None = None  # of the server's model, from its first answer; None if it names no model
         self._warned = False  # of scores on disk that another model gave
         self._lock = threading.Lock()
         client = JsonClient(
@@ -116,7 +117,8 @@ class EndpointSource(RemoteSource[Item, float]):
     def _check_model(self, digest: str | None) -> None:
         """Raise TrainingError if the server's model is not the one of its first answer."""
         with self._lock:
-            self._digest = self._digest or digest
+            if not self._knows_model:
+                self._knows_model, self._digest = True, digest
             if digest != self._digest:
                 raise TrainingError(
                     f"reward {self.name!r}: {self.source.endpoint} now serves another model ({_short(digest)}) than at the start of this "
@@ -170,9 +172,8 @@ class EndpointSource(RemoteSource[Item, float]):
     def _add(self, items: dict[str, Item]) -> None:
         """Request the scores of the items that are neither on disk nor already requested."""
         requests = self.begun()
-        for key, item in items.items():
-            if key not in requests and (kept := self._kept(key, item)) is not None:
-                requests.know(key, kept)
+        for key, score in self._kept({key: item for key, item in items.items() if key not in requests}).items():
+            requests.know(key, score)
         requests.add(items)
 
     def _collect(self, items: dict[str, Item], scores: dict[str, float]) -> GaveUp | Refused | None:
@@ -225,32 +226,29 @@ class EndpointSource(RemoteSource[Item, float]):
 
     # Cache
 
-    def _kept(self, key: str, item: Item) -> float | None:
-        """The stored score, unless it is of another model than the one that is served now."""
-        text = self.cache.get(key) if self.cache is not None else None
-        if text is None:
-            return None
-        stored = json.loads(text)
-        if not isinstance(stored, list):  # of a server that names no model
-            return float(stored)
-        score, digest = stored
-        if self._digest is None:
+    def _kept(self, items: dict[str, Item]) -> dict[str, float]:
+        """The stored scores of the items, without those of another model than the one that is served now."""
+        texts = {key: self.cache.get(key) for key in items} if self.cache is not None else {}
+        stored = {key: json.loads(text) for key, text in texts.items() if text is not None}
+        scores = {key: float(score) for key, score in stored.items() if not isinstance(score, list)}  # of servers that name no model
+        named = {key: score for key, score in stored.items() if key not in scores}
+        if named and not self._knows_model:
+            key = next(iter(named))
             try:
-                score = self.ask([(key, item)])[0]  # to learn which model is served
+                scores[key] = self.ask([(key, items[key])])[0]  # to learn which model is served
             except (GaveUp, Refused):
-                return None  # the next request reports it
-        if self._digest is not None and digest != self._digest:
-            if not self._warned:
-                logger.warning(
-                    "reward %r: %s serves another model (%s) than when some of these scores were stored (%s); they are requested again",
-                    self.name,
-                    self.source.endpoint,
-                    _short(self._digest),
-                    _short(digest),
-                )
+                return scores  # the next request reports it
+        others = [digest for _, digest in named.values() if digest != self._digest]
+        if others and not self._warned:
             self._warned = True
-            return None
-        return float(score)
+            logger.warning(
+                "reward %r: %s serves another model (%s) than when some of these scores were stored (%s); they are requested again",
+                self.name,
+                self.source.endpoint,
+                _short(self._digest),
+                _short(others[0]),
+            )
+        return {**{key: float(score) for key, (score, digest) in named.items() if digest == self._digest}, **scores}
 
 
 def _digest_in(answer: Any) -> str | None:

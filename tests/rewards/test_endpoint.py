@@ -158,6 +158,26 @@ def test_stored_scores_of_another_served_model_are_not_used(server, tmp_path: Pa
         source(server, cache=cache).score(["p"], ["a"])
 
 
+def test_stored_scores_are_not_used_if_the_server_no_longer_names_its_model(server, tmp_path: Path, caplog) -> None:
+    cache, prompts, completions = AnswerCache(tmp_path / "rewards.sqlite3"), ["p", "p", "p"], ["a", "bb", "ccc"]
+    server.reply = lambda body, number: (200, {"rewards": lengths(body), "digest": "sha256:aaaa"})
+    source(server, cache=cache).score(prompts, completions)
+    server.reply = lambda body, number: (200, {"rewards": [10 + score for score in lengths(body)]})
+    assert source(server, cache=cache).score(prompts, completions).tolist() == [11.0, 12.0, 13.0]
+    assert [body["completions"] for body in server.bodies[1:]] == [["a"], ["bb", "ccc"]]
+    assert "serves another model (without a digest) than when some of these scores were stored (sha256:aaaa)" in caplog.text
+
+
+def test_a_server_that_is_gone_is_asked_once_although_it_has_many_stored_scores(server, tmp_path: Path) -> None:
+    cache, completions = AnswerCache(tmp_path / "rewards.sqlite3"), ["x" * length for length in range(1, 9)]
+    server.reply = lambda body, number: (200, {"rewards": lengths(body), "digest": "sha256:aaaa"})
+    source(server, cache=cache).score(["p"] * 8, completions)
+    server.reply, before = lambda body, number: (400, {}), len(server.bodies)
+    with pytest.raises(TrainingError, match="gave no score for 8 of 8 completions: status 400"):
+        source(server, cache=cache, concurrency=1).score(["p"] * 8, completions)
+    assert len(server.bodies) - before == 2  # the question which model is served, and the scores
+
+
 def test_missing_columns_are_refused() -> None:
     row = Row({"prompt": "p", "answers": "x"})
     row.location = "data.jsonl:1"
