@@ -9,7 +9,17 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, field_serializer, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from stages.json_types import JsonObject
 
@@ -80,12 +90,15 @@ class LoraSettings(Strict):
 
     @field_validator("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
     @classmethod
-    def _expressions_are_valid(cls, value: str | list[str] | dict[str, float]) -> str | list[str] | dict[str, float]:
+    def _expressions_are_valid(cls, value: str | list[str] | dict[str, float], info: ValidationInfo) -> str | list[str] | dict[str, float]:
         for expression in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
             try:
                 re.compile(expression)
+                if info.field_name != "target_modules":  # a part of a longer expression, here and in peft
+                    re.compile(f"(?:{expression})")
             except re.error as error:
-                raise ValueError(f"{expression!r} is not a regular expression: {error}") from error
+                flags = "; write the flags as (?i:...)" if "global flags" in str(error) else ""
+                raise ValueError(f"{expression!r} is not a regular expression: {error}{flags}") from error
         return value
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError
@@ -237,6 +238,31 @@ def test_the_adapter_for_a_server_computes_the_same(bases: dict[str, Path], tmp_
 def test_settings_without_effect_or_room_are_refused(bases: dict[str, Path], settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         load_language_model(str(bases["tied"]), dtype=torch.float32, lora=LoraSettings(**settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_modules": "("}, r"'\(' is not a regular expression: missing \)"),
+        (
+            {"exclude_modules": "(?i).*MLP.*"},
+            r"is not a regular expression: global flags not at the start .*; write the flags as \(\?i:...\)",
+        ),
+        ({"rank_pattern": {"(?i)MLP": 2}}, "is not a regular expression: global flags"),
+        ({"alpha_pattern": {"a)(b": 2.0}}, "is not a regular expression: unbalanced parenthesis"),
+        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\]=0 must be greater than 0"),
+        ({"r": 4, "rank_pattern": {"q_proj": 3}, "init_lora_weights": "orthogonal"}, "needs even ranks, but a rank is 3"),
+        ({"init_lora_weights": "pissa", "use_dora": True}, "init_lora_weights=pissa and use_dora cannot be combined"),
+    ],
+)
+def test_contradictory_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        LoraSettings(**settings)
+
+
+def test_flags_of_an_expression_are_allowed_where_it_is_used_alone() -> None:
+    settings = LoraSettings(target_modules="(?i).*Q_PROJ", exclude_modules="(?i:.*MLP.*)")
+    assert (settings.target_modules, settings.exclude_modules) == ("(?i).*Q_PROJ", "(?i:.*MLP.*)")
 
 
 # Tokens that the model has no rows for
