@@ -6,10 +6,12 @@ An API key is sent only in the request header.
 from __future__ import annotations
 
 import json
+import logging
 import random
 import socket
 import sqlite3
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,8 +26,10 @@ import httpx2
 from stages.errors import ModelError
 from stages.json_types import JsonObject
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+BETWEEN_WARNINGS = 60.0  # seconds; while a server fails, all threads of a client together warn once in this time
 LONGEST_WAIT = 120.0  # seconds; the maximum wait, even if a server requests more
 
 
@@ -106,6 +110,7 @@ class JsonClient:
         self._stopping = threading.Event()
         self._sleep = sleep if sleep is not None else self._stopping.wait
         self._lock = threading.Lock()
+        self._warned: float | None = None  # time of the last warning, by time.monotonic
         self._sockets: weakref.WeakSet[Any] = weakref.WeakSet()
         self._random = random.Random()  # separate generator: the global one must be reproducible after a resume
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -130,18 +135,20 @@ class JsonClient:
 
         Raises GaveUp if all attempts fail, and Refused if a retry cannot help.
         """
-        return self._ask(lambda: self._client.post(url, json=body, extensions={"trace": self._remember_socket}), read)
+        return self._ask(url, lambda: self._client.post(url, json=body, extensions={"trace": self._remember_socket}), read)
 
     def get(self, url: str, read: Callable[[object], T]) -> T:
         """As ``post``, without a body."""
-        return self._ask(lambda: self._client.get(url, extensions={"trace": self._remember_socket}), read)
+        return self._ask(url, lambda: self._client.get(url, extensions={"trace": self._remember_socket}), read)
 
-    def _ask(self, send: Callable[[], httpx2.Response], read: Callable[[object], T]) -> T:
+    def _ask(self, url: str, send: Callable[[], httpx2.Response], read: Callable[[object], T]) -> T:
         reason, wait = "", 0.0
         for attempt in range(self.retries + 1):
             if attempt:
                 self._counted(retries=1)
-                self._sleep(max(wait, self._backoff(attempt)))
+                wait = max(wait, self._backoff(attempt))
+                self._warn(f"{url}: {reason}; waiting {wait:.3g} s before attempt {attempt + 1} of {self.retries + 1}")
+                self._sleep(wait)
                 if self._stopping.is_set():
                     break
             self._counted(requests=1)
@@ -174,6 +181,15 @@ class JsonClient:
                 raise Refused(f"{reason}: {self.without_key(response.text[:300])}")
             wait = asked_wait(response.headers.get("retry-after"))
         raise GaveUp(reason)
+
+    def _warn(self, message: str) -> None:
+        """Log that a request is repeated, unless this client did so within BETWEEN_WARNINGS."""
+        with self._lock:
+            now = time.monotonic()
+            if self._warned is not None and now - self._warned < BETWEEN_WARNINGS:
+                return
+            self._warned = now
+        logger.warning("%s", self.without_key(message))
 
     def _remember_socket(self, event: str, details: dict[str, Any]) -> None:
         """Remember the socket of a new connection."""

@@ -112,6 +112,16 @@ def test_errors_of_the_server(server) -> None:
         source(server).score(["p"], ["abc"])
 
 
+def test_the_first_failure_of_a_server_is_shown_before_the_wait(server, caplog: pytest.LogCaptureFixture) -> None:
+    shown: list[int] = []  # number of warnings at each wait
+    server.reply = lambda body, number: (503, {}) if number < 3 else (200, {"rewards": lengths(body)})
+    assert source(server, sleep=lambda seconds: shown.append(len(caplog.messages)), backoff_seconds=0.0).score(["p"], ["abc"]).tolist() == [
+        3.0
+    ]
+    assert shown == [1, 1]  # one warning, although two attempts failed
+    assert caplog.messages == [f"{server.url}: status 503; waiting 0 s before attempt 2 of 3"]
+
+
 def test_waiting_for_a_server(server) -> None:
     waits: list[float] = []
     server.reply = lambda body, number: (500, {}) if number < 8 else (200, {"rewards": lengths(body)})
