@@ -249,7 +249,11 @@ class DataInput(Strict):
     @model_validator(mode="before")
     @classmethod
     def _only_train(cls, value: object) -> object:
-        """Convert a bare source, or a list of sources, to the training data."""
+        """Convert a bare source, or a list of sources, to the training data. Raises ValueError for a source with fields of a split."""
+        if isinstance(value, dict) and "path" in value and (own := [name for name in cls.model_fields if name in value]):
+            raise ValueError(
+                f"path belongs to one source, and {own[0]} to a mapping of splits. Write train: {value['path']} instead of path"
+            )
         is_source = isinstance(value, str | list) or (isinstance(value, dict) and "path" in value and "train" not in value)
         return {"train": value} if is_source else value
 

@@ -174,6 +174,24 @@ RECIPES = {
         "quantization: got 'int4', expected one of 'none', 'int8' or 'nf4'", SFT, {"model": {"ref": "./model", "quantization": "int4"}}
     ),
     "a field is missing": Case("steps[0].data: this field is missing", {key: SFT[key] for key in SFT if key != "data"}),
+    "splits where one source is expected": Case(
+        "steps[0].data: unknown field 'train': this field takes a source of rows, without the names of splits. Write data: rows.jsonl",
+        PPO,
+        {"data": {"train": "rows.jsonl"}},
+    ),
+    "splits with blocks where one source is expected": Case(
+        "Write the block of test directly under data", PPO, {"data": [{"test": {"path": "rows.jsonl"}}]}
+    ),
+    "a source among splits": Case(
+        "steps[0].data: path belongs to one source, and validation to a mapping of splits. Write train: rows.jsonl instead of path",
+        SFT,
+        {"data": {"path": "rows.jsonl", "validation": "rows.jsonl"}},
+    ),
+    "a source with a fraction": Case(
+        "and validation_fraction to a mapping of splits. Write train: rows.jsonl",
+        SFT,
+        {"data": {"path": "rows.jsonl", "validation_fraction": 0.1}},
+    ),
     "a model without a reference": Case("steps[0].model.ref: this field is missing", SFT, {"model": {"revision": "main"}}),
     "no stage": Case("the field stage is missing; expected one of pretraining, sft", {key: SFT[key] for key in SFT if key != "stage"}),
     "no such stage": Case("got 'sftt', which is not a stage; did you mean 'sft'?", SFT, {"stage": "sftt"}),

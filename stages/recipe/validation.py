@@ -85,6 +85,8 @@ def _explained(problem: ErrorDetails, model: type[BaseModel], content: object, p
         None,
     )
     about = f" {location[-1]}: {description}" if description else ""
+    if kind == "missing" and (advice := _instead_of_splits(location, problem["input"])):
+        return source.error(where[:-1], advice + more)
     if kind == "missing":
         return source.error(where, f"this field is missing.{about}{more}")
     if kind in ("value_error", "assertion_error"):
@@ -92,6 +94,16 @@ def _explained(problem: ErrorDetails, model: type[BaseModel], content: object, p
     expected = _expected(problem)
     got = "a text that is not shown" if location and SECRET_FIELD.search(str(location[-1])) else _short(problem["input"])
     return source.error(where, f"got {got}, expected {expected}.{about}{more}")
+
+
+def _instead_of_splits(location: Sequence[str | int], value: object) -> str:
+    """What to write instead of a mapping of splits (``train: FILE``) where a source is expected; empty if ``value`` is none."""
+    names = [name for name in ("train", "validation", *HELD_OUT) if isinstance(value, dict) and name in value]
+    if location[-1] != "path" or not isinstance(value, dict) or not names:
+        return ""
+    field, source = location[-2] if isinstance(location[-2], str) else location[-3], value[names[0]]
+    example = f"{field}: {source}" if isinstance(source, str) else f"the block of {names[0]} directly under {field}"
+    return f"unknown field {names[0]!r}: this field takes a source of rows, without the names of splits. Write {example}"
 
 
 def _expected(problem: ErrorDetails) -> str:
