@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from rich.table import Table
+from stages.process.tables import Table
 
 
 @dataclass(frozen=True)
@@ -492,8 +492,6 @@ DETAILS = (
 def conformance_table(details: Iterable[Detail] = DETAILS) -> Table:
     """The table for a terminal: id, detail, code, tests."""
     table = Table("id", "detail", "code (stages/)", "tests (tests/)", title="The papers' details", title_justify="left")
-    for column in table.columns:
-        column.overflow = "fold"
     for detail in details:
-        table.add_row(detail.id, detail.what, "\n".join(detail.code), "\n".join(detail.tests))
+        table.add_row(detail.id, detail.what, " ".join(detail.code), " ".join(detail.tests))
     return table

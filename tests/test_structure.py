@@ -91,7 +91,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "tokens",
     },
     "recipe": {"hub", "process", "registry"},
-    "conformance": set(),
+    "conformance": {"process"},
     "chain": {"corpora", "engines", "hub", "labelling", "models", "process", "recipe", "registry", "report", "step", "tokens"},
     "sweep": {"chain", "process", "recipe", "registry", "stats"},
     "memory_plan": {"memory", "models", "process", "recipe", "registry"},

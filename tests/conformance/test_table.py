@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from stages.conformance import DETAILS
+from stages.conformance import DETAILS, conformance_table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHECKLIST = REPOSITORY.parent / "shared" / "design" / "instructgpt.md"
@@ -81,3 +82,12 @@ def test_the_command_prints_every_id() -> None:
     for detail in DETAILS:
         assert re.search(rf"\b{detail.id}\b", done.stdout), detail.id
     assert "rl/gae.py:gae" in done.stdout
+
+
+@pytest.mark.parametrize("width", [140, 400])
+def test_the_table_breaks_no_identifier(width: int) -> None:
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(conformance_table())
+    words = set(capture.get().split())
+    assert not {name for detail in DETAILS for name in (*detail.code, *detail.tests)} - words
