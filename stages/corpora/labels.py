@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Required, TypedDict
 
-from stages.corpora.conversations.messages import ARGUMENTS, Conversation, as_turns, completion_text
+from stages.corpora.conversations.messages import ARGUMENTS, Conversation, as_turns, columns_beside, completion_text
 from stages.errors import DataError
 from stages.json_types import JsonObject
 
@@ -191,8 +191,7 @@ def labelled_rows(folder: Path) -> Iterator[tuple[str, JsonObject]]:
                 "digests": task.digests,
                 "sample": task.sample,
                 "task": task.id,
-                **({"tools": task.tools} if task.tools else {}),
-                **({ARGUMENTS: task.chat_template_kwargs} if task.chat_template_kwargs else {}),
+                **columns_beside(task.asked),
             },
         )
 

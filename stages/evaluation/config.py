@@ -68,7 +68,8 @@ class CandidateInput(Strict):
 def no_answers(name: str, num_prompts: int) -> str:
     """The message for completions of other prompts than those of the evaluation."""
     return (
-        f"candidate {name!r}: its completions answer none of the {num_prompts} prompts of data; the texts of the prompts must be equal. "
+        f"candidate {name!r}: its completions answer none of the {num_prompts} prompts of data; the prompts must be equal, also in "
+        "tools and chat_template_kwargs. "
         "Use the prompts of this file as data, or write completions for those of data"
     )
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar, cast
 
+from stages.corpora.conversations.messages import columns_beside
 from stages.corpora.prompts import plain_text
 from stages.evaluation.answers import Answers, Question
 from stages.evaluation.judging import Judged
@@ -49,6 +50,7 @@ def write_completions(folder: Path, questions: Sequence[Question], answers: Mapp
         present = {name: answer for name, answer in answers.items() if answer.samples[row] is not None}
         line: JsonObject = {
             "prompt": question.prompt,
+            **columns_beside(question.prompt),
             "prompt_number": question.prompt_number,
             "sample": question.sample,
             "completions": {name: answer.texts[row] for name, answer in present.items()},

@@ -10,9 +10,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from stages.config import DataSource
+from stages.corpora.completions import load_completions, prompt_key
+from stages.corpora.conversations.messages import prompt_of
+from stages.corpora.files import read_rows
 from stages.errors import DataError, ModelError
 from stages.evaluation import answers
 from stages.evaluation.answers import ask
+from stages.evaluation.record import write_completions
 from stages.evaluation.run import run
 from stages.models.loaded import LoadedModel
 from stages.stats.best_of_n import best_of_n_kl
@@ -40,6 +45,18 @@ def test_candidate_from_a_completions_file(prompts, step_context, models, config
     assert candidate["scores"]["lengths"] == 10 and candidate["model"] is None and candidate["empty_share"] == 0.5
     assert "stopped_share" not in candidate and "kl" not in candidate
     assert result.metrics["left_out"] == 2
+
+
+def test_recorded_prompts_are_those_of_the_data(write_rows, tmp_path) -> None:
+    """With their tools and template arguments: prompts that differ in them are different prompts."""
+    weather = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+    rows = [{"prompt": "hi"}, {"prompt": "hi", "chat_template_kwargs": {"enable_thinking": False}}, {"prompt": "hi", "tools": [weather]}]
+    asked = [prompt_of(row) for row in read_rows([DataSource(path=write_rows("asked", rows))], split="test")]
+    questions = [answers.Question(prompt, number, 0, {}) for number, prompt in enumerate(asked)]
+    write_completions(tmp_path, questions, {"a": answers.Answers([answers.Sample("one")] * 3)}, [])
+    recorded = DataSource(path=str(tmp_path / "completions.jsonl"), columns={"completion": "completions.a"})
+    assert load_completions([recorded]) == {prompt_key(prompt): {0: "one"} for prompt in asked}
+    assert len({prompt_key(prompt) for prompt in asked}) == 3
 
 
 def test_completions_file_with_other_prompts_is_refused(prompts, config, write_rows) -> None:

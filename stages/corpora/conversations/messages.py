@@ -302,6 +302,12 @@ def arguments_of(prompt: object) -> JsonObject:
     return dict(getattr(prompt, "arguments", {}))
 
 
+def columns_beside(prompt: object) -> JsonObject:
+    """The columns of a row that belong to its prompt: its tools and its template arguments; without those that are empty."""
+    columns = {"tools": tools_of(prompt), ARGUMENTS: arguments_of(prompt)}
+    return {name: value for name, value in columns.items() if value}
+
+
 def location_of(prompt: object) -> str:
     """The location of a conversation's row in the data; empty if unknown."""
     return str(getattr(prompt, "location", ""))
