@@ -397,6 +397,29 @@ DATA = {
     "no part of the world": Case("'world:raww' is not a part of the embedded world", PRETRAINING, {"data": {"train": "world:raww"}}),
     "no split of the world": Case("has no split 'tests'", PRETRAINING, {"data": {"train": "world:raw/tests"}}),
     "no demonstration": Case("columns text are not a demonstration", SFT, files=only("demonstrations", *ROWS["texts"])),
+    "columns in capital letters": Case(
+        "columns Prompt, Completion are not a demonstration; expected prompt + completion, messages, conversations, instruction (+ input) "
+        "+ output, subreddit + title + post + summary, or (prompt +) chosen. If Prompt, Completion mean the same, "
+        "write in the data source: columns: {prompt: Prompt, completion: Completion}",
+        SFT,
+        files=only("demonstrations", *[{"Prompt": "a", "Completion": "b"}] * 4),
+    ),
+    "columns with other names": Case(
+        "columns: {prompt: question, completion: 'Answer:'}",
+        SFT,
+        files=only("demonstrations", *[{"question": "a", "Answer:": "b"}] * 4),
+    ),
+    "one column in capital letters": Case(
+        "no column 'prompt'; the row has PROMPT, completion; did you mean 'PROMPT'? (to rename: columns: {prompt: PROMPT})",
+        SFT,
+        files=only("demonstrations", *[{"PROMPT": "a", "completion": "b"}] * 4),
+    ),
+    "comparisons in capital letters": Case(
+        "columns: {prompt: Prompt, chosen: CHOSEN, rejected: Rejected}",
+        REWARD,
+        files=only("comparisons", *[{"Prompt": "a", "CHOSEN": "b", "Rejected": "c"}] * 4),
+    ),
+    "prompts with another name": Case("columns: {prompt: Question}", PPO, files=only("prompts", {"Question": "a"})),
     "an empty prompt": Case(
         "demonstrations.jsonl:4: prompt is empty", SFT, files=bad_row("demonstrations", 4, {"prompt": " ", "completion": "a"})
     ),

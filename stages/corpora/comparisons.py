@@ -27,7 +27,7 @@ from stages.corpora.conversations.messages import (
     split_dialogue,
 )
 from stages.corpora.files import read_splits
-from stages.corpora.rows import Row, text_of
+from stages.corpora.rows import Row, renaming, text_of
 from stages.corpora.splits import say_shared
 from stages.corpora.summaries import compared_prompt, compared_summaries, is_comparison
 from stages.errors import DataError
@@ -135,6 +135,7 @@ def comparison(row: Row, *, preferred: str | None = None) -> Comparison:
         raise DataError(
             f"{row.location}: columns {', '.join(row)} are not a comparison; expected prompt + completions + ranks, prompt + responses "
             "(+ scores), info + summaries + choice, or (prompt +) chosen + rejected"
+            + renaming(row, "prompt chosen rejected", "chosen rejected", "prompt completions ranks", "prompt responses scores")
         )
     answers, ranks = _ranked(row, column, preferred)
     if all(holds_turns(answer) for answer in answers):

@@ -12,7 +12,7 @@ from stages.config import DataSource
 from stages.corpora.conversations.messages import Prompt, completion_text, conversation_column, holds_turns, split_answers, split_messages
 from stages.corpora.files import read_rows
 from stages.corpora.prompts import prompt_in
-from stages.corpora.rows import Row, text_of
+from stages.corpora.rows import Row, renaming, text_of
 from stages.errors import DataError
 
 
@@ -56,7 +56,7 @@ def completion_in(row: Row) -> tuple[Prompt, str]:
     if column is None:
         raise DataError(
             f"{row.location}: columns {', '.join(row)} have no completion; expected prompt + completion, instruction (+ input) + output, "
-            "messages or conversations"
+            "messages or conversations" + renaming(row, "prompt completion", "instruction output", "messages", "conversations")
         )
     if not holds_turns(row[column]):
         return prompt_in(row), text_of(row, column, empty=True)

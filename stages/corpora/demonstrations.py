@@ -31,7 +31,7 @@ from stages.corpora.conversations.messages import (
     text_prompt,
 )
 from stages.corpora.files import read_splits
-from stages.corpora.rows import Row, text_of
+from stages.corpora.rows import Row, renaming, text_of
 from stages.corpora.splits import say_shared
 from stages.corpora.summaries import is_post, post_prompt
 from stages.errors import DataError
@@ -111,6 +111,7 @@ def _prompt_and_completion(row: Row) -> tuple[Prompt, Completion]:
     raise DataError(
         f"{row.location}: columns {', '.join(row)} are not a demonstration; expected prompt + completion, messages, conversations, "
         "instruction (+ input) + output, subreddit + title + post + summary, or (prompt +) chosen"
+        + renaming(row, "prompt completion", "messages", "conversations", "instruction output", "prompt chosen")
     )
 
 

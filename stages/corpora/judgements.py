@@ -19,7 +19,7 @@ from stages.config import DataSource
 from stages.corpora.completions import prompt_key, sample_index
 from stages.corpora.files import read_rows
 from stages.corpora.prompts import prompt_in
-from stages.corpora.rows import Row, text_of
+from stages.corpora.rows import Row, renaming, text_of
 from stages.errors import DataError
 from stages.json_types import is_finite_number
 
@@ -89,7 +89,10 @@ def load_judgements(sources: Sequence[DataSource]) -> Judgements:
             what = (prompt, sample, candidate, annotator)
         else:
             expected = "prompt + a + b + vote, or prompt + candidate + score"
-            raise DataError(f"{row.location}: columns {', '.join(row)} are not a judgement; expected {expected}")
+            raise DataError(
+                f"{row.location}: columns {', '.join(row)} are not a judgement; expected {expected}"
+                + renaming(row, "prompt a b vote", "prompt candidate score")
+            )
         if what in seen:
             who = annotator or "the annotator"
             raise DataError(f"{row.location}: {who} already judged this in {seen[what]}; add a column annotator or sample")

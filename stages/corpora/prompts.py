@@ -23,7 +23,7 @@ from stages.corpora.conversations.messages import (
 )
 from stages.corpora.demonstrations import demonstration
 from stages.corpora.files import read_rows
-from stages.corpora.rows import Row, text_of
+from stages.corpora.rows import Row, renaming, text_of
 from stages.corpora.summaries import compared_prompt, is_comparison, is_post, post_prompt
 from stages.corpora.templates import check_rendering, render_pair
 from stages.errors import DataError
@@ -115,7 +115,7 @@ def prompt_in(row: Row, words: int | None = None) -> Prompt:
         return split_dialogue(text_of(row, "chosen"), row, "chosen")[0]
     raise DataError(
         f"{row.location}: columns {', '.join(row)} contain no prompt; expected prompt, instruction, messages, conversations, chosen, or "
-        "text with prompt_words"
+        "text with prompt_words" + renaming(row, "prompt", "instruction", "messages", "conversations", "chosen")
     )
 
 

@@ -10,6 +10,17 @@ from typing import Any, Protocol
 
 from stages.errors import DataError
 
+OTHER_NAMES = {
+    "prompt": ("question", "query", "problem", "user"),
+    "completion": ("answer", "response", "reply", "solution", "assistant", "output"),
+    "messages": ("conversation", "dialogue", "dialog", "turns", "chat"),
+    "chosen": ("preferred", "better", "winner"),
+    "rejected": ("dispreferred", "worse", "loser"),
+    "text": ("content", "document", "sentence", "review"),
+    "label": ("sentiment", "class", "target"),
+}
+"""Columns of other data sets that often have the meaning of ours, for the advice in messages."""
+
 
 class Row(dict[str, Any]):
     """A row of a table with its location (``file:line`` or ``source, row N``).
@@ -32,14 +43,42 @@ def column_of(name: str, columns: Container[str]) -> str:
     return name if name in columns else re.split(r"\[\]|\.", name, maxsplit=1)[0]
 
 
+def near_column(column: str, row: Iterable[str]) -> str | None:
+    """The column of ``row`` that probably is ``column``: equal but for case and punctuation, a usual other name, or a similar name."""
+    plain = {re.sub(r"[\W_]", "", name).lower(): name for name in row}
+    for name in (column, *OTHER_NAMES.get(column, ())):
+        if name in plain:
+            return plain[name]
+    near = difflib.get_close_matches(column, plain, n=1, cutoff=0.75)
+    return plain[near[0]] if near else None
+
+
+def renaming(row: Row, *forms: str) -> str:
+    """The end of a message about a row without the expected columns: how to rename its columns to one of ``forms``.
+
+    A form has the names of columns, as in ``prompt completion``. The result is empty if the row has no similar columns for any of them.
+    """
+    for form in forms:
+        theirs = {column: column if column in row else near_column(column, row) for column in form.split()}
+        if None not in theirs.values() and len(set(theirs.values())) == len(theirs):
+            renamed = {column: name for column, name in theirs.items() if name is not None and name != column}
+            return f". If {', '.join(renamed.values())} mean the same, write in the data source: {_mapping(renamed)}"
+    return ""
+
+
+def _mapping(columns: Mapping[str, str]) -> str:
+    """The field ``columns`` of a data source as YAML."""
+    quoted = {ours: name if re.fullmatch(r"\w[\w .-]*", name) else repr(name) for ours, name in columns.items()}
+    return f"columns: {{{', '.join(f'{ours}: {name}' for ours, name in quoted.items())}}}"
+
+
 def text_of(row: Row, column: str, *, empty: bool = False) -> str:
     """The text in ``column``. Raises DataError if it is missing, not text, or empty (unless ``empty`` is True)."""
     if column not in row:
-        near = difflib.get_close_matches(column, row, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise DataError(
-            f"{row.location}: no column {column!r}; the row has {', '.join(row) or 'none'}{hint} (to rename: columns: {{{column}: THEIRS}})"
-        )
+        near = near_column(column, row)
+        hint = f"; did you mean {near!r}?" if near else ""
+        example = _mapping({column: near or "THEIRS"})
+        raise DataError(f"{row.location}: no column {column!r}; the row has {', '.join(row) or 'none'}{hint} (to rename: {example})")
     value = row[column]
     if not isinstance(value, str):
         raise DataError(f"{row.location}: {column} is {type(value).__name__} ({value!r:.60}); expected text")
