@@ -730,6 +730,9 @@ SamplingEngine = Annotated[
     str, typer.Option(metavar="ENGINE", help="What samples: local, vllm (a server is started), or the address of a vLLM server.")
 ]
 AnyModel = Annotated[str, typer.Argument(metavar="REF", help="A model: registry reference, folder or Hub id.")]
+TemplateArguments = Annotated[
+    str | None, typer.Option(metavar="JSON", help="Arguments of REF's chat template, e.g. '{\"enable_thinking\": false}'.")
+]
 
 
 @app.command()
@@ -746,6 +749,7 @@ def generate(
     seed: Seed = 0,
     num_samples: Annotated[int, typer.Option(min=1, help="Completions per prompt.")] = 1,
     engine: SamplingEngine = "local",
+    template_arguments: TemplateArguments = None,
     home: Home = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -760,13 +764,14 @@ def generate(
 
     refs = list(dict.fromkeys([ref] if against is None else [ref, against]))
     runtime, registry = _runtime(), _registry(home)
+    arguments = terminal.read_arguments(template_arguments)
     given = terminal.read_prompts(prompt or [], prompts, None if sys.stdin.isatty() else sys.stdin.read)
     asked = [one for one in given for _ in range(num_samples)]
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p or 1e-6)
     seeds = [seed + index for index in range(len(asked))]
     columns = []
     for name in refs:
-        with terminal.Speaker.load(name, registry, runtime, engine) as speaker:
+        with terminal.Speaker.load(name, registry, runtime, engine, arguments if name == ref else None) as speaker:
             columns.append(speaker.complete(asked, settings, seeds))
     scores = terminal.score(score, registry, runtime, asked, columns) if score is not None else []
     if as_json:
@@ -824,6 +829,7 @@ def chat(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     engine: SamplingEngine = "local",
+    template_arguments: TemplateArguments = None,
     home: Home = None,
     debug: Debug = False,
 ) -> None:
@@ -836,8 +842,12 @@ def chat(
     runtime, registry = _runtime(), _registry(home)
     console = runtime.console
     with ExitStack() as stack:
+        arguments = terminal.read_arguments(template_arguments)
         refs = [ref] if against is None else [ref, against]
-        speakers = [stack.enter_context(terminal.Speaker.load(name, registry, runtime, engine)) for name in refs]
+        speakers = [
+            stack.enter_context(terminal.Speaker.load(name, registry, runtime, engine, arguments if index == 0 else None))
+            for index, name in enumerate(refs)
+        ]
         for speaker in speakers:
             if not speaker.converses:
                 console.print(f"{speaker.name} has no chat template: it continues each line separately.", style="yellow", markup=False)

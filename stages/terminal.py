@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
+from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from stages.chain.pins import apart_from_folders, pinned_model
 from stages.chain.resolving import resolve
@@ -33,12 +33,16 @@ if TYPE_CHECKING:
     from stages.sampling.sampler import Sampler
     from stages.serving import Scorer
 
+TemplateArguments = dict[str, JsonValue]
 HELP = "/again: another reply   /forget: start again   /system TEXT: set the system message   /quit, or Ctrl-D"
 
 
-def resolve_model(ref: str, registry: Registry) -> ResolvedModel:
-    """The model that a registry reference, folder or Hub id names. Raises RecipeError that lists what was searched."""
-    reference = pinned_model(find_model(ModelInput(ref=ref), registry, [Path.cwd()]))
+def resolve_model(ref: str, registry: Registry, arguments: TemplateArguments | None = None) -> ResolvedModel:
+    """The model that a registry reference, folder or Hub id names. Raises RecipeError that lists what was searched.
+
+    ``arguments``: the ``template_arguments`` of the model.
+    """
+    reference = pinned_model(find_model(ModelInput(ref=ref, template_arguments=arguments or {}), registry, [Path.cwd()]))
     return apart_from_folders(resolve(reference, registry))
 
 
@@ -53,14 +57,16 @@ class Speaker:
 
     @classmethod
     @contextmanager
-    def load(cls, ref: str, registry: Registry, runtime: Runtime, engine: str = "local") -> Iterator[Speaker]:
-        """Context manager that loads the model ``ref``. ``engine``: what samples, as read by ``engine_of``."""
+    def load(
+        cls, ref: str, registry: Registry, runtime: Runtime, engine: str = "local", arguments: TemplateArguments | None = None
+    ) -> Iterator[Speaker]:
+        """Context manager that loads the model ``ref`` with the template arguments. ``engine``: what samples, as read by ``engine_of``."""
         from stages.engines.opening import Workplace, check_reachable, open_sampler
         from stages.models.loaded import LoadedModel
 
         settings = GenerationSettings(engine=engine_of(engine))
         check_reachable(settings)
-        source = resolve_model(ref, registry)
+        source = resolve_model(ref, registry, arguments)
         dtype = _dtype(source, registry, runtime)
         loaded = LoadedModel.frozen(source, dtype, runtime.device)
         cache = registry.root.parent / "cache"
@@ -83,6 +89,14 @@ class Speaker:
         """Whether ``room`` tokens remain after the prompt, within the limits of model and tokenizer."""
         positions = readable_length(self.model.config, self.tokenizer)
         return positions is None or len(encode_prompt(self.tokenizer, prompt)) + room <= positions
+
+
+def read_arguments(text: str | None) -> TemplateArguments:
+    """The template arguments in a JSON object; none for None. Raises RecipeError for other texts."""
+    try:
+        return TypeAdapter(TemplateArguments).validate_json(text) if text is not None else {}
+    except ValidationError as error:
+        raise RecipeError(f"--template-arguments {text}: expected a JSON object, e.g. '{{\"enable_thinking\": false}}'") from error
 
 
 def engine_of(text: str) -> Engine | None:

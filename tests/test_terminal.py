@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from typer.testing import CliRunner
 
 from stages.cli import app
 from stages.config import GenerationSettings
+from stages.corpora.templates import render_prompt
 from stages.errors import DataError
-from stages.terminal import Chat, read_prompts
+from stages.terminal import Chat, Speaker, read_prompts
 
 
 class Parrot:
@@ -103,6 +106,33 @@ def test_generate_with_scores(tiny_llama_folder: Path, reward_folder: Path, tmp_
     assert all(isinstance(row["scores"][str(tiny_llama_folder)], float) for row in rows)
     table = CliRunner().invoke(app, [*arguments, "--prompt", "the film"])
     assert f"[{rows[0]['scores'][str(tiny_llama_folder)]:.3f}]" in table.stdout
+
+
+def test_template_arguments_of_a_model_in_the_terminal(
+    tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_llama_folder, "polite")
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.content }}{% endfor %}{% if add_generation_prompt %}{{ ' please' if polite }}:{% endif %}"
+    )
+    tokenizer.save_pretrained("polite")
+    shutil.copytree("polite", "other")
+
+    def shown(self: Speaker, prompts: Any, *_: Any) -> list[str]:
+        return [render_prompt(self.tokenizer, prompt) for prompt in prompts]
+
+    monkeypatch.setattr(Speaker, "complete", shown)
+    generate = ["generate", "./polite", "--against", "./other", "--prompt", "write a longer line", "--json", "--template-arguments"]
+    (row,) = json.loads(CliRunner().invoke(app, [*generate, '{"polite": true}']).stdout)
+    assert row == {"prompt": "write a longer line", "./polite": "write a longer line please:", "./other": "write a longer line:"}
+    chat = CliRunner().invoke(
+        app, ["chat", "./polite", "--max-new-tokens", "4", "--template-arguments", '{"polite": true}'], input="write a longer line\n"
+    )
+    assert "write a longer line please:" in chat.stdout
+    assert "does not use polit; it uses polite" in CliRunner().invoke(app, [*generate, '{"polit": true}']).stderr
+    assert "--template-arguments polite=true: expected a JSON object" in CliRunner().invoke(app, [*generate, "polite=true"]).stderr
 
 
 def test_chat_in_the_terminal(tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
