@@ -22,6 +22,7 @@ from stages.corpora.conversations.messages import (
     arguments_of,
     as_question,
     as_turns,
+    columns_beside,
     content_text,
     errors_at,
     in_reasoning_form,
@@ -203,7 +204,9 @@ def _bare(prompt: Prompt) -> str:
     """The prompt for a model without a template: it must be a text."""
     if isinstance(prompt, str):
         return prompt
-    raise DataError(f"{_at(prompt)}the prompt is a conversation, but the model has no chat template; set template in its sft step")
+    columns = " and ".join(columns_beside(prompt))
+    reason, move = (f"the row has {columns}", f", or remove {columns} from the data") if columns else ("the prompt is a conversation", "")
+    raise DataError(f"{_at(prompt)}{reason}, but the model has no chat template; set template in its sft step{move}")
 
 
 def _bare_completion(prompt: Prompt, completion: Completion) -> str:

@@ -158,6 +158,18 @@ def test_arguments_of_a_row_reach_the_template(tokenizer_of) -> None:
     assert tokenizer.decode([token for token, counts in zip(only.ids, only.trained, strict=True) if counts]) == "i am fine<|im_end|>\n"
 
 
+def test_a_text_with_template_arguments_needs_a_template(tokenizer_of) -> None:
+    tokenizer, arguments = tokenizer_of("byte_bpe"), {"enable_thinking": False}
+    with pytest.raises(
+        DataError,
+        match="chats.jsonl:7: the row has chat_template_kwargs, but the model has no chat template; set template in its sft step, or "
+        "remove chat_template_kwargs from the data",
+    ):
+        encode_prompt(tokenizer, prompt_of(row(prompt="hello", chat_template_kwargs=arguments)))
+    with pytest.raises(DataError, match="chats.jsonl:7: the prompt is a conversation, but the model has no chat template; set template in"):
+        encode_prompt(tokenizer, prompt_of(row(prompt=QUESTION)))
+
+
 def test_arguments_of_a_row_that_the_template_does_not_use_are_said(tokenizer_of, caplog) -> None:
     tokenizer = tokenizer_of("byte_bpe")
     tokenizer.chat_template = NOTES
