@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec, TypeVar
 import typer
 
 from stages import __version__
-from stages.errors import LaunchError, RegistryError, Stopped, Waiting
+from stages.errors import LaunchError, RegistryError, Stopped, Waiting, some_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -708,8 +708,7 @@ def remove(
         return
     typer.echo(f"removed {record.ref} {record.digest[:19]}")
     if children:
-        shown = f"{', '.join(children[:5])}{f' and {len(children) - 5} more' if len(children) > 5 else ''}"
-        typer.echo(f"Made from it, and unchanged: {shown}.")
+        typer.echo(f"Made from it, and unchanged: {some_of(children, 5)}.")
     if left:
         typer.echo(f"{record.name} now means {left[-1]}. Recipes that name {record.ref} need another version.")
     else:

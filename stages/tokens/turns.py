@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, cast
 from weakref import WeakKeyDictionary
@@ -230,8 +230,12 @@ def up_to(text: str, tokenizer: PreTrainedTokenizerBase, token: int | None) -> s
 
 def first_special(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
     """The first special token of ``text``; None if there is none."""
+    return _first_of(plain_ids(tokenizer, text), tokenizer)
+
+
+def _first_of(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> int | None:
     special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
-    return next((token for token in plain_ids(tokenizer, text) if token in special), None)
+    return next((token for token in ids if token in special), None)
 
 
 def _through(ending: str, token: str) -> str:
@@ -243,8 +247,7 @@ def _through(ending: str, token: str) -> str:
 def _first_special(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
     """The first special token after the reply of a test conversation; None if there is none."""
     head, answered, after = text.rpartition(_ANSWERED)
-    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
-    return next((token for token in segment_ids(tokenizer, [head + answered, after])[1] if token in special), None)
+    return _first_of(segment_ids(tokenizer, [head + answered, after])[1], tokenizer)
 
 
 def _followed(tokenizer: PreTrainedTokenizerBase, content: Callable[[str], object], arguments: Arguments) -> str:
