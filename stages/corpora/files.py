@@ -189,6 +189,8 @@ def _check_formats(names: Sequence[str]) -> None:
 
 def _renamed(row: Row, source: DataSource) -> Row:
     """The row with its columns renamed as the source says. A name of the source may be a path into a column (``_at_path``)."""
+    if not source.columns:
+        return row
     values = {column: _at_path(row, column, theirs) for column, theirs in source.columns.items()}
     replaced = {column_of(theirs, row) for theirs in source.columns.values()}
     return row.with_values({**{name: value for name, value in row.items() if name not in replaced}, **values})

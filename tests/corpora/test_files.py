@@ -16,6 +16,7 @@ import pytest
 
 from stages.config import DataInput, DataSource
 from stages.corpora.files import fingerprint, read_rows
+from stages.corpora.rows import Row
 from stages.corpora.text import load_text
 from stages.errors import DataError
 
@@ -66,6 +67,18 @@ def texts(path: Path, default: str = "train", **fields: Any) -> list[str]:
 )
 def test_every_format_is_read(name: str, tmp_path: Path) -> None:
     assert texts(write(tmp_path / name, "one", "two, three")) == ["one", "two, three"]
+
+
+def test_rows_share_one_json_decoder_and_are_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise AssertionError("made again for one row")
+
+    monkeypatch.setattr(json, "JSONDecoder", refused)  # json.loads with arguments makes one for each call
+    monkeypatch.setattr(Row, "with_values", refused)
+    rows = read_rows([DataSource(path=str(tmp_path / "a.jsonl"))])
+    assert rows == [{"text": "a"}, {"text": "b"}] and rows[1].location == f"{tmp_path / 'a.jsonl'}:2"
 
 
 def test_json_file_with_json_lines_is_read_as_lines(tmp_path: Path) -> None:
