@@ -62,6 +62,10 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
     mixed = pretraining_blocks(config, tokenizer, len(rows), context.seed)
 
     trainer = make_trainer(config, context, model, tokenizer, rows + mixed.train, max_length)
+    num_rows, num_mixed, num_tokens = len(rows), len(mixed.train), sum(len(row.ids) for row in rows + mixed.train)
+    num_dropped = len(encoded.rows) + len(encoded_heldout.rows) - num_rows - len(heldout)
+    for kept in (demonstrations.train, encoded.rows, rows, mixed.train):
+        kept.clear()  # the trainer has its own copy of the training rows
     before = _measure(trainer, config, context, tokenizer, heldout, "before")
     forgotten = _measure_pretraining(trainer, config, context, tokenizer, mixed.heldout)
     selector = _selector(config, context, trainer, tokenizer, demonstrations, heldout)
@@ -76,20 +80,19 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
     after = _measure(trainer, config, context, tokenizer, heldout, "after")
     remembered = _measure_pretraining(trainer, config, context, tokenizer, mixed.heldout)
 
-    num_tokens = sum(len(row.ids) for row in rows + mixed.train)
     metrics: JsonObject = {
         HELDOUT_LOSS_BEFORE: before,
         HELDOUT_LOSS_AFTER: after,
         **trained,
-        NUM_DEMONSTRATIONS: len(rows),
+        NUM_DEMONSTRATIONS: num_rows,
         "heldout_demonstrations": len(heldout),
-        "dropped_too_long": len(encoded.rows) + len(encoded_heldout.rows) - len(rows) - len(heldout),
+        "dropped_too_long": num_dropped,
         **curation_names(curator.left_out),
         **selected,
         "tokens_per_second": trained["steps_per_second"] * config.training.batch_size * num_tokens / len(trainer.train_dataset),
     }
     if forgotten is not None and remembered is not None:
-        metrics |= {"pretraining_rows": len(mixed.train), "pretraining_loss_before": forgotten, "pretraining_loss_after": remembered}
+        metrics |= {"pretraining_rows": num_mixed, "pretraining_loss_before": forgotten, "pretraining_loss_after": remembered}
     kind: Publication = {
         "role": "language_model",
         "base": context.models["model"] if config.lora is not None else None,

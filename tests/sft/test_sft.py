@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from copy import deepcopy
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from stages.corpora.demonstrations import demonstration
+from stages.corpora.demonstrations import Demonstration, demonstration
 from stages.corpora.rows import Row
 from stages.errors import DataError
 from stages.models.layers import compiled as compiled_layers
@@ -23,6 +24,7 @@ from stages.sft.rows import Encoded, EncodedRow, encode, pretraining_blocks
 from stages.sft.run import _missing_end, _say_untrained, run
 from stages.sft.trainer import make_trainer
 from stages.training.reproducible import IGNORED
+from stages.training.running import train
 
 ROWS = [EncodedRow([10, 11, 12, 13], 2), EncodedRow([20, 21], 1), EncodedRow([30, 31, 32, 33, 34], 3), EncodedRow([40, 41, 42], 1)]
 
@@ -55,6 +57,24 @@ def test_counted_tokens_of_the_loss() -> None:
     assert EncodedRow([1, 2, 3, 4], 2).counted(True) == [0, 0, 1, 1]
     assert EncodedRow([1, 2, 3, 4], 2).counted(False) == [0, 1, 1, 1]
     assert EncodedRow([1, 2, 3], 0).counted(True) == [0, 1, 1]  # nothing predicts the first token
+
+
+def test_texts_and_token_lists_of_training_rows_are_freed_before_training(
+    step_context: Any, tiny_llama_folder: Path, resolve_folder: Any, demonstrations: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[int] = []
+
+    def counting(*arguments: Any, **named: Any) -> Any:
+        gc.collect()
+        alive.append(sum(isinstance(one, Demonstration) for one in gc.get_objects()))
+        alive.append(sum(isinstance(one, EncodedRow) and one not in ROWS for one in gc.get_objects()))
+        return train(*arguments, **named)
+
+    monkeypatch.setattr("stages.sft.run.train", counting)
+    context = step_context("test/freed", models={"model": resolve_folder(tiny_llama_folder)})
+    metrics = run(config(demonstrations, training={"max_steps": 1, "batch_size": 4}), context).metrics
+    assert metrics["demonstrations"] == 16 and metrics["dropped_too_long"] == 0
+    assert alive == [4, 4]  # the held-out rows: 0.2 of the 20 rows
 
 
 def test_equal_tokens_of_all_rows_are_one_object(tiny_tokenizer: Any) -> None:
