@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from stages.model_types import TransformersModel
+
+logger = logging.getLogger(__name__)
 
 
 def save_model(
@@ -79,9 +82,16 @@ OPTIONAL = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_f
 
 
 def _copy_processor(model: TransformersModel, folder: Path) -> None:
-    """Copy the settings for images, sound and video of a model that also has the parts for them, from where it was loaded."""
+    """Copy the settings for images, sound and video of a model that also has the parts for them, from where it was loaded.
+
+    Logs a warning if that folder no longer exists.
+    """
     config, source = model.config, model.name_or_path
     if config.get_text_config() is config or not source or Path(source) == folder:
+        return
+    if Path(source).is_absolute() and not Path(source).is_dir():
+        told = "%s is gone, so %s lacks the settings of its processor (%s); copy those of the model that was trained"
+        logger.warning(told, source, folder, ", ".join(PROCESSOR_FILES))
         return
     for name in PROCESSOR_FILES:
         version = getattr(config, "_commit_hash", None)  # of a model from the Hub

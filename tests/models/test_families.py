@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,16 @@ def test_a_model_that_keeps_its_part_for_images_keeps_the_settings_of_its_proces
     assert copied.read_text() == original.read_text()
     again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
     assert sorted(again.state_dict()) == sorted(model.state_dict())
+
+
+def test_a_model_whose_source_is_gone_is_saved_without_the_settings_of_its_processor(tmp_path: Path, caplog) -> None:
+    save_model_of_several_inputs("gemma3", tmp_path / "model")
+    model = load_language_model(str(tmp_path / "model"), dtype=torch.float32)
+    shutil.rmtree(tmp_path / "model")
+    with caplog.at_level(logging.WARNING):
+        save_model(model, None, tmp_path / "saved")
+    assert f"{tmp_path / 'model'} is gone, so {tmp_path / 'saved'} lacks the settings of its processor" in caplog.text
+    assert (tmp_path / "saved" / "model.safetensors").exists()
 
 
 def test_a_text_part_that_cannot_be_loaded_again_is_refused_before_training() -> None:
