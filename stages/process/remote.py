@@ -126,9 +126,8 @@ class JsonClient:
         self._stopping.set()
         with self._lock:
             sockets = list(self._sockets)
-        for connection in sockets:  # closing a socket would not wake the threads that read from it
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+        for connection in sockets:
+            _disconnect(connection)
 
     def post(self, url: str, body: object, read: Callable[[object], T]) -> T:
         """Post ``body`` and return ``read`` of the answer's JSON. If ``read`` raises GaveUp, the request is retried.
@@ -192,10 +191,13 @@ class JsonClient:
         logger.warning("%s", self.without_key(message))
 
     def _remember_socket(self, event: str, details: dict[str, Any]) -> None:
-        """Remember the socket of a new connection."""
+        """Remember the socket of a new connection. If ``stop`` was called while it was made, end it."""
         if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            connection = details["return_value"].get_extra_info("socket")
             with self._lock:
-                self._sockets.add(details["return_value"].get_extra_info("socket"))
+                self._sockets.add(connection)
+            if self._stopping.is_set():
+                _disconnect(connection)
 
     def _backoff(self, attempt: int) -> float:
         base = min(LONGEST_WAIT, self.backoff_seconds * 2 ** (attempt - 1))
@@ -204,6 +206,12 @@ class JsonClient:
     def without_key(self, text: str) -> str:
         """``text`` with the API key redacted."""
         return text.replace(self._key, "...") if self._key else text
+
+
+def _disconnect(connection: socket.socket) -> None:
+    """End a connection. A thread that reads from it wakes; closing the socket would not wake it."""
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _json_of(response: httpx2.Response) -> object:

@@ -35,3 +35,31 @@ def test_stop_request_ends_a_waiting_http_request() -> None:
     with pytest.raises(GaveUp, match="closed"):  # a thread that starts after the stop
         client.get("http://127.0.0.1:1/", lambda answer: answer)
     listening.close()
+
+
+def test_stop_ends_a_request_whose_connection_was_just_made(monkeypatch) -> None:
+    """``stop`` comes between the connection and its registration. The server never answers, and there is no limit of time."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    client = JsonClient(key=None, timeout=None, retries=3, backoff_seconds=10.0)
+    remember = client._remember_socket
+
+    def stopped_before(event: str, details: dict) -> None:
+        if event == "connection.connect_tcp.complete":
+            client.stop()
+        remember(event, details)
+
+    monkeypatch.setattr(client, "_remember_socket", stopped_before)
+    raised: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            client.post(f"http://127.0.0.1:{listening.getsockname()[1]}/", {}, lambda answer: answer)
+        except GaveUp as error:
+            raised.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(10)
+    assert not asking.is_alive() and "no connection" in str(raised[0])
+    client.close()
+    listening.close()
