@@ -84,7 +84,7 @@ OPTIONAL = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_f
 def _copy_processor(model: TransformersModel, folder: Path) -> None:
     """Copy the settings for images, sound and video of a model that also has the parts for them, from where it was loaded.
 
-    Logs a warning if that folder no longer exists.
+    Logs a warning if that folder no longer exists, or if no file could be read there (also because the Hub does not answer).
     """
     config, source = model.config, model.name_or_path
     if config.get_text_config() is config or not source or Path(source) == folder:
@@ -93,10 +93,14 @@ def _copy_processor(model: TransformersModel, folder: Path) -> None:
         told = "%s is gone, so %s lacks the settings of its processor (%s); copy those of the model that was trained"
         logger.warning(told, source, folder, ", ".join(PROCESSOR_FILES))
         return
-    for name in PROCESSOR_FILES:
-        version = getattr(config, "_commit_hash", None)  # of a model from the Hub
-        if (file := cached_file(source, name, revision=version, **OPTIONAL)) is not None:
+    version = getattr(config, "_commit_hash", None)  # of a model from the Hub
+    files = {name: cached_file(source, name, revision=version, **OPTIONAL) for name in PROCESSOR_FILES}
+    for name, file in files.items():
+        if file is not None:
             shutil.copyfile(file, folder / name)
+    if not any(files.values()):
+        told = "no settings of a processor (%s) could be read from %s, so %s has none, either"
+        logger.warning(told, ", ".join(PROCESSOR_FILES), source, folder)
 
 
 def _stop_at_turn_ends(model: TransformersModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from stages.errors import some_of
 from stages.json_types import JsonObject
 from stages.report import training
 from stages.report.circumstances import command, facts, packages
@@ -64,9 +65,7 @@ def run_names(runs: Sequence[RunFolder]) -> list[str]:
 def _lede(differing: Sequence[Sequence[str]]) -> str:
     if not differing:
         return "Their settings are equal. Only hardware, data, code or the run's seed may differ."
-    shown = [f"{row[0]}.{row[1]}" for row in differing[:4]]
-    more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
-    return f"They differ in {', '.join(shown)}{more}."
+    return f"They differ in {some_of([f'{row[0]}.{row[1]}' for row in differing])}."
 
 
 def _run(run: RunFolder, name: str, number: int) -> Row:

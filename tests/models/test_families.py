@@ -157,6 +157,15 @@ def test_a_model_whose_source_is_gone_is_saved_without_the_settings_of_its_proce
     assert (tmp_path / "saved" / "model.safetensors").exists()
 
 
+def test_a_model_without_readable_settings_of_a_processor_is_saved_with_a_warning(tmp_path: Path, caplog) -> None:
+    save_model_of_several_inputs("gemma3", tmp_path / "model")
+    (tmp_path / "model" / "preprocessor_config.json").unlink()
+    model = load_language_model(str(tmp_path / "model"), dtype=torch.float32)
+    with caplog.at_level(logging.WARNING):
+        save_model(model, None, tmp_path / "saved")
+    assert f"could be read from {tmp_path / 'model'}, so {tmp_path / 'saved'} has none, either" in caplog.text
+
+
 def test_a_text_part_that_cannot_be_loaded_again_is_refused_before_training() -> None:
     with pytest.raises(ModelError, match=r"cannot load that part \(mllama_text_model\)"):
         refuse_unfit(transformers.MllamaConfig(), "some/model")
