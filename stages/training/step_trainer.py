@@ -53,7 +53,7 @@ class StepTrainer(Trainer):
 
     def __init__(self, *arguments: object, **named: object) -> None:
         settings = vars(getattr(named.get("model"), "config", object))
-        self._uses_cache = {name: settings[name] for name in ("use_cache",) if name in settings}
+        self._uses_cache = {"use_cache": settings["use_cache"]} if "use_cache" in settings else {}
         super().__init__(*arguments, **named)  # type: ignore[arg-type]  # those of a Trainer
 
     def restore_config(self) -> None:

@@ -11,11 +11,9 @@ import pytest
 from stages.process.remote import GaveUp, JsonClient
 
 
-def test_stop_request_ends_a_waiting_http_request() -> None:
-    """The server accepts the connection and never answers. Without the stop the client would wait for 60 s, and then try again."""
-    listening = socket.create_server(("127.0.0.1", 0))
-    client = JsonClient(key=None, timeout=60.0, retries=3, backoff_seconds=10.0)
-    raised: list[BaseException] = []
+def asked(client: JsonClient, listening: socket.socket) -> tuple[threading.Thread, list[GaveUp]]:
+    """Start a thread that posts to the listening socket. Returns the thread and a list for the error of the request."""
+    raised: list[GaveUp] = []
 
     def ask() -> None:
         try:
@@ -25,6 +23,14 @@ def test_stop_request_ends_a_waiting_http_request() -> None:
 
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
+    return asking, raised
+
+
+def test_stop_request_ends_a_waiting_http_request() -> None:
+    """The server accepts the connection and never answers. Without the stop the client would wait for 60 s, and then try again."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    client = JsonClient(key=None, timeout=60.0, retries=3, backoff_seconds=10.0)
+    asking, raised = asked(client, listening)
     connection, _ = listening.accept()
     assert connection.recv(10_000)
     time.sleep(0.1)  # now the client waits for the answer
@@ -49,16 +55,7 @@ def test_stop_ends_a_request_whose_connection_was_just_made(monkeypatch) -> None
         remember(event, details)
 
     monkeypatch.setattr(client, "_remember_socket", stopped_before)
-    raised: list[BaseException] = []
-
-    def ask() -> None:
-        try:
-            client.post(f"http://127.0.0.1:{listening.getsockname()[1]}/", {}, lambda answer: answer)
-        except GaveUp as error:
-            raised.append(error)
-
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
+    asking, raised = asked(client, listening)
     asking.join(10)
     assert not asking.is_alive() and "no connection" in str(raised[0])
     client.close()
