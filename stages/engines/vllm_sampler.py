@@ -23,6 +23,7 @@ from stages.engines.vllm_servers import Servers
 from stages.errors import ModelError, TrainingError
 from stages.json_types import JsonObject
 from stages.models.adapters.served import updates_of, write_adapter
+from stages.models.parts import evaluation_mode
 from stages.models.passes.responses import Policy, sequence_batch
 from stages.models.quiet import quiet_transformers
 from stages.models.sharding import unsharded_state_dict
@@ -183,12 +184,9 @@ class VllmSampler:
 
     def _own_logprobs(self, tokens: list[int]) -> list[float]:
         """The local model's log-probabilities of ``tokens`` after the probe's prompt."""
-        training = self.policy.model.training
-        self.policy.model.eval()
-        with torch.inference_mode():
+        with evaluation_mode(self.policy.model), torch.inference_mode():
             batch = sequence_batch([self._probe_prompt()], [tokens], self.tokenizer.pad_token_id, self.policy.device)
             own: list[float] = self.policy.logprobs(batch).float().cpu().tolist()
-        self.policy.model.train(training)
         return own
 
     def _compare(self, url: str, answer: Completed) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from stages.errors import ModelError
+from stages.models.parts import evaluation_mode
 from stages.sampling.support import no_cache, says_causal, weight_of
 
 if TYPE_CHECKING:
@@ -36,14 +37,10 @@ def _looks_ahead(model: TransformersModel) -> bool:
     size, pad = embedding.shape[0], getattr(model.config, "pad_token_id", None)
     tokens = [token for token in range(min(size, LENGTH + 2)) if token != pad][: LENGTH + 1]
     text = torch.tensor([tokens[:LENGTH], [*tokens[: LENGTH - 1], tokens[-1]]], device=embedding.device)
-    training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         outputs = model(input_ids=text, **no_cache(model))
-        logits = getattr(outputs, "logits", None)
-        seen = (outputs.last_hidden_state if logits is None else logits)[:, : LENGTH - 1].float()
-    finally:
-        model.train(training)
+    logits = getattr(outputs, "logits", None)
+    seen = (outputs.last_hidden_state if logits is None else logits)[:, : LENGTH - 1].float()
     spread = (seen[0] - seen[0].mean(dim=-1, keepdim=True)).norm()
     # Both rows use the same kernels, so equal inputs differ at most by rounding.
     return float((seen[0] - seen[1]).norm()) > (1e-4 if model.dtype == torch.float32 else 0.05) * float(spread)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -50,12 +52,19 @@ def hidden_width(backbone: nn.Module) -> int:
     The config is not reliable: OPT-350m has ``hidden_size`` 1024 but outputs width 512, its ``word_embed_proj_dim``.
     """
     ids = torch.zeros((1, 1), dtype=torch.long, device=next(backbone.parameters()).device)
-    training = backbone.training
-    backbone.eval()
-    try:
+    with evaluation_mode(backbone):
         return int(backbone(input_ids=ids, use_cache=False).last_hidden_state.shape[-1])
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Context manager in which ``model`` is in evaluation mode. Afterwards it has the mode from before."""
+    training = model.training
+    model.eval()
+    try:
+        yield
     finally:
-        backbone.train(training)
+        model.train(training)
 
 
 def module_name(model: nn.Module, wanted: nn.Module) -> str:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from stages.models.adapters.saved import base_of
+from stages.models.parts import evaluation_mode
 from stages.sampling.support import PASS_FAILURES, no_cache, plain_model, weight_of
 from stages.training.reproducible import IGNORED
 
@@ -71,7 +72,7 @@ def _score_by_own_logits(plain: PreTrainedModel) -> None:
 @torch.no_grad()
 def _has_router_loss(plain: PreTrainedModel) -> bool:
     try:
-        with _evaluating(plain):
+        with evaluation_mode(plain):
             made = plain(input_ids=_ids(plain), output_router_logits=True, **no_cache(plain))
     except PASS_FAILURES:  # no layer has a router
         return False
@@ -112,7 +113,7 @@ def _agrees(plain: PreTrainedModel, precision: torch.dtype) -> bool:
     ids = _ids(plain)
     device = ids.device
     autocast = torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _evaluating(plain), autocast, _drawn_hidden(plain):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), evaluation_mode(plain), autocast, _drawn_hidden(plain):
         logits = plain(input_ids=ids, **no_cache(plain)).logits[:, :-1].float()
         expected = -functional.cross_entropy(logits[0], ids[0, 1:], reduction="none")
         try:
@@ -127,16 +128,6 @@ def _agrees(plain: PreTrainedModel, precision: torch.dtype) -> bool:
 def _ids(plain: PreTrainedModel) -> Tensor:
     size = weight_of(base_of(plain.get_input_embeddings())).shape[0]
     return (torch.arange(3, 19, device=next(plain.parameters()).device) % size)[None]
-
-
-@contextmanager
-def _evaluating(plain: PreTrainedModel) -> Iterator[None]:
-    training = plain.training
-    plain.eval()
-    try:
-        yield
-    finally:
-        plain.train(training)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from stages.models.adapters.attaching import add_adapter
 from stages.models.adapters.merging import merge
 from stages.models.classifiers.inputs import ended
 from stages.models.embeddings import grow_embedding
-from stages.models.parts import module_name
+from stages.models.parts import evaluation_mode, module_name
 from stages.models.quiet import quiet_transformers
 from stages.models.verification import ROUNDED
 from stages.sampling.support import no_cache, plain_model, weight_of
@@ -114,12 +114,11 @@ def dequantized(model: PreTrainedModel) -> PreTrainedModel:
 def _probe(model: TransformersModel) -> Tensor:
     """A model's outputs for a few tokens from its vocabulary: logits, or hidden states if it has no head."""
     plain = plain_model(model)
-    training = plain.training
     weight = weight_of(plain.get_input_embeddings())
     spread = torch.linspace(1, weight.shape[0] - 1, PROBE_TOKENS).long().tolist()
     ids = torch.tensor([ended(spread, plain.config)], device=weight.device)
-    outputs = plain.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), **no_cache(plain))
-    plain.train(training)
+    with evaluation_mode(plain):
+        outputs = plain(input_ids=ids, attention_mask=torch.ones_like(ids), **no_cache(plain))
     logits = getattr(outputs, "logits", None)
     return (outputs.last_hidden_state if logits is None else logits).float()
 

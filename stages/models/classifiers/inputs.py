@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from stages.models.parts import evaluation_mode
 from stages.sampling.support import PASS_FAILURES, plain_model
 from stages.tokens.positions import readable_length
 
@@ -88,13 +89,9 @@ def padding_of(model: TransformersModel, tokenizer: PreTrainedTokenizerBase) -> 
 @torch.no_grad()
 def _logits(model: TransformersModel, rows: Sequence[Row], pad: int, padding: Padding) -> Tensor:
     """Logits [B, C] in evaluation mode, in the dtype of the model."""
-    training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         batch = {name: value.to(model.device) for name, value in padded_rows(rows, pad, padding).items()}
         logits: Tensor = model(**batch).logits
-    finally:
-        model.train(training)
     return logits
 
 

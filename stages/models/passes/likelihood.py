@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.kernels.transfers import moved_together
+from stages.models.parts import evaluation_mode
 from stages.models.passes.budget import each_group, refuse_alone
 from stages.models.passes.right_padding import without_masks
 from stages.models.sharding import gathers_in_passes
@@ -68,16 +69,12 @@ def measure_likelihood(
     def one_pass(indices: Sequence[int]) -> tuple[float, int]:
         return _of_rows(model, [rows[index] for index in indices], pad_token_id, device, dtype)
 
-    training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         if gathers_in_passes(model):
             measured += _in_equally_many_passes(batches, one_pass, state)
         else:
             own = batches[state.process_index :: state.num_processes]
             each_group("held-out likelihood", own, lambda indices: measured.append(one_pass(indices)), known_by=model)
-    finally:
-        model.train(training)
     nats, tokens = sum(nats for nats, _ in measured), sum(tokens for _, tokens in measured)
     if state.num_processes > 1:
         reduced = reduce(torch.tensor([nats, float(tokens)], dtype=torch.float64, device=device), "sum")
