@@ -46,7 +46,7 @@ class Adapter:
         names = [*lora.modules_to_save, *lora.rank_pattern]
         for some in (lora.target_modules, lora.exclude_modules):
             names += [some] if isinstance(some, str) else some
-        return any(re.search(r"[^\D]|[^\w.-]", name) for name in names)
+        return any(re.search(r"\d|[^\w.-]", name) for name in names)
 
 
 @dataclass(frozen=True)
