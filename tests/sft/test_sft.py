@@ -63,13 +63,14 @@ def test_texts_and_token_lists_of_training_rows_are_freed_before_training(
     step_context: Any, tiny_llama_folder: Path, resolve_folder: Any, demonstrations: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive: list[int] = []
-    rows_before = [one for one in gc.get_objects() if isinstance(one, Demonstration | EncodedRow)]  # of other tests in this process
+    # isinstance() would follow the weak proxies of other tests in this process, whose objects may be gone; type() does not
+    rows_before = [one for one in gc.get_objects() if type(one) in (Demonstration, EncodedRow)]
     before = {id(one) for one in rows_before}
 
     def counting(*arguments: Any, **named: Any) -> Any:
         gc.collect()
         for kind in (Demonstration, EncodedRow):
-            alive.append(sum(isinstance(one, kind) and id(one) not in before for one in gc.get_objects()))
+            alive.append(sum(type(one) is kind and id(one) not in before for one in gc.get_objects()))
         return train(*arguments, **named)
 
     monkeypatch.setattr("stages.sft.run.train", counting)
