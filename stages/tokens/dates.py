@@ -6,13 +6,10 @@ conversation that is rendered at midnight still begins with its prompt.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 
-_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _moment: datetime | None = None
 
 
@@ -27,7 +24,12 @@ def templates_at(moment: datetime) -> Iterator[None]:
         _moment = outer
 
 
-def dated(template: str) -> str:
-    """The template with the present date, or that of ``templates_at``, in the place of its calls of ``strftime_now``."""
-    moment = _moment or datetime.now()
-    return _CALL.sub(lambda call: json.dumps(moment.strftime(call[2])), template)
+def give_date(template: str) -> None:
+    """Make ``strftime_now`` write the time of ``templates_at`` in a template. transformers caches the compiled template."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    _compile_jinja_template(template).environment.globals["strftime_now"] = _strftime_now
+
+
+def _strftime_now(format: str) -> str:
+    return (_moment or datetime.now()).strftime(format)

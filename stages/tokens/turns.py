@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from stages.errors import DataError, ModelError
 from stages.tokens.continuation import plain_ids, segment_ids
-from stages.tokens.dates import dated
+from stages.tokens.dates import give_date
 from stages.tokens.plain import template_to_apply
 from stages.tokens.template_arguments import NONE, Arguments, used_arguments
 
@@ -41,6 +41,7 @@ def apply_template(
     """Apply the tokenizer's chat template to ``messages``. Raises DataError with ``location`` if the template rejects them."""
     template = template_for(tokenizer, tools)
     try:
+        give_date(template)
         text = tokenizer.apply_chat_template(
             cast("list[dict[str, str]]", list(messages)),  # the annotation of transformers omits parts and tool calls
             tools=[dict(tool) for tool in tools] or None,
@@ -59,7 +60,7 @@ def apply_template(
 
 
 def template_for(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Mapping[str, object]]) -> str:
-    """The template that renders a conversation with ``tools``, with the date of the step.
+    """The template that renders a conversation with ``tools``.
 
     Raises ModelError if the tokenizer has several named templates and no default one.
     """
@@ -69,7 +70,7 @@ def template_for(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Mapping[str
             f"the tokenizer of {tokenizer.name_or_path or 'the model'} has the chat templates {', '.join(own)}, but none with the name "
             "default; save one as chat_template.jinja in its folder, or set template in the sft step"
         )
-    return dated(template_to_apply(tokenizer) or str(tokenizer.get_chat_template(None, listed)))
+    return template_to_apply(tokenizer) or str(tokenizer.get_chat_template(None, listed))
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from stages.corpora.templates import encode_pair, encode_segments, in_template_f
 from stages.errors import DataError
 from stages.json_types import JsonObject
 from stages.tokens.continuation import plain_ids
+from stages.tokens.dates import give_date
 from stages.tokens.template_arguments import used_arguments
 from stages.tokens.turns import first_difference, template_for, turn_form
 
@@ -143,10 +144,12 @@ def _is_unchanged(tokenizer: PreTrainedTokenizerBase, messages: Conversation, tu
 def _marked_row(tokenizer: PreTrainedTokenizerBase, messages: Conversation, replies: Sequence[int]) -> TrainingRow:
     """One row of a conversation. Only tokens of ``replies`` that the generation markers enclose are trained."""
     contents: list[Message] = in_template_form(tokenizer, messages, messages.arguments)
+    template = template_for(tokenizer, messages.tools)
+    give_date(template)
     encoded: Any = tokenizer.apply_chat_template(
         contents,
         tools=[*messages.tools] or None,
-        chat_template=template_for(tokenizer, messages.tools),
+        chat_template=template,
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,
