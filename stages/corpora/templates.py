@@ -35,7 +35,7 @@ from stages.json_types import JsonObject
 from stages.tokens.continuation import CONTEXT, beginning_ids, continued, plain_ids, segment_ids
 from stages.tokens.plain import is_begun, is_plain, plain_template
 from stages.tokens.template_arguments import template_variables, used_arguments
-from stages.tokens.turns import TurnForm, apply_template, argument_form, first_difference, first_special, turn_form, up_to
+from stages.tokens.turns import TurnForm, apply_template, argument_form, first_difference, first_special, template_for, turn_form, up_to
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -158,7 +158,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], pr
     tools, arguments = tools_of(prompt), arguments_of(prompt)
     with errors_at(location_of(prompt)):
         contents = in_template_form(tokenizer, messages, arguments)
-    if unused := sorted(arguments.keys() - used_arguments(tokenizer, arguments).keys()):
+    if unused := sorted(arguments.keys() - used_arguments(tokenizer, template_for(tokenizer, tools), arguments).keys()):
         logger.warning("the model's chat template does not use %s of %s; the values are ignored", ", ".join(unused), ARGUMENTS)
     write = partial(apply_template, tokenizer, arguments=arguments)
     text = write(contents, generation_prompt=generation_prompt, tools=tools, location=location_of(prompt))

@@ -61,16 +61,16 @@ def without_arguments(tokenizer: PreTrainedTokenizerBase) -> object:
     return _FIRST_LINE.sub("", own or "", count=1)
 
 
-def template_variables(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """The variables of the tokenizer's chat template that a caller may set. With named templates: those of any of them."""
-    own = tokenizer.chat_template or ""
+def template_variables(tokenizer: PreTrainedTokenizerBase, template: str = "") -> set[str]:
+    """The variables of ``template`` that a caller may set. Without it: those of the tokenizer's template, or of any of its named ones."""
+    own = template or tokenizer.chat_template or ""
     read = {variable for template in (own.values() if isinstance(own, dict) else [own]) for variable in _variables(template)}
     return read - {*GIVEN, *tokenizer.special_tokens_map}
 
 
-def used_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Arguments) -> dict[str, Any]:
-    """Those of ``arguments`` that the tokenizer's chat template uses."""
-    known = template_variables(tokenizer) if arguments else ()
+def used_arguments(tokenizer: PreTrainedTokenizerBase, template: str, arguments: Arguments) -> dict[str, Any]:
+    """Those of ``arguments`` that ``template``, a chat template of the tokenizer, uses."""
+    known = template_variables(tokenizer, template) if arguments else ()
     return {name: value for name, value in arguments.items() if name in known}
 
 

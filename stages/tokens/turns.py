@@ -48,7 +48,7 @@ def apply_template(
             chat_template=template,
             tokenize=False,
             add_generation_prompt=generation_prompt,
-            **used_arguments(tokenizer, arguments),
+            **used_arguments(tokenizer, template, arguments),
         )
     except Exception as error:  # a template is a program and can raise any exception
         roles = ", ".join(str(message["role"]) for message in messages)

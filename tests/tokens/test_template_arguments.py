@@ -176,5 +176,9 @@ def test_arguments_of_a_row_that_the_template_does_not_use_are_said(tokenizer_of
     with caplog.at_level(logging.WARNING):
         encode_prompt(tokenizer, prompt_of(row(prompt="hello", chat_template_kwargs={"thinking": True, "tone": "warm", "tokenize": True})))
     assert "the model's chat template does not use thinking, tokenize of chat_template_kwargs; the values are ignored" in caplog.text
+    tokenizer.chat_template = {"default": THINKS, "rag": NOTES}  # as Command R's; nothing renders a row with rag
+    with caplog.at_level(logging.WARNING):
+        encode_prompt(tokenizer, prompt_of(row(prompt="hello", chat_template_kwargs={"documents": [{"title": "t"}]})))
+    assert "the model's chat template does not use documents of chat_template_kwargs" in caplog.text
     with pytest.raises(DataError, match=r"chats.jsonl:7: chat_template_kwargs is \['thinking'\]; expected an object"):
         prompt_of(row(prompt="hello", chat_template_kwargs=["thinking"]))

@@ -153,7 +153,7 @@ def _marked_row(tokenizer: PreTrainedTokenizerBase, messages: Conversation, repl
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,
-        **used_arguments(tokenizer, messages.arguments),
+        **used_arguments(tokenizer, template, messages.arguments),
     )
     ids, marked = list(encoded["input_ids"]), list(encoded["assistant_masks"])
     before = rendered(tokenizer, messages[: replies[0]], messages, generation_prompt=False)
