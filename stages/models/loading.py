@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+OPTIONAL = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+"""Options of ``cached_file`` for a file that a model may lack."""
 _warned: set[str] = set()
 
 
@@ -68,12 +71,27 @@ def load_tokenizer(model: ResolvedModel | str | Path) -> PreTrainedTokenizerBase
     model = tokenizer_source(asked)
     with explained(model, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
-            model.path, revision=model.input.revision, trust_remote_code=model.input.trust_remote_code
+            model.path,
+            revision=model.input.revision,
+            trust_remote_code=model.input.trust_remote_code,
+            mistral_format=False,  # the tokenizer of mistral-common encodes no special tokens in texts, so none of a chat template
         )
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = _processor_template(model)
     _refuse_empty_vocabulary(tokenizer, model.ref)
     ensure_pad_token(tokenizer, model.ref)
     set_arguments(tokenizer, asked.input.template_arguments, asked.ref)
     return tokenizer
+
+
+def _processor_template(model: ResolvedModel) -> str | None:
+    """The chat template that a model for text and images has only in the files of its processor, as older ones do; None if it has none."""
+    for name in ("processor_config.json", "chat_template.json"):
+        file = cached_file(model.path, name, revision=model.input.revision, **OPTIONAL)
+        template: str | None = json.loads(Path(file).read_text(encoding="utf-8")).get("chat_template") if file is not None else None
+        if template:
+            return template
+    return None
 
 
 def _refuse_empty_vocabulary(tokenizer: PreTrainedTokenizerBase, name: str) -> None:

@@ -13,7 +13,7 @@ from transformers.utils import cached_file
 
 from stages.models.adapters.activation import NEW_ADAPTER, lora_config
 from stages.models.adapters.variants import write_as_lora
-from stages.models.loading import load_classifier, load_language_model
+from stages.models.loading import OPTIONAL, load_classifier, load_language_model
 from stages.models.parts import moved_to
 from stages.models.quiet import quiet_transformers
 from stages.models.verification import check_saved_adapter, check_saved_weights, outputs_of, rows_for
@@ -77,8 +77,6 @@ def save_model(
 
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "audio_preprocessor_config.json")
-
-OPTIONAL = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 
 def _copy_processor(model: TransformersModel, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.auto import tokenization_auto
 
 from stages.config import LoraSettings, ModelInput
+from stages.corpora.templates import encode_prompt
 from stages.errors import ModelError
 from stages.models import loading
 from stages.models.adapters.exporting import export_merged
@@ -56,6 +59,31 @@ def test_a_good_pad_token_and_the_padding_side_stay(tiny_tokenizer: Any) -> None
     before = tiny_tokenizer.pad_token_id, tiny_tokenizer.padding_side, len(tiny_tokenizer)
     ensure_pad_token(tiny_tokenizer)
     assert (tiny_tokenizer.pad_token_id, tiny_tokenizer.padding_side, len(tiny_tokenizer)) == before
+
+
+def test_the_tokenizer_does_not_depend_on_an_installed_mistral_common(
+    tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With that package, transformers chooses a tokenizer that encodes the special tokens of a chat template as plain text."""
+    folder = Path(shutil.copytree(tiny_llama_folder, tmp_path / "mistral"))
+    (folder / "config.json").write_text('{"model_type": "mistral"}')
+    (folder / "tekken.json").write_text("{}")
+    monkeypatch.setitem(tokenization_auto.TOKENIZER_MAPPING_NAMES, "mistral", "MistralCommonBackend")
+    monkeypatch.setattr("transformers.integrations.mistral.tokenizer.is_mistral_common_available", lambda: True)
+    assert load_tokenizer(str(folder))("a<|endoftext|>")["input_ids"] == tiny_tokenizer("a<|endoftext|>")["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["processor_config.json", "chat_template.json"])
+def test_a_chat_template_that_only_the_processor_has_is_used(tiny_llama_folder: Path, tmp_path: Path, name: str) -> None:
+    template = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{{ eos_token }}{% endfor %}"
+    folder = Path(shutil.copytree(tiny_llama_folder, tmp_path / "model"))
+    (folder / name).write_text(json.dumps({"chat_template": template}))
+    tokenizer = load_tokenizer(str(folder))
+    assert tokenizer.decode(encode_prompt(tokenizer, "the film")) == "the film<|endoftext|>"
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert load_tokenizer(str(tmp_path / "saved")).chat_template == template
+    (folder / "chat_template.jinja").write_text("{{ 'own' }}")
+    assert load_tokenizer(str(folder)).chat_template == "{{ 'own' }}"
 
 
 def test_new_rows_of_the_embedding_are_the_mean_of_the_old(tiny_llama_folder: Path) -> None:
