@@ -46,7 +46,7 @@ def explained(model: ResolvedModel, what: str) -> Iterator[None]:
             raise
         if problem := _wrong_labels(model):
             raise ModelError(f"cannot load the {what} of {model.ref!r}: {problem}. Correct its config.json") from error
-        move = _incomplete_folder(model, what) or _move(model, error)
+        move = _incomplete_folder(model, what) or _move(model, what, error)
         if model.input.quantization != "none" and what == "model":
             move += f"; quantization: {model.input.quantization} needs bitsandbytes with a backend for this device"
         reason = " ".join(str(error).split())[:300]  # a config error names the field in its first line and the value in its second
@@ -79,13 +79,15 @@ def _incomplete_folder(model: ResolvedModel, what: str) -> str:
     return ""
 
 
-def _move(model: ResolvedModel, error: BaseException) -> str:
+def _move(model: ResolvedModel, what: str, error: BaseException) -> str:
     """The next move for the cause named in the error."""
     text = str(error)
     if "trust_remote_code" in text:
         return "it needs its own code, which was not run; write {ref: ..., trust_remote_code: true} if you trust it"
     if isinstance(error, ImportError):
         return "install the named package"
+    if "`tiktoken` is required" in text:  # transformers tries it last, so it may be a file of SentencePiece
+        return "its vocabulary is a file of SentencePiece or tiktoken; install what reads them: pip install sentencepiece tiktoken"
     if isinstance(error, SafetensorError):
         return "its weights are damaged or truncated; copy or download them again"
     if isinstance(error, json.JSONDecodeError) or "valid JSON" in text:
@@ -102,6 +104,8 @@ def _move(model: ResolvedModel, error: BaseException) -> str:
         return "it does not fit into memory; quantize it (quantization: nf4), or use a smaller model"
     if model.kind == "hub":
         return "check the id (owner/name), the connection and the access rights, or download it and use its folder"
+    if what == "tokenizer":
+        return "its files are damaged or inconsistent; copy or download them again"
     return "its files are inconsistent; compare its config.json with its weights, or save it again"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,22 @@ def test_a_field_with_a_wrong_value_is_named(folder: Path) -> None:
 def test_a_folder_without_a_tokenizer_says_so(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match="has no tokenizer file"):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.skipif(any(map(find_spec, ("sentencepiece", "tiktoken"))), reason="a package that reads the file is installed")
+def test_a_vocabulary_that_needs_other_packages_names_them(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    change(folder, tokenizer_class="LlamaTokenizer")
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ModelError, match="install what reads them: pip install sentencepiece tiktoken"):
+        load_tokenizer(str(folder))
+
+
+def test_damaged_files_of_a_tokenizer_are_not_blamed_on_the_weights(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ModelError, match="its files are damaged or inconsistent; copy or download them again"):
         load_tokenizer(str(folder))
 
 
