@@ -30,7 +30,7 @@ from stages.sft.rows import Encoded, EncodedRow, encode, fitted, pretraining_blo
 from stages.sft.trainer import DemonstrationTrainer, make_trainer
 from stages.step import Publication, StepContext, StepResult
 from stages.tokens.positions import row_length
-from stages.tokens.turns import turn_form
+from stages.tokens.turns import template_for, turn_form
 from stages.training.arguments import weights_dtype
 from stages.training.best import heldout_likelihood, publish_trained
 from stages.training.lengths import short_enough
@@ -152,16 +152,14 @@ def _say_form(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, context: Ste
 
 def _missing_end(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """What to say if no special token ends a reply in the training rows. None if one does."""
-    if not tokenizer.chat_template:
-        if tokenizer.eos_token_id is not None:
-            return None
+    form = turn_form(tokenizer) if tokenizer.chat_template else None
+    if form.end_ids if form is not None else tokenizer.eos_token_id is not None:
+        return None
+    if form is None or (tokenizer.eos_token_id is None and "eos_token" in template_for(tokenizer, ())):
         return (
             "the tokenizer has no end token, so nothing ends a completion: the model does not learn to stop; set eos_token in its "
             "tokenizer_config.json"
         )
-    form = turn_form(tokenizer)
-    if form.end_ids:
-        return None
     return (
         f"the chat template ends a reply with {form.ending!r}, without a special token: the model does not learn to stop; add one to the "
         "template"

@@ -52,9 +52,10 @@ def apply_template(
         )
     except Exception as error:  # a template is a program and can raise any exception
         roles = ", ".join(str(message["role"]) for message in messages)
+        token = re.match(r"'(\w+_token)' is undefined", str(error))
+        move = f"set {token[1]} in its tokenizer_config.json" if token else "change the rows, or use another template"
         raise DataError(
-            f"{location}{': ' if location else ''}the model's chat template rejects the conversation ({roles}): {error}; "
-            "change the rows, or use another template"
+            f"{location}{': ' if location else ''}the model's chat template rejects the conversation ({roles}): {error}; {move}"
         ) from error
     return str(text)
 

@@ -48,6 +48,12 @@ def test_conversations(tokenizer) -> None:
     assert render_prompt(tokenizer, messages) == "\n\nHuman: a\n\nAssistant: b<|endoftext|>\n\nHuman: c\n\nAssistant:"
 
 
+def test_a_template_with_a_token_that_the_tokenizer_lacks(tokenizer) -> None:
+    tokenizer.chat_template = "{% for m in messages %}{{ bos_token + m.content }}{% endfor %}"
+    with pytest.raises(DataError, match="'bos_token' is undefined; set bos_token in its tokenizer_config.json"):
+        render_prompt(tokenizer, "a")
+
+
 @pytest.mark.parametrize(("template", "message"), [("chat", "has no chat template"), ("no place", "a text with {prompt} once")])
 def test_bad_templates(tokenizer, template, message) -> None:
     with pytest.raises(ModelError, match=message):

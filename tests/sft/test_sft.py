@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from stages.corpora.demonstrations import Demonstration, demonstration
 from stages.corpora.rows import Row
+from stages.corpora.templates import set_template
 from stages.errors import DataError
 from stages.models.layers import compiled as compiled_layers
 from stages.models.loading import load_language_model
@@ -118,8 +119,12 @@ def test_replies_without_an_end_token_are_reported(tiny_tokenizer) -> None:
     assert _missing_end(tokenizer) is None
     tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' .' }}{% endfor %}"
     assert "the chat template ends a reply with ' .', without a special token" in str(_missing_end(tokenizer))
-    tokenizer.chat_template = tokenizer.eos_token = None
-    assert "the tokenizer has no end token, so nothing ends a completion" in str(_missing_end(tokenizer))
+    tokenizer.eos_token = None
+    assert "the chat template ends a reply with ' .'" in str(_missing_end(tokenizer))
+    set_template(tokenizer, "question")
+    for template in (tokenizer.chat_template, None):  # with an end token, both would end a completion
+        tokenizer.chat_template = template
+        assert "the tokenizer has no end token, so nothing ends a completion" in str(_missing_end(tokenizer))
 
 
 def test_packing_by_hand() -> None:
