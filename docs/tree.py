@@ -1,7 +1,8 @@
-"""Writes the tree of ``stages/`` in docs/architecture.md from the first sentence of each module's docstring.
+"""Writes the tree of ``stages/`` in docs/architecture.md from the first sentence of each docstring: its packages and top modules.
 
 python docs/tree.py            # rewrites the tree
 python docs/tree.py --check    # exit status 1 if the tree is not up to date (a test runs this)
+python docs/tree.py --modules  # prints the tree with every module
 """
 
 from __future__ import annotations
@@ -26,23 +27,26 @@ def first_sentence(path: Path) -> str:
     return sentence if len(sentence) <= MOST else f"{sentence[:MOST].rsplit(' ', 1)[0].rstrip(',;:')} ..."
 
 
-def lines_of(folder: Path, depth: int) -> list[str]:
-    """The lines of one folder: its files, then its folders; every folder has the sentence of its ``__init__``."""
+def lines_of(folder: Path, depth: int, *, modules: bool) -> list[str]:
+    """The lines of one folder: its modules, then its packages. Modules of packages only with ``modules``."""
     lines = []
     for path in sorted(folder.glob("*.py")):
-        if path.name != "__init__.py":
+        if path.name != "__init__.py" and (modules or depth == 1):
             lines.append(f"{'  ' * depth}{path.name}: {first_sentence(path)}")
     for inner in sorted(path for path in folder.iterdir() if path.is_dir() and any(path.glob("*.py"))):
         start = inner / "__init__.py"
         lines.append(f"{'  ' * depth}{inner.name}/" + (f"  {first_sentence(start)}" if start.exists() else ""))
-        lines += lines_of(inner, depth + 1)
+        lines += lines_of(inner, depth + 1, modules=modules)
     return lines
 
 
-def tree() -> str:
+def tree(*, modules: bool = False) -> str:
     """The tree as text."""
-    return "\n".join(["stages/", *lines_of(REPOSITORY / "stages", 1)]) + "\n"
+    return "\n".join(["stages/", *lines_of(REPOSITORY / "stages", 1, modules=modules)]) + "\n"
 
 
 if __name__ == "__main__":
-    sys.exit(write_or_check(PAGE, FENCE, tree()))
+    if "--modules" in sys.argv:
+        sys.stdout.write(tree(modules=True))
+    else:
+        sys.exit(write_or_check(PAGE, FENCE, tree()))

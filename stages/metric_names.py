@@ -1,4 +1,4 @@
-"""Names and meanings of the metrics: those of metrics.jsonl by iteration or optimizer step, and those of a step's summary.
+"""Names and meanings of the metrics: those of ``metrics.jsonl``, and those of a step's summary.
 
 Each name is written here only. Modules that log a metric and modules that read it import its name, or the function that builds it.
 """

@@ -1,4 +1,4 @@
-"""The interface between the chain and a stage: the context that a stage gets besides its config, and the result that it returns."""
+"""The interface between the chain and a stage: the context that a stage gets, and the result that it returns."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Data: tables from files, the Hub or the embedded world, and one module per row schema (text, demonstrations, comparisons, ...)."""
+"""Data: tables from files, the Hub or the embedded world, and one module for each kind of row."""

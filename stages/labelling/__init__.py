@@ -1,1 +1,1 @@
-"""Human rankings: publish ranking tasks, show them on a web page, store every answer, and measure the agreement of annotators."""
+"""Human rankings: publish tasks, show them on a web page, store the answers, measure the agreement of annotators."""

@@ -1,1 +1,1 @@
-"""Recipes: YAML parsed into strict settings, with errors that name line, value and next move; presets of published settings."""
+"""Recipes: YAML parsed into strict settings, with errors that name the line and the value; presets of published settings."""

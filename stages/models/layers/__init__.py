@@ -1,1 +1,1 @@
-"""Layers of a loaded model that Tristage replaces or changes: attention, lean and compiled layers, dropout, rotary embeddings."""
+"""Layers of a loaded model that Tristage replaces: attention, lean and compiled layers, dropout, rotary embeddings."""
