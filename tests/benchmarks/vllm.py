@@ -9,7 +9,7 @@
 Each command keeps every finished measurement in tests/benchmarks/results/vllm-<command>.json (``--out`` names another folder). After an
 interruption, the same command continues with the missing ones. ``--core N`` lets this process and the server use only core N, with one
 thread. Speeds are per second of processor time of this process and the server together, so other jobs on the machine change them little.
-Wall times are in the JSON. docs/vllm.md explains the results.
+Wall times are in the JSON. docs/vllm-measurements.md explains the results.
 """
 
 from __future__ import annotations

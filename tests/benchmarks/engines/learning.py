@@ -114,9 +114,9 @@ def groups(kept: Kept) -> dict[float, dict[str, list[Row]]]:
 def table(kept: Kept) -> str:
     """The table in Markdown."""
     lines = [
-        "| sampler, learning rate | win rate over SFT, by seed | mean (95 %) | difference to local, same seeds | held-out gold score "
-        "| gold score in training, first and last tenth | over all iterations: difference to local | KL | processor seconds of a run |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| sampler, learning rate | win rate over SFT | difference to local | held-out gold score "
+        "| gold score in training: difference to local | KL | processor seconds |",
+        "|---|---|---|---|---|---|---|",
     ]
     for rate, by_arm in groups(kept).items():
         local = {row["seed"]: row for row in by_arm.get("local", [])}
@@ -128,23 +128,14 @@ def table(kept: Kept) -> str:
 
 def cells_of(rows: Sequence[Row], pairs: Sequence[tuple[Row, Row]]) -> list[str]:
     """The cells of an arm. ``pairs``: each row with the local sampler's row of the same seed."""
-    tenth = max(1, len(rows[0]["curves"]["gold"]) // 10)
-    training = [statistics.fmean(statistics.fmean(row["curves"]["gold"][part]) for row in rows) for part in tenths(tenth)]
     return [
-        ", ".join(f"{row['win_rate']:.2f}" for row in rows),
         spread([row["win_rate"] for row in rows]),
         spread([row["win_rate"] - other["win_rate"] for row, other in pairs]),
         spread([row["gold"] for row in rows]),
-        ", ".join(f"{value:.2f}" for value in training),
         spread([statistics.fmean(row["curves"]["gold"]) - statistics.fmean(other["curves"]["gold"]) for row, other in pairs]),
         f"{statistics.fmean(row['kl'] for row in rows):.1f}",
         f"{statistics.fmean(row['processor_seconds'] for row in rows):.0f}",
     ]
-
-
-def tenths(length: int) -> tuple[slice, slice]:
-    """The first and the last ``length`` values of a curve."""
-    return slice(length), slice(-length, None)
 
 
 def draw(kept: Kept, path: Path) -> None:

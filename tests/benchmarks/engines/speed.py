@@ -125,27 +125,25 @@ def sampled(sampler: Sampler, prompts: list[list[int]], settings: GenerationSett
 def speed_table(kept: Kept) -> str:
     """Medians over the rounds, in Markdown; the ratio is that of the medians, with the smallest and largest ratio of a round."""
     lines = [
-        "| batch | new tokens | local, tokens/s | vLLM, tokens/s | vLLM / local (range of the rounds) | vLLM / local by wall time |",
-        "|---|---|---|---|---|---|",
+        "| batch | new tokens | local, tokens/s | vLLM, tokens/s | vLLM / local (range of the rounds) |",
+        "|---|---|---|---|---|",
     ]
     for batch, length in sorted({(row["batch"], row["length"]) for row in kept.rows}):
         rows = [row for row in kept.rows if (row["batch"], row["length"]) == (batch, length)]
-        speeds = {engine: by_round(rows, engine, "processor_seconds") for engine in ENGINES}
+        speeds = {engine: by_round(rows, engine) for engine in ENGINES}
         both = sorted(speeds["local"].keys() & speeds["vllm"].keys())
         if not both:
             continue
         ours, theirs = (statistics.median(speeds[engine][turn] for turn in both) for engine in ENGINES)
         ratios = [speeds["vllm"][turn] / speeds["local"][turn] for turn in both]
-        wall = {engine: by_round(rows, engine, "wall_seconds") for engine in ENGINES}
-        wall_ratio = statistics.median(wall["vllm"][turn] / wall["local"][turn] for turn in both)
         cells = [f"{batch}", f"{length}", f"{ours:,.0f}", f"{theirs:,.0f}", f"{theirs / ours:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"]
-        lines.append("| " + " | ".join([*cells, f"{wall_ratio:.2f}"]) + " |")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def by_round(rows: Sequence[Mapping[str, Any]], engine: str, seconds: str) -> dict[int, float]:
-    """Tokens per second by round."""
-    return {row["round"]: row["tokens"] / row[seconds] for row in rows if row["engine"] == engine}
+def by_round(rows: Sequence[Mapping[str, Any]], engine: str) -> dict[int, float]:
+    """Tokens per second of processor time, by round."""
+    return {row["round"]: row["tokens"] / row["processor_seconds"] for row in rows if row["engine"] == engine}
 
 
 # Seconds per iteration
