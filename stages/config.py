@@ -295,9 +295,8 @@ CHECKED_WEIGHTS = 300_000_000
 
 
 COMPILE_HELP = (
-    "Compile the decoder layers with torch.compile, for training and scoring; decoding computes as usual. The first passes take seconds to "
-    "minutes longer. The default is false, because no GPU has measured the gain (docs/compiled-layers.md). If the layers cannot be "
-    "compiled, the step runs as usual and one line says why. Results are equal up to rounding."
+    "Compile the decoder layers with torch.compile, for training and scoring (docs/compiled-layers.md). The first passes take seconds to "
+    "minutes longer. If the layers cannot be compiled, the step runs as usual and one line says why. Results are equal up to rounding."
 )
 
 

@@ -41,23 +41,23 @@ ALARMS = "health/alarms"
 
 # Other stages, by optimizer step
 
-TRAIN_ROOM, MASKED_ROOM = "train", "masked"
-TRAIN_LOSS, TRAIN_MARGINS = f"{TRAIN_ROOM}/loss", f"{TRAIN_ROOM}/rewards/margins"
+TRAIN_PREFIX, MASKED_PREFIX = "train", "masked"
+TRAIN_LOSS, TRAIN_MARGINS = f"{TRAIN_PREFIX}/loss", f"{TRAIN_PREFIX}/rewards/margins"
 HELDOUT_LOG_LOSS, HELDOUT_LOG_ACCURACY, HELDOUT_LOG_MARGIN = "heldout/loss", "heldout/accuracy", "heldout/margin"
 HELDOUT_LOG_PERPLEXITY, HELDOUT_LOG_BITS_PER_BYTE = "heldout/perplexity", "heldout/bits_per_byte"
 SELECTION_SCORE, SELECTION_LOSS = "selection/score", "selection/heldout_loss"
 
 
-def seed_room(seed: int) -> str:
-    """The room of one of several trainings in a step, which differ in their seed."""
-    return f"{TRAIN_ROOM}_seed_{seed}"
+def seed_prefix(seed: int) -> str:
+    """The prefix of the metrics of one of several trainings in a step, which differ in their seed."""
+    return f"{TRAIN_PREFIX}_seed_{seed}"
 
 
 def seed_of_loss(metric: str) -> str | None:
-    """The seed of a training loss in a room of ``seed_room``; None for other metrics."""
-    room, _, name = metric.partition("/")
-    start, _, seed = room.partition("_seed_")
-    return seed if (start, name) == (TRAIN_ROOM, "loss") and seed else None
+    """The seed of a training loss with a prefix of ``seed_prefix``; None for other metrics."""
+    prefix, _, name = metric.partition("/")
+    start, _, seed = prefix.partition("_seed_")
+    return seed if (start, name) == (TRAIN_PREFIX, "loss") and seed else None
 
 
 # Names that contain the name of something else
@@ -217,9 +217,9 @@ MEANINGS = {
     LEARNING_RATE: "learning rate of the policy",
     ALARMS: "number of raised alarms",
     alarm_name("<alarm>"): "1 if the alarm is raised",
-    f"{TRAIN_ROOM}/<metric>": "metric of a training pass, as the trainer logs it: loss, learning rate, gradient norm, epoch",
-    f"{TRAIN_ROOM}_seed_<seed>/<metric>": "reward_model with num_seeds: the same, one room for each seed",
-    f"{MASKED_ROOM}/<metric>": "sentiment with random weights: the same, of the masked language model that comes first",
+    f"{TRAIN_PREFIX}/<metric>": "metric of a training pass, as the trainer logs it: loss, learning rate, gradient norm, epoch",
+    f"{TRAIN_PREFIX}_seed_<seed>/<metric>": "reward_model with num_seeds: the same for each seed",
+    f"{MASKED_PREFIX}/<metric>": "sentiment with random weights: the same, of the masked language model that comes first",
     TRAIN_LOSS: "training loss since the last line",
     TRAIN_MARGINS: "dpo: mean difference of the implicit rewards of the better and the worse completion",
     HELDOUT_LOG_LOSS: "held-out loss, before or after training",

@@ -59,7 +59,7 @@ class StepContext:
     _trackers: StepTrackers | None = None
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append metrics (named ``room/name``) to metrics.jsonl and the trackers. Only rank zero writes."""
+        """Append metrics (named ``group/name``) to metrics.jsonl and the trackers. Only rank zero writes."""
         if self.recorded is not None:
             self.recorded.append((step, metrics))
         if not self.runtime.is_main:

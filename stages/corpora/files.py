@@ -1,7 +1,7 @@
 """Read tables from files, folders, Hub data sets and the embedded world as lists of rows, and compute fingerprints of their content.
 
-Each row keeps its location (``Row.location``), so that a later error can name the file and the line. ``layout.py`` decides which files of a
-folder are read; ``hub_tables.py`` reads the Hub.
+Each row keeps its location (``Row.location``), so that a later error can name the file and the line. ``tables/layout.py`` decides which
+files of a folder are read; ``tables/hub.py`` reads the Hub.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Run the judges on every pair of candidates and question."""
+"""Run the judges on the answers of every pair of candidates to every question."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Find the model that a path names, and read its small files; refuse what is not a model folder with the next move."""
+"""Find the model that a path names, and read its small files. A path that is not a model folder is refused with a message."""
 
 from __future__ import annotations
 

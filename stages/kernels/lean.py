@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) over the last dimension (Zhang and Sennrich 2019), differentiable. Stores x."""
+    """weight [d] * x [..., d] / sqrt(mean(x^2) + eps) over d (Zhang and Sennrich 2019), differentiable. Stores x."""
     return _RMSNorm.apply(x, weight, eps)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from stages.metric_names import TRAIN_ROOM, seed_room
+from stages.metric_names import TRAIN_PREFIX, seed_prefix
 from stages.models.heads import RewardModel
 from stages.reward_model.config import RewardModelConfig
 from stages.reward_model.measuring import measure
@@ -71,7 +71,7 @@ def train_with_seed(
         trainer,
         own,
         f"{context.name}: reward model",
-        room=seed_room(seed) if several else TRAIN_ROOM,
+        prefix=seed_prefix(seed) if several else TRAIN_PREFIX,
         rule=config,
         measure=lambda: measure(model, deciding, **scoring)["loss"],
     )

@@ -17,7 +17,7 @@ from transformers import (
 from stages.corpora.files import read_rows
 from stages.corpora.rows import text_of
 from stages.json_types import JsonObject
-from stages.metric_names import MASKED_ROOM
+from stages.metric_names import MASKED_PREFIX
 from stages.models.architectures import random_model
 from stages.models.loading import load_classifier, load_tokenizer
 from stages.sentiment.config import SentimentConfig, WordPieceSettings
@@ -108,7 +108,7 @@ def _masked_body(
             model=model, args=arguments, train_dataset=rows, data_collator=collator, compute_loss_func=counted_loss
         )
         rule = config.model_copy(update={"checkpoints": config.checkpoints.model_copy(update={"keep_best": 0})})
-        train(trainer, context, f"{context.name}: masked language modelling", room=MASKED_ROOM, rule=rule)
+        train(trainer, context, f"{context.name}: masked language modelling", prefix=MASKED_PREFIX, rule=rule)
         state = gathered_weights(trainer) or model.state_dict()
         prefix = f"{model.base_model_prefix}."
         body = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -13,7 +13,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from stages.config import CheckpointedStepConfig
 from stages.errors import RecipeError
-from stages.metric_names import TRAIN_ROOM
+from stages.metric_names import TRAIN_PREFIX
 from stages.models.layers.compiled import NOT_WANTED, LayerCompiler
 from stages.models.layers.dropout import has_dropout
 from stages.models.quiet import quiet_transformers
@@ -39,15 +39,15 @@ def train(
     context: StepContext,
     description: str,
     *,
-    room: str = TRAIN_ROOM,
+    prefix: str = TRAIN_PREFIX,
     rule: CheckpointedStepConfig | None = None,
     measure: Measure | None = None,
 ) -> dict[str, float]:
     """Run ``trainer`` (of a ``reproducible`` class) to its end. Returns loss, optimizer steps, seconds and steps per second.
 
     Training continues from the newest complete checkpoint, if an earlier start was interrupted. ``rule`` says when checkpoints are written
-    and which are kept. ``measure`` is the held-out loss by which the best ones are chosen. Logs go to ``context.log`` as ``<room>/...`` and
-    to a progress bar. Raises TrainingError if the loss is not finite. Raises RecipeError if the best checkpoints should be kept in a stage
+    and which are kept. ``measure`` is the held-out loss by which the best ones are chosen. Logs go to ``context.log`` as ``<prefix>/...``
+    and to a progress bar. Raises TrainingError if the loss is not finite. Raises RecipeError if the best checkpoints should be kept in a stage
     without a held-out loss.
     """
     assert hasattr(trainer, "restore_generators"), "make the trainer from training.reproducible(Trainer)"
@@ -70,7 +70,7 @@ def train(
     if checkpoint is None:
         runtime.seed_everything(trainer.args.seed + PROCESS_SEEDS * runtime.process_index)  # each process draws its own dropout masks
     with ExitStack() as stack:
-        callback = StepCallback(trainer, context, description, room, stack, checkpoint, measure)
+        callback = StepCallback(trainer, context, description, prefix, stack, checkpoint, measure)
         _replace_callbacks(trainer, callback)
         stack.enter_context(quiet_transformers())
         stack.enter_context(warnings.catch_warnings())
@@ -117,12 +117,12 @@ class StepCallback(TrainerCallback):
         trainer: StepTrainer,
         context: StepContext,
         description: str,
-        room: str,
+        prefix: str,
         stack: ExitStack,
         checkpoint: Path | None,
         measure: Measure | None,
     ) -> None:
-        self.trainer, self.context, self.description, self.room = trainer, context, description, room
+        self.trainer, self.context, self.description, self.prefix = trainer, context, description, prefix
         self.stack, self.checkpoint, self.measure = stack, checkpoint, measure
         self.resumed_at = 0  # optimizer step
         self.shown: dict[str, float | str] = {}
@@ -168,4 +168,4 @@ class StepCallback(TrainerCallback):
             return
         metrics["epoch"] = state.global_step / self.trainer.steps_per_epoch  # the Trainer counts forward passes, whose number varies
         self.shown = {"loss": metrics["loss"]}
-        self.context.log(state.global_step, {f"{self.room}/{name}": value for name, value in metrics.items()})
+        self.context.log(state.global_step, {f"{self.prefix}/{name}": value for name, value in metrics.items()})
