@@ -127,7 +127,7 @@ DETAILS = (
         "D4",
         "Prompts with personal data are removed from the training split",
         "corpora/curation.py:PII",
-        "corpora/test_curation.py::test_personal_data_is_found",
+        "corpora/test_curation.py::test_personal_data_is_dropped_or_masked",
     ),
     _detail(
         "D9",

@@ -61,7 +61,7 @@ def test_help_is_fast_and_names_the_commands() -> None:
         assert command in done.stdout
 
 
-def test_version() -> None:
+def test_version_option_prints_the_version() -> None:
     assert call("--version").stdout == f"tristage {__version__}\n"
 
 

@@ -48,7 +48,7 @@ def spelled(source: str) -> list[str]:
     return [text for text in texts(ast.parse(source)) if METRIC.fullmatch(text) or text in SUMMARY or text == "heldout_"]
 
 
-def test_no_module_spells_a_metric_but_metric_names() -> None:
+def test_metrics_are_spelled_only_in_metric_names() -> None:
     paths = [path for path in (REPOSITORY / "stages").rglob("*.py") if path.name != "metric_names.py"]
     again = {str(path.relative_to(REPOSITORY)): names for path in paths if (names := spelled(path.read_text(encoding="utf-8")))}
     assert again == {}, "import these names from stages/metric_names.py"

@@ -88,7 +88,7 @@ def test_served_scores_equal_the_models(served) -> None:
         torch.testing.assert_close(far(f"{address}/get_reward", key).score(prompts, TEXTS), expected)
 
 
-def test_complete_texts_by_vllms_protocols(served) -> None:
+def test_vllms_protocols_give_the_scores_of_complete_texts(served) -> None:
     address, made = served["rm"]
     tokenizer, model = made.source.tokenizer, made.source.model
     rows = [torch.tensor([[*tokenizer(f"p {text}")["input_ids"], tokenizer.eos_token_id]]) for text in TEXTS]
@@ -144,7 +144,7 @@ def test_requests_in_the_format_of_openrlhf(served) -> None:
         ("pooling", [1], "expected a JSON object"),
     ],
 )
-def test_bad_requests(served, path, body, message) -> None:
+def test_bad_requests_get_a_message(served, path, body, message) -> None:
     address, made = served["classifier"]
     response = httpx2.post(f"{address}/{path}", json=body)
     assert response.status_code == 400 and message in response.json()["error"]

@@ -431,7 +431,7 @@ MOST_ANY = 2
 """Maximum number of uses of ``Any``, without imports, per thousand lines."""
 
 
-def test_any_is_rare() -> None:
+def test_the_type_any_is_rare() -> None:
     texts = [path.read_text(encoding="utf-8") for path in modules()]
     names = [node.id for text in texts for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)]
     per_thousand_lines = 1000 * names.count("Any") / sum(text.count("\n") for text in texts)

@@ -13,7 +13,7 @@ RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=["linter", "formatter"])
-def test_ruff(command: list[str]) -> None:
+def test_ruff_accepts_the_code(command: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "ruff", *command, "stages", "tests", "docs"], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
@@ -27,7 +27,7 @@ def test_no_line_disables_the_formatter() -> None:
 
 
 @pytest.mark.timeout(600)
-def test_mypy() -> None:
+def test_mypy_accepts_the_code() -> None:
     done = subprocess.run([sys.executable, "-m", "mypy"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 

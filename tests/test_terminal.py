@@ -96,7 +96,9 @@ def reward_folder(tiny_llama_folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "reward"
 
 
-def test_generate_with_scores(tiny_llama_folder: Path, reward_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_shows_scores_of_a_reward_model(
+    tiny_llama_folder: Path, reward_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["generate", str(tiny_llama_folder), "--score", str(reward_folder), "--max-new-tokens", "4"]
     result = CliRunner().invoke(app, [*arguments, "--json"], input="the film\na fine plot\n")
@@ -108,7 +110,7 @@ def test_generate_with_scores(tiny_llama_folder: Path, reward_folder: Path, tmp_
     assert f"[{rows[0]['scores'][str(tiny_llama_folder)]:.3f}]" in table.stdout
 
 
-def test_template_arguments_of_a_model_in_the_terminal(
+def test_template_arguments_change_the_text_of_generate_and_chat(
     tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -135,7 +137,7 @@ def test_template_arguments_of_a_model_in_the_terminal(
     assert "--template-arguments polite=true: expected a JSON object" in CliRunner().invoke(app, [*generate, "polite=true"]).stderr
 
 
-def test_chat_in_the_terminal(tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_answers_and_takes_commands(tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO())
     arguments = ["chat", str(tiny_llama_folder), "--max-new-tokens", "3"]

@@ -46,9 +46,9 @@ def train(
     """Run ``trainer`` (of a ``reproducible`` class) to its end. Returns loss, optimizer steps, seconds and steps per second.
 
     Training continues from the newest complete checkpoint, if an earlier start was interrupted. ``rule`` says when checkpoints are written
-    and which are kept. ``measure`` is the held-out loss by which the best ones are chosen. Logs go to ``context.log`` as ``<prefix>/...``
-    and to a progress bar. Raises TrainingError if the loss is not finite. Raises RecipeError if the best checkpoints should be kept in a stage
-    without a held-out loss.
+    and which are kept. ``measure`` is the held-out loss by which the best ones are chosen. Logs go to ``context.log`` as
+    ``<prefix>/...`` and to a progress bar. Raises TrainingError if the loss is not finite. Raises RecipeError if the best checkpoints
+    should be kept in a stage without a held-out loss.
     """
     assert hasattr(trainer, "restore_generators"), "make the trainer from training.reproducible(Trainer)"
     runtime = trainer.runtime = context.runtime

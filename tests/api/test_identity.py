@@ -109,7 +109,7 @@ def test_globals_that_the_function_assigns_do_not_count() -> None:
     assert digest_of(defined(counting, calls=0)) == digest_of(defined(counting, calls=7))
 
 
-def test_cycles_and_objects_that_cannot_be_pickled_end() -> None:
+def test_objects_with_cycles_or_without_a_pickle_have_a_digest() -> None:
     holder: list[object] = [threading.Lock(), (step for step in range(2))]
     holder.append(holder)
     assert digest_of(capturing(holder)) == digest_of(capturing(holder))

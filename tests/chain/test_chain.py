@@ -341,7 +341,7 @@ def test_simultaneous_runs_execute_a_step_once(tmp_path: Path) -> None:
     assert len([path for path in Path("home/runs/quick").iterdir() if not path.is_symlink()]) == 2
 
 
-def test_why_names_every_part_that_changed() -> None:
+def test_the_reason_of_a_rerun_names_every_part_that_changed() -> None:
     old = {"stage": "a", "settings": {"x": {"y": 1}, "z": [1, 2]}, "seed": 1, "inputs": {"m": "1"}, "data": {}, "code": "1"}
     new = {"stage": "b", "settings": {"x": {"y": 2}, "z": [1]}, "seed": 2, "inputs": {}, "data": {"d": "1"}, "code": "2"}
     assert why(old, new) == (

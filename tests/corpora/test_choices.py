@@ -27,7 +27,7 @@ def test_the_answer_is_a_number_or_the_choice_itself(tmp_path: Path) -> None:
     assert load(tmp_path, GOOD) == load(tmp_path, {**GOOD, "answer": "Boris Abram"}) == [Question(GOOD["context"], GOOD["choices"], 1)]
 
 
-def test_columns_of_other_names(tmp_path: Path) -> None:
+def test_columns_are_renamed(tmp_path: Path) -> None:
     row = {"query": "2 + 2 =", "options": ["4", "5"], "gold": 0}
     assert load(tmp_path, row, columns={"context": "query", "choices": "options", "answer": "gold"}) == [Question("2 + 2 =", ["4", "5"], 0)]
 
@@ -55,7 +55,7 @@ def test_labelled_texts_become_a_task(tmp_path: Path) -> None:
         ({"context": 3}, "context is int"),
     ],
 )
-def test_bad_rows(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_bad_rows_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         load(tmp_path, {**GOOD, **change})
 

@@ -30,7 +30,7 @@ def row(**columns: Any) -> Row:
         ({"prompt": "p", "responses": ["a", "b", "c"]}, ["a", "b", "c"], [0, 1, 2]),
     ],
 )
-def test_forms(columns, completions, ranks) -> None:
+def test_every_form_of_a_comparison_is_read(columns, completions, ranks) -> None:
     made = comparison(row(**columns))
     assert (made.prompt, made.completions, made.ranks) == ("p", completions, ranks)
 

@@ -68,7 +68,7 @@ def test_the_two_hundred_and_first_prompt_of_a_user_is_dropped() -> None:
         "server 192.168.10.254 is down",
     ],
 )
-def test_personal_data_is_found(text: str) -> None:
+def test_personal_data_is_dropped_or_masked(text: str) -> None:
     table = rows({"prompt": "fine"}, {"prompt": text}, {"messages": [{"role": "user", "content": text}]})
     assert Curator(Curation(pii="drop")).training(table) == [{"prompt": "fine"}]
     assert len(Curator(Curation(pii="drop")).heldout(table)) == 3  # only the training split

@@ -22,19 +22,19 @@ def load(tmp_path: Path, text: str):
     return load_reviews(DataInput.model_validate({"train": str(path), "validation_fraction": 0.34}), LABELS)
 
 
-def test_numbers_and_names(tmp_path) -> None:
+def test_labels_are_read_as_numbers_and_as_names(tmp_path) -> None:
     reviews = load(tmp_path, "text,label\nfine,1\nbad,negative\nawful,0\n")
     assert [(review.text, review.label) for review in reviews.train] == [("fine", 1), ("bad", 0)]
     assert reviews.validation[0].label == 0
 
 
 @pytest.mark.parametrize(("label", "shown"), [("2", "'2'"), ("great", "'great'"), ("", "''")])
-def test_unknown_labels(tmp_path, label, shown) -> None:
+def test_unknown_labels_are_refused(tmp_path, label, shown) -> None:
     with pytest.raises(DataError, match=rf"reviews.csv:3: label is {shown}; expected one of 0 \(negative\), 1 \(positive\)"):
         load(tmp_path, f"text,label\nfine,1\nbad,{label}\nawful,0\n")
 
 
-def test_one_label_only(tmp_path) -> None:
+def test_training_rows_with_one_label_are_refused(tmp_path) -> None:
     with pytest.raises(DataError, match="have one label"):
         load(tmp_path, "text,label\nfine,1\ngood,1\nbad,0\n")
 
@@ -71,7 +71,7 @@ def test_numbers_outside_of_the_names_are_refused(tmp_path, value) -> None:
         load_reviews(DataInput.model_validate({"train": str(path), "validation_fraction": 0.1}), STARS)
 
 
-def test_held_out_rows_with_one_label_are_said(tmp_path, caplog) -> None:
+def test_held_out_rows_with_one_label_give_a_warning(tmp_path, caplog) -> None:
     rows = [("good", 1)] * 10 + [("bad", 0)] * 20  # sorted by label; the last third is held out
     load(tmp_path, "text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
     assert "all 10 held-out rows" in caplog.text and "have the label negative" in caplog.text
@@ -86,7 +86,7 @@ def test_held_out_rows_with_one_label_are_said(tmp_path, caplog) -> None:
     ],
 )
 @pytest.mark.parametrize("stored", ["parquet", "save_to_disk", "memory"])
-def test_named_classes_of_a_data_set(tmp_path, caplog, names, labels, expected, warning, stored) -> None:
+def test_class_names_of_a_data_set_decide_the_labels(tmp_path, caplog, names, labels, expected, warning, stored) -> None:
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
     table = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [0, 1, 0]}, features=features)
     path = str(tmp_path / "reviews.parquet")

@@ -84,7 +84,7 @@ def test_both_formats_of_summaries_give_the_same_tokens(tmp_path: Path, tiny_tok
         ({"info": {"post": None}}, "0.jsonl:1, info: no column 'article'"),
     ],
 )
-def test_bad_comparisons(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_bad_comparisons_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_comparisons(data(tmp_path, {**COMPARISON, **change}))
 

@@ -248,7 +248,7 @@ def test_tokens_equal_those_of_the_full_rendering(tokenizer_of, name, kind) -> N
 
 
 @pytest.mark.parametrize("reply", ["i am fine", "<think>\nhm\n</think>\n\ni am fine", "hm\n</think>\n\ni am fine"])
-def test_think_blocks(tokenizer_of, reply) -> None:
+def test_think_blocks_are_written_as_the_template_writes_them(tokenizer_of, reply) -> None:
     tokenizer = tokenizer_of("byte_bpe")
     tokenizer.chat_template = TEMPLATES["qwen3"]
     thought = "hm" if "hm" in reply else ""
@@ -318,7 +318,7 @@ def test_a_sample_that_ends_in_its_reasoning_gets_no_empty_block(tokenizer_of, n
     assert shown.endswith("<think>\n") and written == "let me see" + turn_form(tokenizer).ending
 
 
-def test_what_to_do_with_replies_without_reasoning_is_said(tokenizer_of) -> None:
+def test_a_message_says_how_to_write_replies_without_reasoning(tokenizer_of) -> None:
     tokenizer = published(tokenizer_of, "nemotron_3_nano")
     advice = r"A reply without reasoning begins with <think></think>, or set template_arguments: \{enable_thinking: false\} of the model"
     with pytest.raises(DataError, match=advice):
@@ -360,7 +360,7 @@ def test_a_template_that_drops_a_system_turn_is_refused(tokenizer_of) -> None:
         encode_prompt(tokenizer, messages)
 
 
-def test_names_of_speakers_that_a_template_does_not_write_are_said(tokenizer_of, caplog) -> None:
+def test_names_of_speakers_that_a_template_does_not_write_give_a_warning(tokenizer_of, caplog) -> None:
     tokenizer = tokenizer_of("byte_bpe")
     asked = [{"role": USER, "content": "hello", "name": "tom"}]
     tokenizer.chat_template = "{% for m in messages %}{{ '<|user|>' + (m.name or '') + ':' + m.content }}{% endfor %}"
@@ -536,7 +536,7 @@ def test_a_short_turn_that_the_template_drops_is_found_although_other_words_cont
         )
 
 
-def test_a_generation_prompt_that_nobody_asked_for_is_not_trained(tokenizer_of) -> None:
+def test_a_generation_prompt_at_the_end_of_a_conversation_is_not_trained(tokenizer_of) -> None:
     """This template ignores add_generation_prompt, and always writes the beginning of a reply."""
     tokenizer = tokenizer_of("byte_bpe")
     turn = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
@@ -547,7 +547,7 @@ def test_a_generation_prompt_that_nobody_asked_for_is_not_trained(tokenizer_of) 
     assert trained_runs(tokenizer, alone) == ["i am fine<|im_end|>\n"] and tokenizer.decode(alone.ids).endswith("fine<|im_end|>\n")
 
 
-def test_a_missing_generation_prompt_is_said(tokenizer_of, caplog) -> None:
+def test_a_missing_generation_prompt_gives_a_warning(tokenizer_of, caplog) -> None:
     tokenizer = tokenizer_of("byte_bpe")
     tokenizer.chat_template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
     turn_form(tokenizer)

@@ -24,7 +24,7 @@ def test_a_plain_template_survives_saving(tokenizer, tmp_path) -> None:
     assert render_prompt(AutoTokenizer.from_pretrained(tmp_path), "{{ hi }}") == 'Say "{{ hi }}"\nReview:'
 
 
-def test_named_templates(tokenizer) -> None:
+def test_a_plain_template_is_chosen_by_name(tokenizer) -> None:
     set_template(tokenizer, "question")
     assert render_prompt(tokenizer, "why?") == "Question: why?\nAnswer:"
 
@@ -39,7 +39,7 @@ def test_completion_gets_a_space_after_a_prompt_without_trailing_white_space(tok
     assert tokenizer.decode(ids[prompt_length:]) == "because"
 
 
-def test_conversations(tokenizer) -> None:
+def test_conversations_need_a_template_and_render_every_turn(tokenizer) -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     with pytest.raises(DataError, match="no chat template; set template in its sft step"):
         encode_prompt(tokenizer, messages)
@@ -55,7 +55,7 @@ def test_a_template_with_a_token_that_the_tokenizer_lacks(tokenizer) -> None:
 
 
 @pytest.mark.parametrize(("template", "message"), [("chat", "has no chat template"), ("no place", "a text with {prompt} once")])
-def test_bad_templates(tokenizer, template, message) -> None:
+def test_bad_templates_are_refused(tokenizer, template, message) -> None:
     with pytest.raises(ModelError, match=message):
         set_template(tokenizer, template)
 

@@ -60,7 +60,7 @@ def test_a_ranked_list_becomes_its_pairs() -> None:
     assert pairs_of(Comparison("p", ["a", "b"], [0, 0]), None, 0) == []
 
 
-def test_measure_by_hand() -> None:
+def test_accuracy_and_margin_by_hand() -> None:
     # log ratios: chosen -1 and -3, rejected -2 and -2; margins with beta 1/2: 1/2 and -1/2
     measured = measure(torch.tensor([[-11.0, -12.0], [-13.0, -12.0]]), torch.full((2, 2), -10.0), beta=0.5)
     assert (measured["accuracy"], measured["margin"], measured["chosen_log_ratio"], measured["rejected_log_ratio"]) == (

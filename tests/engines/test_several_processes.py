@@ -79,7 +79,7 @@ def episodes(server: Any) -> set[tuple[int, int]]:
     return {EPISODE_OF[body["seed"]] for path, body in server.requests if path == "/v1/completions" and body.get("seed") in EPISODE_OF}
 
 
-def test_two_processes_over_two_servers(stub: Any, pair_folder: Path, tiny_llama_folder: Path) -> None:
+def test_two_processes_agree_on_lost_servers_and_compute_as_one(stub: Any, pair_folder: Path, tiny_llama_folder: Path) -> None:
     """Both servers are lost, one after the other, and two others continue. The metrics equal those of one process with one server.
 
     In iteration 1, the second server closes its connections to the second process only; both processes leave it out. In iteration 3, the

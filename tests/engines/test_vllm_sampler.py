@@ -75,7 +75,7 @@ def test_greedy_completions_equal_the_local_samplers(stub, settings, opened, fie
     }
 
 
-def test_request_to_the_server(stub, settings, opened) -> None:
+def test_a_request_has_every_sampling_setting_and_a_seed_per_prompt(stub, settings, opened) -> None:
     """A request contains every sampling parameter, so the model's generation config has no effect; each prompt has its own seed."""
     first, second = stub(), stub()
     chosen = settings(first, second, top_k=3, top_p=0.5)

@@ -79,7 +79,7 @@ def test_unusable_environments_are_refused(interpreter, packages, message) -> No
         find_installed(VllmStart(python=interpreter("", packages)))
 
 
-def test_command_line_of_the_server() -> None:
+def test_the_server_is_started_with_the_options_of_the_run() -> None:
     """The server's command line for a LoRA run in bf16 on a shared GPU, on separate GPUs, and on a CPU."""
     quantized = Served("base", "bfloat16", lora_rank=10, quantization="nf4", on_gpu=True)
     shared = " ".join(

@@ -196,7 +196,9 @@ def test_only_one_candidate_is_in_memory(prompts, step_context, models, config, 
 # Tokens
 
 
-def test_token_details(prompts, step_context, models, config, read_run, tiny_llama_folder, tmp_path, resolve_folder) -> None:
+def test_token_details_have_kl_and_values_of_the_first_prompts(
+    prompts, step_context, models, config, read_run, tiny_llama_folder, tmp_path, resolve_folder
+) -> None:
     from stages.models.heads import ValueModel
 
     value = ValueModel.from_policy(tiny_llama_folder, dtype=torch.float32)
@@ -221,7 +223,7 @@ def test_token_details(prompts, step_context, models, config, read_run, tiny_lla
 # Formats
 
 
-def test_alpaca_eval_format(prompts, step_context, models, config, read_run) -> None:
+def test_completions_are_written_in_the_format_of_alpaca_eval(prompts, step_context, models, config, read_run) -> None:
     context = step_context(models=models)
     run(config(prompts, samples_per_prompt=2), context)
     _, lines = read_run(context)

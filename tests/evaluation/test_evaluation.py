@@ -16,7 +16,7 @@ PROMPTS = ["the film", "write a happy line about the music", "a fine film", "the
 LENGTHS = "judges_for_tests:lengths"
 
 
-def test_complete_evaluation(prompts, step_context, models, tmp_path, config) -> None:
+def test_an_evaluation_measures_scores_kl_perplexity_and_win_rates(prompts, step_context, models, tmp_path, config) -> None:
     texts = tmp_path / "heldout.txt"
     texts.write_text("the acting was warm and the film was a joy\n")
     context = step_context(models=models)
@@ -99,7 +99,7 @@ def test_a_model_has_a_kl_of_exactly_zero_to_itself_in_any_precision(prompts, st
         assert answer.kl == [0.0] * len(PROMPTS)
 
 
-def test_few_shot_text(tmp_path) -> None:
+def test_few_shot_text_has_instruction_and_examples_of_the_template(tmp_path) -> None:
     path = tmp_path / "shots.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"p{number}", "completion": f"{{c{number}}}"}) + "\n" for number in range(3)))
     settings = FewShot.model_validate(

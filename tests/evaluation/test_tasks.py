@@ -41,7 +41,7 @@ def test_scores_are_sums_of_log_probabilities(model, tiny_tokenizer) -> None:
             assert score == pytest.approx(expected, abs=1e-4)
 
 
-def test_normalized_scores(model, tiny_tokenizer) -> None:
+def test_scores_are_divided_by_tokens_or_bytes(model, tiny_tokenizer) -> None:
     ways = ("none", "tokens", "bytes")
     plain, by_token, by_byte = (score_choices(model, tiny_tokenizer, QUESTIONS[:1], way, batch_size=8)[0] for way in ways)
     tokens = [len(tiny_tokenizer(" " + choice)["input_ids"]) for choice in QUESTIONS[0].choices]
@@ -93,7 +93,7 @@ def test_model_trained_on_the_answers_scores_one(model, tiny_tokenizer) -> None:
     assert result.accuracy == 1 and result.probability > 0.55
 
 
-def test_tasks_in_an_evaluation(tmp_path, monkeypatch, step_context, resolve_folder, tiny_llama_folder) -> None:
+def test_an_evaluation_measures_the_accuracy_of_its_tasks(tmp_path, monkeypatch, step_context, resolve_folder, tiny_llama_folder) -> None:
     from stages.evaluation.config import EvaluationConfig
     from stages.evaluation.run import run
 

@@ -126,7 +126,7 @@ def test_a_head_with_an_empty_bias_is_refused() -> None:
 
 
 @pytest.mark.parametrize("where", ["full weights", "adapter"])
-def test_a_head_of_transformers_is_assumed_to_be_a_reward_model_and_this_is_said(where: str) -> None:
+def test_a_head_of_transformers_is_a_reward_model_and_a_note_says_so(where: str) -> None:
     if where == "adapter":
         layout = layout_of({}, adapter={"base_model.model.score.weight": WEIGHT})
     else:

@@ -31,7 +31,7 @@ def test_a_complete_gguf_file_is_a_source(tmp_path: Path, name: str) -> None:
     assert find_source(tmp_path / name) == tmp_path / name
 
 
-def test_a_missing_path_is_told_from_an_id_of_the_hub(tmp_path: Path) -> None:
+def test_a_missing_path_is_distinguished_from_an_id_of_the_hub(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="hf download org/model --local-dir"):
         find_source("https://huggingface.co/org/model")
     with pytest.raises(ModelError, match="no such folder or file"):

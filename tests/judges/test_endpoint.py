@@ -239,7 +239,7 @@ def test_broken_cache_is_reported(tmp_path: Path) -> None:
         AnswerCache(path)
 
 
-def test_cost(server: Server) -> None:
+def test_cost_follows_from_tokens_and_prices(server: Server) -> None:
     with client(server) as asked:
         asked.compare(PAIRS[:2])
     # 4 requests of 100 and 2 tokens: 400 at 3 and 8 at 15 a million
@@ -248,7 +248,7 @@ def test_cost(server: Server) -> None:
     assert asked.tally.as_json(judge(server))["cost"] is None
 
 
-def test_prompt_of_the_judge() -> None:
+def test_the_judge_reads_prompt_and_both_responses_in_order() -> None:
     text = shown("why?", "because", "don't know")
     assert text.index("why?") < text.index("because") < text.index("don't know")
 

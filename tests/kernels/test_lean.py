@@ -41,13 +41,13 @@ def same_with_gradients(lean: Callable[..., Tensor], plain: Callable[..., Tensor
 
 @pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8), (2, 3, 4, 8)])
 @pytest.mark.parametrize("trained", [[True, True], [True, False], [False, True]])
-def test_rms_norm(shape: tuple[int, ...], trained: list[bool]) -> None:
+def test_rms_norm_equals_the_formula_with_its_gradients(shape: tuple[int, ...], trained: list[bool]) -> None:
     same_with_gradients(lambda x, weight: rms_norm(x, weight, 0.1), plain_norm, draws(shape, (8,)), trained)
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8)])
 @pytest.mark.parametrize("trained", [[True] * 4, [True, False, False, False], [False, True, True, True], [False, False, False, True]])
-def test_gated_mlp(shape: tuple[int, ...], trained: list[bool]) -> None:
+def test_gated_mlp_equals_the_formula_with_its_gradients(shape: tuple[int, ...], trained: list[bool]) -> None:
     same_with_gradients(gated_mlp, plain_mlp, draws(shape, (12, 8), (12, 8), (8, 12)), trained)
 
 

@@ -48,7 +48,7 @@ def rankings(folder: Path) -> dict[tuple[str, str], list[int]]:
     return {(labels.tasks[task].prompt, name): item.ranks for name, own in labels.answers.items() for task, item in own.items()}
 
 
-def test_argilla_records(answered) -> None:
+def test_argilla_records_are_exported(answered) -> None:
     path, said = written(answered, "argilla")
     first, second = json.loads(path.read_text())
     assert first["fields"] == {"prompt": "instruction 0", "completion_1": "a", "completion_2": "b", "completion_3": "c"}
@@ -59,7 +59,7 @@ def test_argilla_records(answered) -> None:
     assert "left out" not in said
 
 
-def test_label_studio_tasks(answered) -> None:
+def test_label_studio_tasks_are_exported(answered) -> None:
     path, said = written(answered, "label-studio")
     first, second = json.loads(path.read_text())
     assert first["data"]["items"][0] == {"id": "completion_1", "title": "", "body": "a"}
@@ -70,7 +70,7 @@ def test_label_studio_tasks(answered) -> None:
     assert "left out: 1 rankings with ties" in said and "<Pairwise" in said and "<Ranker" in said
 
 
-def test_alpaca_eval_and_pandalm_pairs(answered) -> None:
+def test_alpaca_eval_and_pandalm_pairs_are_exported(answered) -> None:
     rows = json.loads(written(answered, "alpaca-eval")[0].read_text())
     assert len(rows) == 3 + 3 + 1
     told = {(row["annotator"], row["output_1"], row["output_2"]): row["preference"] for row in rows}
@@ -85,7 +85,7 @@ def test_alpaca_eval_and_pandalm_pairs(answered) -> None:
     ]
 
 
-def test_csv_and_comparisons(answered) -> None:
+def test_csv_and_comparisons_are_exported(answered) -> None:
     with written(answered, "csv")[0].open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["annotator"], row["text"], row["rank"]) for row in rows[:3]] == [
@@ -127,7 +127,7 @@ def test_answers_imported_into_the_folder_they_come_from_stay_as_they_are(answer
     assert (answered / "answers.jsonl").read_text() == before
 
 
-def test_argilla_forms_of_a_ranking(make_folder) -> None:
+def test_every_form_of_a_ranking_of_argilla_is_imported(make_folder) -> None:
     folder = make_folder(texts=[["a", "b", "c"]], overlap=1.0)
     task = next(iter(read_labels(folder).tasks))
     values = {

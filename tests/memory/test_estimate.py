@@ -87,7 +87,7 @@ def bitsandbytes_nf4(weight: Any, *, double: bool) -> Any:
     return quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
 
 
-def test_moments_and_gradients() -> None:
+def test_moments_and_gradients_by_hand() -> None:
     assert trained(1000, "adamw") == Memory(gradients=4000, optimizer=8000)
     assert moments(256, "adamw_8bit") == 2 * (256 + 4)
     assert moments(256, "adamw_8bit", small=256) == 2 * 4 * 256  # tensors that are too small for 8 bits

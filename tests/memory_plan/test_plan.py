@@ -357,7 +357,7 @@ def test_the_batch_size_of_a_reward_decides_its_activations(recipe: Any, tmp_pat
     assert asked.activations > large_batch.activations
 
 
-def test_a_model_that_waits_is_on_the_gpu_while_it_is_used(recipe: Any, tmp_path: Path, small: Any) -> None:
+def test_an_offloaded_model_is_on_the_gpu_while_it_is_used(recipe: Any, tmp_path: Path, small: Any) -> None:
     big = small("big", hidden_size=64)
     common = {"policy": small("policy"), "reward": [{"model": big}]}
     present, waiting = held(recipe, tmp_path, **common), held(recipe, tmp_path, **common, offload=True)

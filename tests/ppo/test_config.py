@@ -21,7 +21,7 @@ TWO = {"ensemble": [{"model": "one"}, {"model": "two"}], "name": "two"}
         ({"value": None, "reward": [TWO], "advantages": "rloo", "samples_per_prompt": 2}, None, []),
     ],
 )
-def test_value_network_starts_from(ppo_config, fields, expected, asked) -> None:
+def test_value_network_starts_from_the_first_model_that_fits(ppo_config, fields, expected, asked) -> None:
     rejected: list[str] = []
 
     def fits(name: str) -> bool:

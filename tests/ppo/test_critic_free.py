@@ -56,7 +56,7 @@ def two(**fields: Any) -> dict[str, Any]:
         ({"advantages": "reinforce", "samples_per_prompt": 1}, 7.025),
     ],
 )
-def test_targets_by_hand(ppo_config, fields, first) -> None:
+def test_advantages_without_a_value_network_by_hand(ppo_config, fields, first) -> None:
     target = targets(hand_made(), ppo_config(**two(**fields)), kl_coef=0.1)
     expected = torch.tensor([[first, first, 0.0], [-first, -first, -first]])
     torch.testing.assert_close(target.advantages, expected)

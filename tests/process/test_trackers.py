@@ -25,7 +25,7 @@ def trackers(folder: Path, *names: str) -> StepTrackers:
     return StepTrackers(names, recipe="toy", run="20261124T203818Z", step="sft", folder=folder, settings={"stage": "sft", "rate": 0.1})
 
 
-def test_tensorboard(tmp_path: Path) -> None:
+def test_tensorboard_has_every_logged_metric(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     made = trackers(tmp_path, "tensorboard")

@@ -152,7 +152,7 @@ def test_an_imported_model_has_the_licence_of_its_source(registry) -> None:
     assert ModelCard(model_card(later, registry, merged=True)).data.license == "llama3"
 
 
-def test_the_card_of_an_adapter(registry, base, tmp_path) -> None:
+def test_the_card_of_an_adapter_says_how_to_load_it(registry, base, tmp_path) -> None:
     import torch
 
     from stages.models.loading import load_language_model, load_tokenizer

@@ -158,7 +158,7 @@ def start_publisher(root: Path, content: str, seconds: float) -> subprocess.Pope
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def test_a_killed_publisher_leaves_nothing_and_is_cleaned_up_after(tmp_path: Path) -> None:
+def test_files_of_a_killed_publisher_are_removed(tmp_path: Path) -> None:
     process = start_publisher(tmp_path, "half", 60)
     assert process.stdout is not None
     process.stdout.readline()

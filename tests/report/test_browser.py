@@ -75,7 +75,7 @@ def test_html_and_script_in_texts_stay_text(opened, evil) -> None:
     assert opened.execute_script("return document.images.length") == 0
 
 
-def test_search(opened) -> None:
+def test_search_shows_the_matching_prompts(opened) -> None:
     part(opened, "search").send_keys("ZEBRA5")
     assert shown(opened) == ["6"] and part(opened, "count").text == "1 of 8 prompts"
     part(opened, "search").send_keys(" nowhere")

@@ -33,7 +33,7 @@ def test_differing_settings_are_listed(new_run, tmp_path) -> None:
     assert "all runs torch 2.13" in words
 
 
-def test_runs_of_two_recipes_and_a_missing_step(new_run, tmp_path) -> None:
+def test_runs_of_two_recipes_are_compared_without_a_missing_step(new_run, tmp_path) -> None:
     first, second = new_run(tmp_path / "toy" / "one"), new_run(tmp_path / "other" / "one")
     summary = json.loads((second / "summary.json").read_text())
     summary["recipe"] = "other"
@@ -100,13 +100,13 @@ def test_square_root_axis_has_ticks_that_do_not_overlap() -> None:
     assert axes.transData.transform((36, 0))[0] == pytest.approx(axes.transData.transform([(0, 0), (144, 0)])[:, 0].mean())
 
 
-def test_colours_of_candidates() -> None:
+def test_candidates_get_distinct_colours() -> None:
     assert series_of(["a", "b", "c", "d"]) == {"a": 0, "b": 2, "c": 3, "d": 1}
     assert series_of(["only"]) == {"only": 1}
     assert series_of([]) == {}
 
 
-def test_smoothing() -> None:
+def test_curves_are_smoothed_by_a_moving_mean() -> None:
     assert smoothed([1.0, 2.0, 6.0], share=0.7) == [1.0, 3.0, 6.0]
     assert smoothed([5.0] * 40) == [5.0] * 40
 

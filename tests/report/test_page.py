@@ -339,7 +339,7 @@ def test_missing_results_and_completions_of_an_evaluation_are_named(run_folder: 
     assert any("has no verdict/evaluation.json" in note for note in render_run(read_run(run_folder)).notes)
 
 
-def test_judges_that_only_compare(run_folder: Path) -> None:
+def test_a_page_without_scores_shows_judges_that_compare(run_folder: Path) -> None:
     path = run_folder / "verdict" / "evaluation.json"
     evaluation = json.loads(path.read_text())
     evaluation["judges"] = evaluation["judges"][1:]

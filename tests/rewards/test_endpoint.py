@@ -67,7 +67,7 @@ def test_request_and_response_of_the_openrlhf_protocol(server) -> None:
         ({"protocol": "score"}, {"data": [{"index": 0, "score": 0.1}, {"index": 1, "score": -3}]}, [0.1, -3.0], "text_2"),
     ],
 )
-def test_protocols(server, fields, answer, expected, sent) -> None:
+def test_every_protocol_sends_and_reads_its_own_fields(server, fields, answer, expected, sent) -> None:
     server.reply = lambda body, number: (200, answer)
     assert source(server, **fields).score(["p", "q"], ["a", "b"]).tolist() == pytest.approx(expected)
     assert len(server.bodies[0][sent]) == 2 and server.bodies[0].get("model") == fields.get("served_model")
@@ -97,7 +97,7 @@ def test_invalid_score_is_requested_again_and_then_ends_the_run(server, answer, 
     assert source(server).score(["p", "q"], ["a", "bb"]).tolist() == [1.0, 2.0]
 
 
-def test_errors_of_the_server(server) -> None:
+def test_errors_of_the_server_are_retried_or_end_the_run(server) -> None:
     waits: list[float] = []
     server.reply = lambda body, number: (503, {}) if number < 3 else (200, {"rewards": lengths(body)})
     assert source(server, sleep=waits.append, backoff_seconds=1.0).score(["p"], ["abc"]).tolist() == [3.0]
@@ -122,7 +122,7 @@ def test_the_first_failure_of_a_server_is_shown_before_the_wait(server, caplog: 
     assert caplog.messages == [f"{server.url}: status 503; waiting 0 s before attempt 2 of 3"]
 
 
-def test_waiting_for_a_server(server) -> None:
+def test_with_on_failure_wait_the_request_is_repeated_until_it_succeeds(server) -> None:
     waits: list[float] = []
     server.reply = lambda body, number: (500, {}) if number < 8 else (200, {"rewards": lengths(body)})
     far = source(server, on_failure="wait", sleep=waits.append, backoff_seconds=0.0)

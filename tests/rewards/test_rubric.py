@@ -44,7 +44,7 @@ from tests.rewards.conftest import TURNS, Server
         ("7,5", 7.5),
     ],
 )
-def test_grades(reply: str, grade: float | None) -> None:
+def test_a_grade_is_read_from_a_reply(reply: str, grade: float | None) -> None:
     assert read_grade(reply, (1.0, 10.0)) == grade
 
 
@@ -73,7 +73,7 @@ def test_rubric_source_returns_grades(server, tmp_path) -> None:
     assert server.headers[0]["authorization"] == "Bearer k-secret-9"
 
 
-def test_replies_without_a_grade(server, tmp_path) -> None:
+def test_replies_without_a_grade_are_requested_again_and_limited(server, tmp_path) -> None:
     cache = AnswerCache(tmp_path / "rewards.sqlite3")
     server.reply = lambda body, number: (200, chat("I will not." if "bad" in body["messages"][1]["content"] else "5"))
     with pytest.raises(TrainingError, match=r"gave no grade for 1 of 3 completions \(max_refused_share=0.1\), the first 'bad'"):

@@ -48,7 +48,7 @@ def classifier(folder: Path, resolve: Any, **fields: Any) -> Any:
     return build_source(RewardInput.model_validate({"model": str(folder), **fields}), resolve(folder), **CPU)
 
 
-def test_outputs_of_a_classifier(classifier_folder, resolve_folder, tiny_tokenizer) -> None:
+def test_classifier_scores_are_logit_probability_or_logprob_of_the_label(classifier_folder, resolve_folder, tiny_tokenizer) -> None:
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(classifier_folder).eval()

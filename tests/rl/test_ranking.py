@@ -47,7 +47,7 @@ def test_gradient_raises_the_better_score() -> None:
     assert scores.grad.tolist() == [0.5, -0.5]  # the second is preferred; sigmoid(0) = 1/2
 
 
-def test_best_of_four() -> None:
+def test_best_of_loss_is_a_softmax_over_the_scores() -> None:
     # softmax of (0, 0, 0, log 3) gives the last 3/6
     scores = torch.tensor([0.0, 0.0, 0.0, math.log(3)])
     assert best_of_losses(scores, torch.tensor([1, 1, 1, 0]), torch.zeros(4)).tolist() == pytest.approx([math.log(2)])

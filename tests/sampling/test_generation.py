@@ -41,7 +41,7 @@ def rows(generated: Generated) -> list[list[int]]:
     return [ids[mask].tolist() for ids, mask in zip(generated.response_ids, generated.response_mask, strict=True)]
 
 
-def test_padding_and_positions() -> None:
+def test_prompts_are_padded_on_the_left_and_positions_follow_the_mask() -> None:
     ids, mask = left_pad([[5, 6], [7]], 1)
     assert ids.tolist() == [[5, 6], [1, 7]] and mask.tolist() == [[True, True], [False, True]]
     assert position_ids(mask).tolist() == [[0, 1], [0, 0]]
@@ -216,7 +216,7 @@ def test_a_model_with_a_sliding_window_samples_like_transformers(tiny_tokenizer)
         assert ours == theirs[0, len(prompt) :].tolist()
 
 
-def test_stop_words(model, tiny_tokenizer) -> None:
+def test_stop_words_are_single_tokens(model, tiny_tokenizer) -> None:
     eos = tiny_tokenizer.eos_token_id
     assert stop_token_ids(model, tiny_tokenizer) == [eos]
     assert stop_token_ids(model, tiny_tokenizer, ["a"]) == sorted([eos, tiny_tokenizer.convert_tokens_to_ids("a")])

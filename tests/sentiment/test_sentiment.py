@@ -78,7 +78,7 @@ def test_a_classifier_trained_in_half_precision_is_published(reviews, step_conte
     assert (Path(result.model.path) / "model.safetensors").exists()
 
 
-def test_masked_phase(reviews, step_context) -> None:
+def test_masked_language_modelling_comes_before_the_labels(reviews, step_context) -> None:
     result = run(config(reviews, masked={"training": {"epochs": 1.0, "batch_size": 8}}), step_context())
     assert result.metrics["heldout_accuracy"] > 0.9
 

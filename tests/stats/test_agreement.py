@@ -9,7 +9,7 @@ import pytest
 from stages.stats.agreement import cohens_kappa, fleiss_kappa, krippendorff_alpha, pair_agreement
 
 
-def test_cohens_kappa() -> None:
+def test_cohens_kappa_by_hand() -> None:
     # 20 both yes, 5 yes/no, 10 no/yes, 15 both no: observed 35/50, expected 25*30/2500 + 25*20/2500 = 0.5, kappa 0.4
     pairs = [("yes", "yes")] * 20 + [("yes", "no")] * 5 + [("no", "yes")] * 10 + [("no", "no")] * 15
     assert cohens_kappa(*zip(*pairs, strict=True)) == pytest.approx(0.4)
@@ -18,7 +18,7 @@ def test_cohens_kappa() -> None:
     assert math.isnan(cohens_kappa([1, None], [None, 1]))
 
 
-def test_fleiss_kappa() -> None:
+def test_fleiss_kappa_of_the_published_example() -> None:
     # Fleiss 1971 as worked through in many textbooks: 10 subjects, 14 raters, 5 categories; kappa 0.210
     counts = [
         (0, 0, 0, 0, 14),
@@ -38,7 +38,7 @@ def test_fleiss_kappa() -> None:
         fleiss_kappa([[1, 2], [1, 2, 3]])
 
 
-def test_krippendorff_alpha() -> None:
+def test_krippendorff_alpha_of_the_published_nominal_example() -> None:
     # Krippendorff 2011, three coders, missing ratings; alpha for nominal data 0.691
     x = None
     coders = [
@@ -53,7 +53,7 @@ def test_krippendorff_alpha() -> None:
 
 
 @pytest.mark.parametrize(("level", "alpha"), [("nominal", 0.743), ("ordinal", 0.815), ("interval", 0.849)])
-def test_krippendorff_alpha_of_levels(level, alpha) -> None:
+def test_krippendorff_alpha_of_the_published_levels(level, alpha) -> None:
     # Krippendorff 2011, section D: four observers, twelve units, missing ratings; the three values are the paper's
     x = None
     observers = [
@@ -71,7 +71,7 @@ def test_ordinal_alpha_by_hand() -> None:
     assert krippendorff_alpha([[1, 1], [1, 2], [3, 3]], "ordinal") == pytest.approx(1 - 8 / 36)
 
 
-def test_pair_agreement() -> None:
+def test_pair_agreement_by_hand() -> None:
     # unit 1: 1 of 3 pairs; unit 2: 1 of 1; unit 3 has one rating
     assert pair_agreement([[1, 1, 2], [0, 0, None], [1]]) == pytest.approx(2 / 4)
     assert math.isnan(pair_agreement([[1]]))

@@ -97,14 +97,14 @@ def test_length_controlled_is_finite_if_one_side_always_wins() -> None:
     assert 0.95 < rate.win_rate < 1 and 0.9 < rate.ci_low < rate.ci_high <= 1
 
 
-def test_distinct_ngrams() -> None:
+def test_distinct_ngrams_by_hand() -> None:
     rows = [["a", "b", "a", "b"], ["a", "b"]]
     assert distinct_ngrams(rows, 1) == pytest.approx(2 / 6)
     assert distinct_ngrams(rows, 2) == pytest.approx(2 / 4)  # ab, ba, ab | ab: no bigram spans two rows
     assert distinct_ngrams([["a"]], 2) == 0.0
 
 
-def test_repeated_ngrams() -> None:
+def test_repeated_ngrams_by_hand() -> None:
     # abab: ab, ba, ab, one of which is repeated; ab: one, new in its row
     assert repeated_ngrams([["a", "b", "a", "b"], ["a", "b"]], 2) == pytest.approx(1 / 4)
     assert repeated_ngrams([[7] * 10], 4) == pytest.approx(6 / 7)

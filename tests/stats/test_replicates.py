@@ -48,6 +48,6 @@ def test_one_run_has_no_interval() -> None:
     assert mean == 0.7 and math.isnan(low) and math.isnan(high)
 
 
-def test_bad_arguments() -> None:
+def test_no_degrees_of_freedom_are_refused() -> None:
     with pytest.raises(ValueError, match="freedom >= 1"):
         student_quantile(0.975, 0)

@@ -126,7 +126,7 @@ SUMMARY = {
 }
 
 
-def test_numbers_by_path() -> None:
+def test_numbers_of_a_summary_are_chosen_by_path() -> None:
     assert chosen_numbers(SUMMARY, ["win_rates.sft.base.gold.win_rate", "candidates.*.scores.gold"]) == {
         "win_rates.sft.base.gold.win_rate": 0.7,
         "candidates.base.scores.gold": 0.2,
@@ -177,7 +177,7 @@ def test_best_run_of_a_sweep_is_reused_by_a_plain_run() -> None:
     assert Registry("outputs/registry").verify("quick/sft") == []
 
 
-def test_rows_means_and_picture() -> None:
+def test_a_sweep_writes_rows_means_and_a_plot() -> None:
     result = sweep("sft.rate=[1.0,2.0]", "seeds=3", "--metric", "steps.sft.metrics.heldout_error", "--metric", "steps.base.metrics.loss")
     assert result.exit_code == 0, result.output
     assert [(row["values"], row["seeds"], row["status"]) for row in rows("sft.rate")] == [
@@ -249,7 +249,7 @@ def test_plan_creates_nothing() -> None:
     assert "nothing" in shown and "sft" in shown
 
 
-def test_json_and_a_wrong_metric_or_axis() -> None:
+def test_json_has_the_means_and_a_wrong_metric_or_axis_is_refused() -> None:
     result = sweep("sft.rate=[1.0,2.0]", "--json", "--metric", "steps.sft.metrics.heldout_error")
     content = json.loads(result.stdout)
     assert [row["values"] for row in content["combinations"]] == [{"sft.rate": 1.0}, {"sft.rate": 2.0}]
@@ -308,7 +308,7 @@ def test_headings_drop_the_common_beginning_of_the_paths() -> None:
     assert shortened([]) == ("", [])
 
 
-def test_lines_of_a_plot() -> None:
+def test_a_plot_has_one_line_per_combination_of_the_other_fields() -> None:
     from stages.sweep.metrics import estimate
     from stages.sweep.plot import sweep_lines
     from stages.sweep.run import SweepResult, SweepRun

@@ -117,7 +117,7 @@ def test_models_of_earlier_versions_keep_their_encoding(tokenizer_of) -> None:
     assert ids == [*plain_ids(tokenizer, 'Q "{": hi\nA: the cat'), tokenizer.eos_token_id]
 
 
-def test_a_tokenizer_without_an_end_token(tokenizer_of: Any) -> None:
+def test_a_tokenizer_without_an_end_token_appends_none(tokenizer_of: Any) -> None:
     tokenizer = tokenizer_of("byte_bpe")
     tokenizer.eos_token = None
     assert tokenizer.decode(encode_pair(tokenizer, "hi", "the cat")[0]) == "hi the cat"

@@ -170,7 +170,7 @@ def test_a_text_with_template_arguments_needs_a_template(tokenizer_of) -> None:
         encode_prompt(tokenizer, prompt_of(row(prompt=QUESTION)))
 
 
-def test_arguments_of_a_row_that_the_template_does_not_use_are_said(tokenizer_of, caplog) -> None:
+def test_arguments_of_a_row_that_the_template_does_not_use_give_a_warning(tokenizer_of, caplog) -> None:
     tokenizer = tokenizer_of("byte_bpe")
     tokenizer.chat_template = NOTES
     with caplog.at_level(logging.WARNING):

@@ -124,7 +124,7 @@ def test_important_measurements_come_first_and_the_files_of_a_shape_are_made_onc
     assert asked.index("1B") < asked.index("7B") and sorted(asked).count("1B") == 1
 
 
-def test_every_result_is_in_the_files_at_once_and_the_next_call_continues(tmp_path: Path, monkeypatch) -> None:
+def test_every_result_is_written_immediately_and_the_next_call_continues(tmp_path: Path, monkeypatch) -> None:
     """The first call ends after two measurements, of which one took too long. The second call measures that one and the others."""
     asked: list[str] = []
     now = [0.0]

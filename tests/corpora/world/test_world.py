@@ -210,7 +210,7 @@ def test_tasks_have_one_right_answer_without_shortcuts(task) -> None:
             assert row["choices"][row["answer"]] == majority
 
 
-def test_names_of_parts() -> None:
+def test_names_of_parts_are_parsed_and_misspelt_ones_refused() -> None:
     assert parse_part("world:tasks/facts/heldout") == ("tasks/facts", "heldout")
     assert parse_part("world:tasks/facts") == ("tasks/facts", "train")
     with pytest.raises(DataError, match="did you mean world:tasks/facts?"):

@@ -71,7 +71,7 @@ def test_bases_that_form_a_circle_are_refused(tmp_path: Path) -> None:
         stack_of(write_adapter(tmp_path / "two", str(tmp_path / "one")))
 
 
-def test_trained_on_is_the_quantization_of_the_next_quantized_input_below(tmp_path: Path, monkeypatch: Any) -> None:
+def test_an_adapter_is_trained_on_the_quantization_of_the_next_quantized_input(tmp_path: Path, monkeypatch: Any) -> None:
     """Adapter 1 is on nf4 weights, adapter 2 on the merge of both: its base are the dequantized nf4 weights, not the original ones."""
     base = folder_of(tmp_path / "base", quantization="nf4")
     one = ResolvedModel("one", "folder", "one", "", ModelInput(ref="one"), base=base)

@@ -84,7 +84,7 @@ def test_memory_that_every_pass_takes_does_not_count_per_token(gpu) -> None:
     assert budget.tokens == 14 * 1024
 
 
-def test_memory_of_passes() -> None:
+def test_memory_per_token_and_per_pass_follow_from_two_passes() -> None:
     assert memory_of_passes([(1_000, 4_000)]) == (4.0, 0.0)
     assert memory_of_passes([(1_000, 4_000), (750, 3_750)]) == (5.0, 0.0)  # too similar to tell
     assert memory_of_passes([(1_000, 4_000), (500, 3_000)]) == (2.0, 2_000.0)
