@@ -28,7 +28,7 @@ from stages.models.adapters.stacks import is_adapter
 from stages.models.adapters.variants import write_as_lora
 from stages.models.layers.attention import class_of
 from stages.models.layers.longrope import positions_of_rows
-from stages.models.loading import as_resolved, load_backbone, load_tokenizer
+from stages.models.loading import as_resolved, load_backbone, load_tokenizer, own_router_setting
 from stages.models.parts import hidden_width
 from stages.models.passes.packing import Packing, one_sequence_per_row, packed_attention
 from stages.models.verification import check_saved_adapter, check_saved_weights, rows_for
@@ -168,7 +168,8 @@ class ScalarModel(nn.Module):
         state = self.state_dict() if state_dict is None else state_dict
         head = {f"score.{name}": state[f"score_head.{name}"].detach().float().cpu().contiguous() for name in ("weight", "bias")}
         body = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
-        config = copy.deepcopy(self.config)
+        with own_router_setting(self.backbone):
+            config = copy.deepcopy(self.config)
         config.num_labels = 1
         config.reward_bias = float(head["score.bias"])
         if self.save_adapter is not None or isinstance(self.backbone, PeftModel):

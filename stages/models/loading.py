@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -48,6 +49,7 @@ logger = logging.getLogger(__name__)
 OPTIONAL = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 """Options of ``cached_file`` for a file that a model may lack."""
 _warned: set[str] = set()
+ROUTER_SETTING = "own_router_setting"  # attribute of a model: ``output_router_logits`` of its config before ``leave_out_router_loss``
 
 
 def as_resolved(model: ResolvedModel | str | Path) -> ResolvedModel:
@@ -418,15 +420,32 @@ def leave_out_router_loss(model: TransformersModel) -> None:
     """Disable router logits, and the load-balancing loss computed from them, in a mixture-of-experts model.
 
     Forward passes here need neither, and that loss does not support 4-dimensional attention masks. TRL's SFT and DPO enable it for their
-    own training, with the config's coefficient.
+    own training, with the config's coefficient. ``own_router_setting`` restores the setting for saving.
     """
-    text = plain_model(model).config.get_text_config()
+    plain = plain_model(model)
+    text = plain.config.get_text_config()
     if not hasattr(text, "output_router_logits"):
         return
+    setattr(plain, ROUTER_SETTING, text.output_router_logits)
     text.output_router_logits = False
     if not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
         # TRL reads num_experts from every config. GraniteMoe's config only has num_local_experts and no alias.
         type(text).attribute_map = {**type(text).attribute_map, "num_experts": "num_local_experts"}
+
+
+@contextmanager
+def own_router_setting(model: TransformersModel) -> Iterator[None]:
+    """Context manager in which the config of ``model`` has the ``output_router_logits`` of the model that was loaded."""
+    plain = plain_model(model)
+    text, own = plain.config.get_text_config(), getattr(plain, ROUTER_SETTING, None)
+    if own is None:
+        yield
+        return
+    used, text.output_router_logits = text.output_router_logits, own
+    try:
+        yield
+    finally:
+        text.output_router_logits = used
 
 
 def _check_finite(model: nn.Module, source: ResolvedModel) -> None:

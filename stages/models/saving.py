@@ -13,7 +13,7 @@ from transformers.utils import cached_file
 
 from stages.models.adapters.activation import NEW_ADAPTER, lora_config
 from stages.models.adapters.variants import write_as_lora
-from stages.models.loading import OPTIONAL, load_classifier, load_language_model
+from stages.models.loading import OPTIONAL, load_classifier, load_language_model, own_router_setting
 from stages.models.parts import moved_to
 from stages.models.quiet import quiet_transformers
 from stages.models.verification import check_saved_adapter, check_saved_weights, outputs_of, rows_for
@@ -52,11 +52,12 @@ def save_model(
         (folder / "README.md").unlink(missing_ok=True)
         write_as_lora(model, NEW_ADAPTER, folder)
         if str(lora_config(model, NEW_ADAPTER).task_type) == "SEQ_CLS":
-            model.config.save_pretrained(folder)  # for the class names, which adapter_config.json cannot contain
+            with own_router_setting(model):
+                model.config.save_pretrained(folder)  # for the class names, which adapter_config.json cannot contain
     else:
         if tokenizer is not None:
             _stop_at_turn_ends(model, tokenizer)
-        with quiet_transformers():
+        with quiet_transformers(), own_router_setting(model):
             model.save_pretrained(folder, state_dict=state_dict)
         _copy_processor(model, folder)
     if tokenizer is not None:

@@ -19,6 +19,7 @@ from stages.corpora.templates import encode_prompt
 from stages.errors import ModelError
 from stages.models import loading
 from stages.models.adapters.exporting import export_merged
+from stages.models.heads import RewardModel
 from stages.models.layers.dropout import disable_dropout
 from stages.models.loading import ensure_pad_token, load_classifier, load_language_model, load_tokenizer
 from stages.models.saving import save_model
@@ -332,6 +333,27 @@ def test_mixture_of_experts_is_loaded_without_its_router_loss(family: str, tmp_p
             with torch.no_grad():
                 assert token == int(model(input_ids=torch.tensor([prompt])).logits[0, -1].argmax())
             prompt = [*prompt, token]
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_a_saved_config_has_the_router_setting_of_the_input_model(said: bool, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """Loading sets it to false, and TRL's SFT sets it as its own loss needs it."""
+    import transformers
+
+    sizes = {"vocab_size": len(tiny_tokenizer), "hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8, "head_dim": 8}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 2, "num_experts_per_tok": 1}
+    base = tmp_path / "base"
+    config = transformers.Qwen3MoeConfig(**sizes, **layers, output_router_logits=said)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    tiny_tokenizer.save_pretrained(base)
+    model = load_language_model(str(base), dtype=torch.float32)
+    for used in (True, False):
+        model.config.output_router_logits = used
+        save_model(model, tiny_tokenizer, tmp_path / "language")
+        assert model.config.output_router_logits is used
+        assert transformers.AutoConfig.from_pretrained(tmp_path / "language").output_router_logits is said
+    RewardModel.from_language_model(str(base), dtype=torch.float32).save(tmp_path / "reward")
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "reward").output_router_logits is said
 
 
 @pytest.mark.parametrize("role", ["reward_model", "value_model", "classifier"])
