@@ -349,7 +349,7 @@ def _from_pretrained(
         config = AutoConfig.from_pretrained(path, **code)
         if auto is not AutoModelForSequenceClassification:
             refuse_unfit(config, model.ref)
-        elif getattr(config, "attention_type", None) == "block_sparse":
+        if getattr(config, "attention_type", None) == "block_sparse":
             logger.warning("%s computes with full attention: BigBird itself changes to it for good at the first short text", model.ref)
             options = {**options, "attention_type": "original_full"}
         if quantization is not None:

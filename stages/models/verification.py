@@ -50,7 +50,10 @@ def rows_for(model: TransformersModel, rows: Sequence[Sequence[int]] | None) -> 
     chosen = [ended(row[:longest], config) for row in rows or () if len(row) > 1][:NUM_ROWS]
     if chosen:
         return chosen
-    size = weight_of(base_of(plain_model(model).get_input_embeddings())).shape[0]
+    plain = plain_model(model)
+    # Some output layers have fewer rows: an embedding may have special tokens that are read, but never predicted.
+    matrices = (plain.get_input_embeddings(), plain.get_output_embeddings())
+    size = min(weight_of(base_of(matrix)).shape[0] for matrix in matrices if matrix is not None)
     return [ended(torch.linspace(1, size - 1, min(8, longest)).long().tolist(), config)]
 
 

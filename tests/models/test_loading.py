@@ -356,6 +356,33 @@ def test_a_saved_config_has_the_router_setting_of_the_input_model(said: bool, ti
     assert transformers.AutoConfig.from_pretrained(tmp_path / "reward").output_router_logits is said
 
 
+def test_a_model_with_fewer_outputs_than_embedding_rows_is_saved(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """Moshi's embedding has one more row than its output layer: a token that is read, but never predicted."""
+    import transformers
+
+    sizes = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
+    config = transformers.MoshiConfig(vocab_size=len(tiny_tokenizer), **sizes, pad_token_id=tiny_tokenizer.pad_token_id)
+    transformers.MoshiForCausalLM(config).save_pretrained(tmp_path / "base")
+    model = load_language_model(str(tmp_path / "base"), dtype=torch.float32, tokenizer=tiny_tokenizer)
+    save_model(model, tiny_tokenizer, tmp_path / "saved")
+    again = transformers.MoshiForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits_of(again), logits_of(model))
+
+
+def test_passes_of_a_decoder_of_bigbird_are_not_random(tiny_tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """At the first short text transformers replaces its sparse attention by new modules, which have dropout."""
+    import transformers
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "block_size": 4}
+    config = transformers.BigBirdConfig(vocab_size=len(tiny_tokenizer), **sizes, is_decoder=True, attention_type="block_sparse")
+    transformers.BigBirdForCausalLM(config).save_pretrained(tmp_path)
+    full = transformers.BigBirdForCausalLM.from_pretrained(tmp_path, attention_type="original_full").eval()
+    model = load_language_model(str(tmp_path), dtype=torch.float32).train()
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=IDS).logits, full(input_ids=IDS).logits)
+    assert "computes with full attention" in caplog.text
+
+
 @pytest.mark.parametrize("role", ["reward_model", "value_model", "classifier"])
 def test_a_model_that_predicts_scores_is_not_loaded_as_a_language_model(role: str, resolve_folder: Any, tiny_llama_folder: Path) -> None:
     model = replace(resolve_folder(tiny_llama_folder), record=SimpleNamespace(role=role))
