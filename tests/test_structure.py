@@ -42,7 +42,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "training": {"corpora", "engines", "kernels", "models", "process", "registry", "rewards", "sampling", "step"},
     "report": {"corpora", "process", "stats"},
     "pretraining": {"corpora", "memory", "models", "step", "tokens", "training"},
-    "sft": {"corpora", "memory", "models", "rewards", "sampling", "step", "tokens", "training"},
+    "sft": {"corpora", "memory", "models", "rewards", "step", "tokens", "training"},
     "reward_model": {
         "corpora",
         "engines",

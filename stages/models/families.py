@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -65,6 +65,44 @@ def text_part(config: PretrainedConfig) -> str | None:
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     loaded = kind.config_class
     return None if loaded is None or isinstance(config, loaded) else str(loaded.model_type)
+
+
+def refuse_without_classes(config: PretrainedConfig, name: str) -> None:
+    """Raise ModelError if transformers has no sequence classifier of the family. A model with remote code is not judged."""
+    if class_of(AutoModelForSequenceClassification, config) is None and not getattr(config, "auto_map", None):
+        raise ModelError(
+            f"{name!r} is a {config.model_type} model, of which transformers has no sequence classifier. "
+            "Use another family (bert, llama, ...)"
+        )
+
+
+def refuse_scalar_head(config: PretrainedConfig, name: str) -> None:
+    """Raise ModelError if a causal language model cannot have a scalar head, as reward models and value networks need.
+
+    Allocates no weights. A model with remote code is not judged.
+    """
+    kind = class_of(AutoModel, config)
+    other = "Use another model, or PPO with a reward function and advantages: rloo"
+    if kind is None:
+        if not getattr(config, "auto_map", None):
+            raise ModelError(
+                f"{name!r} is a {config.model_type} model, which transformers has only with its output layer. A reward model or a value "
+                f"network cannot be made from it. {other}"
+            )
+        return
+    if text_part(config) is not None and kind.__name__.endswith("ForConditionalGeneration"):  # Llama 4
+        raise ModelError(
+            f"{name!r}: transformers cannot load its text part without its output layer ({kind.__name__}). Train it by a step with "
+            "stage: sft, which publishes the text part, and start from that"
+        )
+    parts: set[str] = set()
+    with suppress(*PASS_FAILURES), torch.device("meta"):
+        parts = {part for part, _ in kind(config).named_children()}
+    if {"encoder", "decoder"} <= parts:
+        raise ModelError(
+            f"{name!r} is the decoder of an encoder-decoder. A reward model or a value network cannot be made from it, because "
+            f"{kind.__name__} also has an encoder. {other}"
+        )
 
 
 def refuse_quantization(config: PretrainedConfig, quantization: str, name: str) -> None:

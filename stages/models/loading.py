@@ -26,7 +26,7 @@ from stages.models.classifiers.classes import order_classes
 from stages.models.classifiers.inputs import allow_end_tokens
 from stages.models.embeddings import resize_embedding, vocabulary_size
 from stages.models.failures import explained
-from stages.models.families import refuse_quantization, refuse_unfit, text_part, unquantized_modules
+from stages.models.families import refuse_quantization, refuse_scalar_head, refuse_unfit, text_part, unquantized_modules
 from stages.models.layers.attention import attention_of
 from stages.models.layers.dropout import disable_dropout
 from stages.models.layers.longrope import choose_frequencies_by_sequence
@@ -349,6 +349,8 @@ def _from_pretrained(
         config = AutoConfig.from_pretrained(path, **code)
         if auto is not AutoModelForSequenceClassification:
             refuse_unfit(config, model.ref)
+        if auto is AutoModel:
+            refuse_scalar_head(config, model.ref)
         if getattr(config, "attention_type", None) == "block_sparse":
             logger.warning("%s computes with full attention: BigBird itself changes to it for good at the first short text", model.ref)
             options = {**options, "attention_type": "original_full"}
@@ -378,13 +380,8 @@ def _from_pretrained(
 
 
 def _say_text_only(loaded: PreTrainedModel, model: ResolvedModel) -> None:
-    """Log that only the text part of a model for several inputs is loaded. Raises ModelError if its class needs the other inputs."""
+    """Log that only the text part of a model for several inputs is loaded."""
     kind = type(loaded).__name__
-    if kind.endswith("ForConditionalGeneration"):  # AutoModel of Llama 4
-        raise ModelError(
-            f"{model.ref!r}: transformers cannot load its text part without its output layer ({kind}). Train it by a step with stage: sft, "
-            "which publishes the text part, and start from that"
-        )
     if not kind.endswith("ForCausalLM"):
         return  # all of it is loaded
     logger.warning("%s: only its text part is loaded (%s). What is trained and published has no images, sound or video", model.ref, kind)
@@ -506,11 +503,6 @@ def _refuse_missing(
     # Buffers are computed, and causal models do not use a pooler that the architecture adds.
     missing = [name for name in missing if name in names]
     body = [name for name in [*missing, *wrong] if not has_prefix or (name.startswith(prefix) and "pooler" not in name.split("."))]
-    if body and not has_prefix and all("encoder" in name.split(".")[:2] for name in body):
-        raise ModelError(
-            f"{model.ref!r} is the decoder of an encoder-decoder. A reward model or a value network cannot be made from it, because "
-            f"{type(loaded).__name__} also has an encoder. Use another model, or PPO with a reward function and advantages: rloo"
-        )
     if body:
         raise ModelError(
             f"{model.ref!r} lacks weights of {type(loaded).__name__} ({some_of(body)} missing or of another shape); the folder is "

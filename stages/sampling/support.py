@@ -62,7 +62,7 @@ def decoding_support(model: TransformersModel) -> DecodingSupport:
     parameters = inspect.signature(family_of(plain).forward).parameters
     # transformers is renaming past_key_values to cache
     name = next((name for name in ("cache", "past_key_values") if name in parameters), None)
-    layers = _cache_layers(plain) if name is not None and not _numbers_tokens_itself(plain) else None
+    layers = cache_layers(plain) if name is not None and not _numbers_tokens_itself(plain) else None
     if layers is None:
         name = None
     takes_mask, takes_positions = "attention_mask" in parameters, "position_ids" in parameters
@@ -138,7 +138,7 @@ def says_causal(model: nn.Module) -> bool:
     return bool(said) and all(said) and all(decodes)
 
 
-def _cache_layers(model: TransformersModel) -> list[object] | None:
+def cache_layers(model: TransformersModel) -> list[object] | None:
     """The layers of an empty cache for ``model``; None if the model does not support transformers' cache."""
     supports = getattr(type(model), "_supports_default_dynamic_cache", None)
     if supports is not None and not supports():

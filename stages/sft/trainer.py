@@ -15,10 +15,11 @@ from trl import SFTConfig, SFTTrainer
 
 from stages.json_types import JsonObject
 from stages.models.adapters.attaching import train_in_fp32
+from stages.models.packed_rows import refuse_leaks
 from stages.models.passes.right_padding import without_masks
 from stages.models.quiet import quiet_transformers
 from stages.sft.config import SFTStepConfig
-from stages.sft.packing import PackedCollator, pack_rows, refuse_leaks
+from stages.sft.packing import PackedCollator, pack_rows
 from stages.sft.rows import EncodedRow
 from stages.step import StepContext
 from stages.training.arguments import training_arguments

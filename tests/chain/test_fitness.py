@@ -10,9 +10,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BartConfig,
+    BartForCausalLM,
     BertConfig,
     FalconConfig,
     Gemma2Config,
+    MambaConfig,
     T5Config,
     T5Model,
 )
@@ -43,12 +46,12 @@ def models(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path) ->
     return folder
 
 
-def planned(tmp_path: Path, llama: Path, last: str) -> Any:
-    """Plan a recipe whose first step is fine and whose last step is ``last``."""
+def planned(tmp_path: Path, llama: Path, last: str, first: str = "sft") -> Any:
+    """Plan a recipe whose first step, called ``first``, is fine and whose last step is ``last``."""
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b", "chosen": "b", "rejected": "c"}\n' * 20)
     path = tmp_path / "late.yaml"
     path.write_text(
-        f"name: late\nsteps:\n  - {{stage: sft, name: sft, model: {llama}, data: {{train: rows.jsonl}}}}\n  - {{name: last, {last}}}\n"
+        f"name: late\nsteps:\n  - {{stage: sft, name: {first}, model: {llama}, data: {{train: rows.jsonl}}}}\n  - {{name: last, {last}}}\n"
     )
     return plan(load_recipe(path), tmp_path / "home")
 
@@ -72,6 +75,65 @@ def test_unusable_model_of_the_last_step_is_refused_at_the_plan(
     with pytest.raises(RecipeError, match=rf"late.yaml:4: .*last.*{message}"):
         planned(tmp_path, tiny_llama_folder, last)
     assert not (tmp_path / "home" / "registry" / "models").exists()
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        (
+            "stage: sft, model: made, packing: true, data: {train: rows.jsonl}",
+            r"packing: true does not work with 'made' \(MambaForCausalLM\)",
+        ),
+        (
+            "stage: ppo, policy: {ref: made, attention: flex_attention}, reward: [{function: 'os:getcwd'}], data: rows.jsonl",
+            "not support flex",
+        ),
+        (
+            "stage: ppo, policy: LLAMA, reward: [{model: START, label: 0}], data: rows.jsonl",
+            "of which transformers has no sequence classifier",
+        ),
+    ],
+    ids=["packing", "attention", "classifier"],
+)
+def test_what_a_family_does_not_support_is_refused_at_the_plan_also_after_an_earlier_step(
+    tmp_path: Path, tiny_llama_folder: Path, last: str, message: str
+) -> None:
+    config = MambaConfig(vocab_size=300, hidden_size=32, state_size=4, num_hidden_layers=1, time_step_rank=4)
+    save_as_made(AutoModelForCausalLM.from_config(config), tiny_llama_folder, tmp_path)
+    last = last.replace("LLAMA", str(tiny_llama_folder)).replace("START", str(tmp_path / "start"))
+    with pytest.raises(RecipeError, match=rf"late.yaml:4: .*last.*{message}"):
+        planned(tmp_path, tmp_path / "start", last, first="made")
+
+
+BART = {"vocab_size": 300, "d_model": 16, "max_position_embeddings": 16, "encoder_layers": 1, "decoder_layers": 1}
+BART |= {f"{part}_{size}": number for part in ("encoder", "decoder") for size, number in (("ffn_dim", 16), ("attention_heads", 2))}
+
+
+@pytest.mark.parametrize(
+    ("last", "is_refused"),
+    [
+        ("stage: reward_model, model: made, data: {train: rows.jsonl}", True),
+        ("stage: ppo, policy: made, reward: [{function: 'os:getcwd'}], data: rows.jsonl", True),
+        ("stage: ppo, policy: made, reward: [{function: 'os:getcwd'}], data: rows.jsonl, value: shared", False),
+        ("stage: ppo, policy: made, reward: [{function: 'os:getcwd'}], data: rows.jsonl, advantages: reinforce", False),
+    ],
+    ids=["reward model", "value network", "shared value head", "no value network"],
+)
+def test_scores_by_the_decoder_of_an_encoder_decoder_are_refused_at_the_plan(
+    tmp_path: Path, tiny_llama_folder: Path, last: str, is_refused: bool
+) -> None:
+    save_as_made(BartForCausalLM(BartConfig(**BART)), tiny_llama_folder, tmp_path)
+    if not is_refused:
+        assert [step.action for step in planned(tmp_path, tmp_path / "start", last, first="made")] == ["run", "run"]
+        return
+    with pytest.raises(RecipeError, match=r"late.yaml:4: .*last.*'made' is the decoder of an encoder-decoder"):
+        planned(tmp_path, tmp_path / "start", last, first="made")
+
+
+def save_as_made(model: Any, tokenizer: Path, folder: Path) -> None:
+    """The model that the first step of ``planned`` starts from."""
+    model.save_pretrained(folder / "start")
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder / "start")
 
 
 def test_classifier_with_a_label_is_accepted_as_reward(models: Path, tmp_path: Path, tiny_llama_folder: Path) -> None:
