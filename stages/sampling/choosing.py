@@ -1,4 +1,4 @@
-"""Choosing next tokens. B sequences, V vocabulary.
+"""Choose the next token of each sequence from its logits. B sequences, V vocabulary.
 
 One uniform random number decides each token. So the random stream of a response has one number per token.
 """

@@ -1,4 +1,4 @@
-"""Means over few repeated measurements. N numbers. Results are floats."""
+"""Means, with Student's interval, over few repeated measurements such as seeds. N numbers. Results are floats."""
 
 from __future__ import annotations
 

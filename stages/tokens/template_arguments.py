@@ -1,6 +1,6 @@
 """Arguments of chat templates, such as ``enable_thinking``, stored in the template as the defaults of its variables.
 
-A saved model so renders the same text in every program. An argument that is given to ``apply_chat_template`` replaces the default.
+So a saved model renders the same text in every program. An argument that is given to ``apply_chat_template`` replaces the default.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Small multiple-choice tasks of the embedded world, scored by likelihood. They test what a model learned from the library.
+"""Small multiple-choice tasks of the embedded world, scored by likelihood. They test what a model learned from
+``world:library``.
 
 A row has a ``context``, ``choices`` of continuations, and the index of the right one (``answer``).
 """

@@ -1,4 +1,4 @@
-"""Writers of the embedded world: careful reviewers, careless reviewers, and the pages around them.
+"""Write the texts of the embedded world: good and flawed reviews and answers, and the raw pages that contain them.
 
 A flaw is a named way to fail a request. Demonstrations have few flaws; the completions that annotators compare have many.
 """
