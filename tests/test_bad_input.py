@@ -271,7 +271,9 @@ RECIPES = {
     "rewards of one name": Case("two sources have the name 'b'", PPO, {"reward": [{"function": "a:b"}, {"function": "c:b"}]}),
     "a function's address": Case("steps[0].reward[0].function: got 'os.system'", PPO, {"reward": [{"function": "os.system"}]}),
     "a function's module there is not": Case(
-        "function 'no_such_module:f': cannot import no_such_module", PPO, {"reward": [{"function": "no_such_module:f"}]}
+        "function 'no_such_module:f': cannot import no_such_module; expected a module in the current folder, on PYTHONPATH",
+        PPO,
+        {"reward": [{"function": "no_such_module:f"}]},
     ),
     "a function there is not": Case("has no 'nothing'", PPO, {"reward": [{"function": "stages.corpora.world.gold:nothing"}]}),
     "a function that is none": Case("expected a function of (prompts, completions)", PPO, {"reward": [{"function": "json:__name__"}]}),

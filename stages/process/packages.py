@@ -7,6 +7,7 @@ from pathlib import Path
 
 FLASH_ATTENTION = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface", "flash_attention_4": "flash_attn.cute"}
 """The package of each flash attention. If it is missing, transformers uses the Hub's kernels (package ``kernels``)."""
+EXPECTED_MODULE = "expected a module in the current folder, on PYTHONPATH, or installed"
 
 
 def missing_attention_package(attention: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pydantic import BaseModel
 
 from stages.errors import RecipeError
-from stages.process.packages import source_of
+from stages.process.packages import EXPECTED_MODULE, source_of
 
 
 def addresses(value: object) -> Iterator[str]:
@@ -33,9 +33,9 @@ def check_function(address: str) -> None:
     try:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError) as error:
-        raise RecipeError(f"function {address!r}: cannot import {module} ({error}); is it installed, or on PYTHONPATH?") from error
+        raise RecipeError(f"function {address!r}: cannot import {module} ({error}); {EXPECTED_MODULE}") from error
     if spec is None:
-        raise RecipeError(f"function {address!r}: cannot import {module}; is it installed, or on PYTHONPATH?")
+        raise RecipeError(f"function {address!r}: cannot import {module}; {EXPECTED_MODULE}")
     source = source_of(module)
     known = rf"\b{re.escape(name)}\b|import \*|__getattr__"
     if source is not None and not re.search(known, source.read_text(encoding="utf-8", errors="replace")):

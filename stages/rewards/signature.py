@@ -19,7 +19,7 @@ from inspect import Parameter
 from stages.corpora.rows import Row
 from stages.errors import DataError, RecipeError
 from stages.json_types import JsonObject
-from stages.process.packages import source_of
+from stages.process.packages import EXPECTED_MODULE, source_of
 from stages.rewards.config import RewardInput, leaves
 
 GIVEN = ("prompts", "completions", "messages", "completion_ids")
@@ -131,7 +131,7 @@ def load_function(address: str) -> Callable[..., object]:
     try:
         function: object = importlib.import_module(module)
     except ImportError as error:
-        raise RecipeError(f"function {address!r}: cannot import {module} ({error}); is it installed, or on PYTHONPATH?") from error
+        raise RecipeError(f"function {address!r}: cannot import {module} ({error}); {EXPECTED_MODULE}") from error
     except Exception as error:  # raised by the module's own code
         raise RecipeError(f"function {address!r}: cannot import {module} ({type(error).__name__}: {error})") from error
     if not hasattr(function, name):
