@@ -35,7 +35,7 @@ from stages.config import StepConfig
 from stages.errors import doing
 from stages.json_types import JsonObject
 from stages.models.precision import auto_precision, width_of
-from stages.process.console import announcing
+from stages.process.console import announcing, showing
 from stages.process.environment import launched_processes, wants_cpu
 from stages.process.gpus import peak_gpu_memory, visible_gpus
 from stages.process.hardware import cpu_name
@@ -60,7 +60,7 @@ def run(recipe: Recipe, home: Path, runtime: Runtime, *, command: str | None = N
 
     ``command`` is what the user typed to start the run; the summary and the report show it.
     """
-    with without_repeats():
+    with without_repeats(), showing(runtime.console):
         chain = _Run(recipe, home.absolute(), runtime, command)
         chain.start()
         for step, planned in zip(chain.recipe.steps, chain.plans, strict=True):

@@ -27,6 +27,7 @@ from stages.corpora.tables.layout import PACKED, SUFFIXES, UNSPLIT, Layout, is_d
 from stages.corpora.world.lexicon import world_files
 from stages.corpora.world.parts import PREFIX, world_rows
 from stages.errors import DataError, some_of
+from stages.process.console import in_progress
 from stages.registry.contents import file_sha256
 
 if TYPE_CHECKING:
@@ -80,11 +81,13 @@ def _read_source(source: DataSource, split: str) -> list[Row]:
     limit = _first_of_world.get() if source.path.startswith(PREFIX) else None
     limit = min((number for number in (source.limit, limit) if number is not None), default=None)
     stop = None if limit is None else source.skip + limit
-    for index, row in enumerate(_open(source, split, stop)):
-        if stop is not None and index >= stop:
-            break
-        if index >= source.skip:
-            rows.append(_renamed(row, source))
+    with in_progress(f"reading {source.path}", stop) as read:
+        for index, row in enumerate(_open(source, split, stop)):
+            if stop is not None and index >= stop:
+                break
+            if index >= source.skip:
+                rows.append(_renamed(row, source))
+            read()
     if not rows:
         raise DataError(f"{source.path}: no rows{f' after skip={source.skip}' if source.skip else ''}; expected at least one")
     return rows

@@ -13,6 +13,7 @@ from stages.corpora.conversations.messages import Completion, errors_at
 from stages.corpora.templates import encode_pair
 from stages.dpo.config import DPOStepConfig
 from stages.errors import DataError
+from stages.process.console import in_progress
 from stages.step import StepContext
 from stages.training.lengths import short_enough
 
@@ -47,11 +48,13 @@ def encode(config: DPOStepConfig, comparisons: Sequence[Comparison], tokenizer: 
     with the row's location if the chat template rejects a conversation.
     """
     rows = []
-    for comparison in comparisons:
-        with errors_at(comparison.location):
-            for better, worse in pairs_of(comparison, config.pairs_per_prompt, seed):
-                (chosen, length), (rejected, _) = (encode_pair(tokenizer, comparison.prompt, text) for text in (better, worse))
-                rows.append(Pair(chosen[:length], chosen[length:], rejected[length:]))
+    with in_progress("encoding comparisons", len(comparisons)) as encoded:
+        for comparison in comparisons:
+            with errors_at(comparison.location):
+                for better, worse in pairs_of(comparison, config.pairs_per_prompt, seed):
+                    (chosen, length), (rejected, _) = (encode_pair(tokenizer, comparison.prompt, text) for text in (better, worse))
+                    rows.append(Pair(chosen[:length], chosen[length:], rejected[length:]))
+            encoded()
     return rows
 
 

@@ -20,6 +20,7 @@ from stages.evaluation.tasks import measure_task
 from stages.models.loaded import LoadedModel
 from stages.models.loading import config_of, load_tokenizer
 from stages.models.passes.likelihood import measure_likelihood
+from stages.process.console import made_of_each
 from stages.rewards.details import Details, columns_of
 from stages.sampling.generation import decode_completions, episode_seed
 from stages.stats.best_of_n import best_of_n_kl
@@ -217,7 +218,7 @@ def _sample_tries(
 
 def _encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> list[list[int]]:
     """Token ids of each prompt, template included."""
-    return [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    return made_of_each("encoding prompts", lambda prompt: encode_prompt(tokenizer, prompt), prompts)
 
 
 def _positions_of(model: ResolvedModel) -> int:

@@ -17,6 +17,7 @@ from stages.corpora.templates import check_rendering, count_tokens, encode_promp
 from stages.errors import DataError
 from stages.json_types import JsonObject
 from stages.models.loading import load_tokenizer
+from stages.process.console import made_of_each
 from stages.rewards.signature import columns_asked_for
 from stages.sampling.generation import episode_seed, require_room
 from stages.tokens.positions import readable_length
@@ -45,7 +46,8 @@ def encoded_prompts(config: PPOStepConfig, tokenizer: PreTrainedTokenizerBase, c
     rows = corpus.load_prompt_rows(config.data, prompt_words=config.prompt_words, curator=curator, columns=columns)
     if config.prompt_fit is not None:
         rows = [corpus.PromptRow(fit_prompt(row.prompt, config.prompt_fit, tokenizer), row.columns) for row in rows]
-    return [EncodedPrompt(row.prompt, encode_prompt(tokenizer, row.prompt), row.columns) for row in rows]
+    encoded = made_of_each("encoding prompts", lambda row: encode_prompt(tokenizer, row.prompt), rows)
+    return [EncodedPrompt(row.prompt, ids, row.columns) for row, ids in zip(rows, encoded, strict=True)]
 
 
 def prompt_room(config: PPOStepConfig, policy: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:

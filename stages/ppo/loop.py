@@ -193,8 +193,8 @@ class PPORun:
         done = state.iteration * config.prompts_per_iteration
         order = itertools.islice(shuffled_forever(self.prompts, self.context.seed), done, None)
         chosen, following = self._choose(order), self._choose(order)
-        with self.runtime.stop.deferred(), self.runtime.progress(f"{self.context.name}: ppo", config.num_iterations) as bar:
-            bar.advance(state.iteration)
+        name = f"{self.context.name}: ppo"
+        with self.runtime.stop.deferred(), self.runtime.progress(name, config.num_iterations, state.iteration) as bar:
             if self.served is not None and state.sampled is not None:
                 said = self.served.resume(state.sampled, chosen if state.sampled.iteration == state.iteration else following)
                 self.runtime.console.print(f"{self.context.name}: {said}")

@@ -208,9 +208,9 @@ class Runtime:
         torch.manual_seed(seed)
 
     @contextmanager
-    def progress(self, description: str, total: float) -> Iterator[ProgressBar]:
-        """A progress bar over ``total`` units, shown on rank zero and only in a terminal."""
-        with progress_bar(self.console, description, total) as bar:
+    def progress(self, description: str, total: float, done: int = 0) -> Iterator[ProgressBar]:
+        """A progress bar over ``total`` units, ``done`` of them at the start, on rank zero; lines in a log file."""
+        with progress_bar(self.console, description, total, done=done) as bar:
             yield bar
 
     def say_model(self, name: str, model: nn.Module, dtype: torch.dtype) -> None:

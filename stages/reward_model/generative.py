@@ -32,6 +32,7 @@ from stages.models.parts import moved_to
 from stages.models.reward_question import RewardQuestion
 from stages.models.saving import save_model
 from stages.models.sharding import unsharded
+from stages.process.console import made_of_each
 from stages.reward_model.config import RewardModelConfig
 from stages.reward_model.measuring import measure_beside, say_measured
 from stages.reward_model.preferences import NO_PREFERENCE, Agreement, EncodedComparison, agreement
@@ -86,7 +87,7 @@ def run_generative(
     judging = _load_judging(config, context)
     comparisons, left_out = load(judging.tokenizer)
     heldout = [item for item in comparisons.validation if item.num_pairs]
-    encoded = [encode(item, judging) for item in heldout]
+    encoded = made_of_each("encoding comparisons", lambda item: encode(item, judging), heldout)
     counted, lost = usable(encoded)
     say_lost(context, "held-out ", lost, judging.max_length or 0)
     texts = [item for item, rows in zip(heldout, encoded, strict=True) if rows.pairs[0]]
@@ -189,7 +190,8 @@ def _train(
     if any(len(ids) != 1 for ids in answers):
         shown = ", ".join(f"{answer!r} ({len(ids)} tokens)" for answer, ids in zip(judging.asked.answers, answers, strict=True))
         raise ModelError(f"generative.train needs answers of one token each, got {shown}; choose other answers, or remove train")
-    rows, lost = usable([encode(item, judging) for item in comparisons.train if item.num_pairs])
+    preferences = [item for item in comparisons.train if item.num_pairs]
+    rows, lost = usable(made_of_each("encoding comparisons", lambda item: encode(item, judging), preferences))
     say_lost(context, "", lost, judging.max_length or 0)
     scorer = LogOdds(judging.model, answers[0][0], answers[1][0])
     arguments = training_arguments(config.training, context, precision=config.precision, remove_unused_columns=False)

@@ -5,7 +5,7 @@ All pairs of a prompt are one batch element: each of its K completions is scored
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,6 +32,7 @@ from stages.models.heads import RewardModel
 from stages.models.loaded import LoadedModel
 from stages.models.loading import load_tokenizer
 from stages.models.sharding import unsharded
+from stages.process.console import made_of_each
 from stages.reward_model.collection import collect_comparisons
 from stages.reward_model.config import RewardModelConfig
 from stages.reward_model.generative import run_generative
@@ -151,9 +152,14 @@ class _Data:
 def _load_data(config: RewardModelConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, max_length: int) -> _Data:
     """Load and encode the comparisons. Says how many did not fit ``max_length`` tokens."""
     comparisons, left_out = _load_comparisons(config, context, tokenizer)
-    train, lost = usable([encode(item, tokenizer, max_length) for item in comparisons.train if item.num_pairs])
+
+    def encoded_of(items: Sequence[Comparison]) -> list[EncodedComparison]:
+        preferences = [item for item in items if item.num_pairs]
+        return made_of_each("encoding comparisons", lambda item: encode(item, tokenizer, max_length), preferences)
+
+    train, lost = usable(encoded_of(comparisons.train))
     validation = [item for item in comparisons.validation if item.num_pairs]
-    encoded = [encode(item, tokenizer, max_length) for item in validation]
+    encoded = encoded_of(validation)
     heldout, lost_heldout = usable(encoded)
     texts = [item for item, rows in zip(validation, encoded, strict=True) if rows.pairs[0]]
     for which, counts in (("", lost), ("held-out ", lost_heldout)):

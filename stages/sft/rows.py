@@ -15,6 +15,7 @@ from stages.corpora.encoding.training_rows import TrainOn, has_untrained_reply, 
 from stages.corpora.files import read_rows
 from stages.corpora.rows import text_of
 from stages.errors import DataError
+from stages.process.console import in_progress
 from stages.sft.config import SFTStepConfig
 
 HELDOUT_EVERY = 20  # every n-th block of the pretraining mix is held out
@@ -59,17 +60,20 @@ def encode(
     rows: list[EncodedRow] = []
     separate = untrained = 0
     shared: dict[int, int] = {}  # one object per token id: those of the tokenizer are new in every row, 28 bytes for each token
-    for demonstration in demonstrations:
-        if not completion_only and has_untrained_reply(demonstration):
-            raise DataError(
-                f"{demonstration.location}: a reply has weight 0, but completion_only_loss: false trains on every token; remove one of them"
-            )
-        made = training_rows(tokenizer, demonstration, train_on=train_on)
-        separate += max(len(made) - 1, 0)
-        untrained += not made
-        for row in made:
-            ids = list(map(shared.setdefault, row.ids, row.ids))
-            rows.append(EncodedRow(ids, row.prompt_length, None if row.trains_all else row.trained))
+    with in_progress("encoding demonstrations", len(demonstrations)) as encoded:
+        for demonstration in demonstrations:
+            if not completion_only and has_untrained_reply(demonstration):
+                raise DataError(
+                    f"{demonstration.location}: a reply has weight 0, but completion_only_loss: false trains on every token; remove one of "
+                    "them"
+                )
+            made = training_rows(tokenizer, demonstration, train_on=train_on)
+            separate += max(len(made) - 1, 0)
+            untrained += not made
+            for row in made:
+                ids = list(map(shared.setdefault, row.ids, row.ids))
+                rows.append(EncodedRow(ids, row.prompt_length, None if row.trains_all else row.trained))
+            encoded()
     return Encoded(rows, separate, untrained)
 
 

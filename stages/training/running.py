@@ -128,8 +128,7 @@ class StepCallback(TrainerCallback):
         self.shown: dict[str, float | str] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        self.bar = self.stack.enter_context(self.context.runtime.progress(self.description, state.max_steps))
-        self.bar.advance(state.global_step)
+        self.bar = self.stack.enter_context(self.context.runtime.progress(self.description, state.max_steps, state.global_step))
         if self.checkpoint is None:
             return
         self.resumed_at = state.global_step

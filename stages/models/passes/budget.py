@@ -19,7 +19,7 @@ from stages.config import Microbatch
 from stages.errors import TrainingError, is_out_of_memory
 from stages.kernels.token_budget import GPU_SHARE, GPU_TOKENS, rows_per_batch, token_budget_batches, tokens_of
 from stages.models.sharding import in_lockstep, sharded_blocks
-from stages.process.console import announce
+from stages.process.console import announce, in_progress
 from stages.process.gpus import free_gpu_memory, own_peak
 from stages.sampling.retreats import ADVICE, SAME_RESULT, LastAttempt, row_limit
 
@@ -245,21 +245,23 @@ def each_group(
         return
     limit = row_limit(model if known_by is None else known_by, what, advice)
     waiting = [list(group) for group in groups]
-    while waiting:
-        rows = waiting.pop(0)
-        most = limit.within(len(rows))
-        if len(rows) > most:
-            waiting.insert(0, rows[most:])
-            rows = rows[:most]
-        try:
-            work(rows)
-        except Exception as error:
-            limit.retreat(error, len(rows))
-        else:
-            limit.succeeded()
-            continue
-        waiting.insert(0, rows)
-        limit.release()
+    with in_progress(what, sum(map(len, waiting))) as done:
+        while waiting:
+            rows = waiting.pop(0)
+            most = limit.within(len(rows))
+            if len(rows) > most:
+                waiting.insert(0, rows[most:])
+                rows = rows[:most]
+            try:
+                work(rows)
+            except Exception as error:
+                limit.retreat(error, len(rows))
+            else:
+                limit.succeeded()
+                done(len(rows))
+                continue
+            waiting.insert(0, rows)
+            limit.release()
 
 
 def refuse_alone(error: BaseException, what: str, advice: str = ADVICE) -> None:
