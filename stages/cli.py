@@ -579,8 +579,9 @@ def export(
     from stages.registry.card import write_card
 
     registry = _registry(home)
-    path = registry.export(ref, destination, merge=None if adapter else export_merged)
-    write_card(registry.get(ref), registry, path, merged=not adapter)
+    with _stoppable(_runtime()):
+        path = registry.export(ref, destination, merge=None if adapter else export_merged)
+        write_card(registry.get(ref), registry, path, merged=not adapter)
     if as_json:
         _print_json({"path": str(path)})
     else:
@@ -607,7 +608,8 @@ def import_command(
 
     if role not in (None, "language_model", "reward_model", "value_model", "classifier"):
         raise typer.BadParameter(f"{role!r}: expected language_model, reward_model, value_model or classifier", param_hint="--role")
-    imported = import_model(source, _registry(home), name, role=role, allow_pickle=pickle, base=base)  # type: ignore[arg-type]
+    with _stoppable(_runtime()):
+        imported = import_model(source, _registry(home), name, role=role, allow_pickle=pickle, base=base)  # type: ignore[arg-type]
     if as_json:
         _print_json(
             {
@@ -648,7 +650,8 @@ def push(
     """
     from stages.sharing.push import push as push_model
 
-    pushed = push_model(ref, repository, _registry(home), message=message, private=not public, say=_progress(as_json))
+    with _stoppable(_runtime()):
+        pushed = push_model(ref, repository, _registry(home), message=message, private=not public, say=_progress(as_json))
     if as_json:
         _print_json({"repository": pushed.repository, "commit": pushed.commit, "created": pushed.is_new})
 
@@ -670,14 +673,10 @@ def pull(
     """
     from stages.sharing.pull import pull as pull_model
 
-    pulled = pull_model(
-        repository,
-        _registry(home),
-        revision=revision,
-        name=name,
-        trust_remote_code=trust_remote_code,
-        say=_progress(as_json),
-    )
+    with _stoppable(_runtime()):
+        pulled = pull_model(
+            repository, _registry(home), revision=revision, name=name, trust_remote_code=trust_remote_code, say=_progress(as_json)
+        )
     record = pulled.record
     if as_json:
         _print_json({"model": _row(record), "bases": [_row(base) for base in pulled.bases], "was_here": pulled.was_here})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -270,3 +271,28 @@ def test_label_refuses_json_without_a_report(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["label", str(tmp_path / "a.jsonl"), "--json", "--home", str(tmp_path / "home")])
     assert done.exit_code == 2 and "only the report is printed as JSON; add --report" in " ".join(done.stderr.split())
     assert not (tmp_path / "home").exists()
+
+
+COPIES = {
+    "stages.sharing.push.push": ["push", "mini/sft", "org/mine"],
+    "stages.sharing.pull.pull": ["pull", "org/mine"],
+    "stages.importing.run.import_model": ["import", "folder", "--as", "mine/sft"],
+    "stages.registry.ledger.Registry.export": ["export", "mini/sft", "folder"],
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("function", COPIES)
+def test_a_stopped_copy_of_a_model_says_how_to_continue(
+    function: str, number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    monkeypatch.setattr(function, stopped)
+    command = ["models", *COPIES[function], "--home", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["stages", *command])
+    result = call(*command)
+    assert result.exit_code == 128 + number
+    assert result.stderr == f"stopped by {number.name}; completed work is kept. To continue: stages {' '.join(command)}\n"
