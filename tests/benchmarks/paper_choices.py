@@ -78,7 +78,7 @@ def table(chosen: dict[str, tuple[str, dict[str, Any]]], results: dict[str, list
 
 def as_markdown(rows: list[dict[str, Any]]) -> str:
     """The table of docs/results.md: the default's means, then the differences of each variant with half the width of their intervals."""
-    head = ["choice", "gold score", "trained score", "KL (nats)", "tokens"]
+    head = ["choice", "gold score", "proxy score", "KL (nats)", "tokens"]
     lines = [head, ["-" * 3] * len(head)]
     for row in rows:
         if row["variant"] == "default":
@@ -92,14 +92,14 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Differences to the default with their 95 % intervals: gold score and trained score."""
+    """Differences to the default with their 95 % intervals: gold score, proxy score and KL."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     shown = [row for row in rows if row["variant"] != "default"][::-1]
-    titles = {"monitors/gold": "gold score", "rewards/score_mean": "trained score", "policy/kl": "KL, nats"}
+    titles = {"monitors/gold": "gold score", "rewards/score_mean": "proxy score", "policy/kl": "KL, nats"}
     figure, axes = pyplot.subplots(1, len(titles), figsize=(11, 0.32 * len(shown) + 1.2), sharey=True, constrained_layout=True)
     for axis, (measure, title) in zip(axes, titles.items(), strict=True):
         differences = [row[measure]["difference"] for row in shown]
