@@ -403,7 +403,10 @@ class Registry:
         return [other.ref for other in others if any(wanted.items() <= parent.items() for parent in other.manifest["parents"])]
 
     def verify(self, ref: str) -> list[str]:
-        """Problems with a version's files, one sentence per file; empty if every byte is as published."""
+        """Problems with a version's files, one sentence per file; empty if every byte is as published.
+
+        Raises RegistryError if there is no such version, or if it is removed meanwhile.
+        """
         record = self.get(ref)
         try:
             return self._problems(record)
