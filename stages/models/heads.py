@@ -171,6 +171,8 @@ class ScalarModel(nn.Module):
         with own_router_setting(self.backbone):
             config = copy.deepcopy(self.config)
         config.num_labels = 1
+        if config.problem_type != "regression":
+            config.problem_type = None  # that of a classifier with several labels; transformers does not read such a config
         config.reward_bias = float(head["score.bias"])
         if self.save_adapter is not None or isinstance(self.backbone, PeftModel):
             if self.save_adapter is not None:

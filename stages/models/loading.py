@@ -509,6 +509,12 @@ def _refuse_missing(
             "incomplete"
         )
     head = [name for name in [*missing, *wrong] if name not in supplied]  # the transformer is complete, so these belong to the head
+    if head and require_head and loaded.get_output_embeddings() is not None:
+        saved = ", ".join(loaded.config.architectures or ()) or "another class"
+        raise ModelError(
+            f"{model.ref!r} was saved as {saved}, without the output layer of a language model ({some_of(head)} missing or with a "
+            "different shape). Use a language model"
+        )
     if require_head and by_config and any(name in shapes for name in head):
         name = next(name for name in head if name in shapes)
         stored, expected = (list(shape) for shape in shapes[name])

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from stages.config import LoraSettings
 from stages.errors import ModelError
 from stages.models.adapters.exporting import save_merged
 from stages.models.heads import RewardModel, ValueModel, last_positions
-from stages.models.loading import as_resolved
+from stages.models.loading import as_resolved, load_language_model
 
 TEXT = [7, 42, 105, 9]
 PAD = 1
@@ -126,6 +127,31 @@ def test_a_missing_head_is_refused(tiny_llama_folder: Path, tmp_path: Path, rewa
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="no reward head"):
         RewardModel.from_pretrained(str(tmp_path), dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("said", "kept"), [("single_label_classification", None), ("regression", "regression")])
+def test_a_reward_model_that_started_from_a_classifier_is_saved(
+    said: str, kept: str | None, tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """transformers refuses the config of a single label with the problem type of several."""
+    labels = {"num_labels": 3, "problem_type": said}
+    AutoModelForSequenceClassification.from_pretrained(tiny_llama_folder, **labels).save_pretrained(tmp_path / "classifier")
+    tiny_tokenizer.save_pretrained(tmp_path / "classifier")
+    model = RewardModel.from_language_model(str(tmp_path / "classifier"), dtype=torch.float32)
+    model.save(tmp_path / "saved")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
+    assert (plain.config.num_labels, plain.config.problem_type) == (1, kept)
+    ids = torch.tensor([[5, 17, 40, 3, 250]])
+    with torch.no_grad():
+        torch.testing.assert_close(model.score(ids, torch.ones_like(ids)), plain(input_ids=ids).logits[:, 0])
+
+
+def test_a_classifier_without_an_output_layer_is_refused_as_a_language_model(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    AutoModelForSequenceClassification.from_pretrained(tiny_llama_folder, num_labels=3).save_pretrained(tmp_path)
+    with pytest.raises(
+        ModelError, match=r"was saved as LlamaForSequenceClassification, without .* \(lm_head.weight missing .* Use a language"
+    ):
+        load_language_model(str(tmp_path), dtype=torch.float32)
 
 
 def test_an_encoder_is_refused(tmp_path: Path, tiny_tokenizer: Any) -> None:
