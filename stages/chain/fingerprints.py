@@ -24,7 +24,21 @@ from stages.registry.record import FingerprintParts
 PACKAGE = Path(__file__).parents[1]
 # Infrastructure that does not influence results: an edit of it must not cause a re-run of all steps.
 PLUMBING = {
-    *("chain", "cli", "config", "errors", "hub", "json_types", "labelling", "process", "recipe", "registry", "run_summary", "step"),
+    *(
+        "chain",
+        "cli",
+        "commands",
+        "config",
+        "errors",
+        "hub",
+        "json_types",
+        "labelling",
+        "process",
+        "recipe",
+        "registry",
+        "run_summary",
+        "step",
+    ),
     "training.checkpoints",
 }
 TEXT_SUFFIXES = (".html", ".jinja", ".css", ".js", ".yaml", ".txt")

@@ -185,7 +185,7 @@ def test_import_openrlhf_critic_is_a_value_model(language_model: Any, folder: Pa
 
 
 def test_imported_model_is_not_described_as_random_weights(language_model: Any, folder: Path, registry: Registry) -> None:
-    from stages.cli import _chosen_rows
+    from stages.commands.models import _chosen_rows
 
     language_model.save_pretrained(folder)
     (record,) = import_model(folder, registry, "base").records

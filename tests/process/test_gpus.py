@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stages.chain.run import environment
-from stages.cli import _machine
+from stages.commands.recipes import _machine
 from stages.process import gpus
 from stages.process.runtime import Runtime
 
