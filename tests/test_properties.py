@@ -18,7 +18,8 @@ from stages.errors import RecipeError, RegistryError, StagesError
 from stages.recipe.schema import find_model, load_recipe
 from stages.recipe.source import parse_path, show
 from stages.registry.contents import digest_folder
-from stages.registry.ledger import DIGEST, NAME, REFERENCE, Registry, check_name
+from stages.registry.ledger import Registry
+from stages.registry.names import DIGEST, NAME, REFERENCE, check_name
 from stages.registry.references import ResolvedModel
 
 QUICK = settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

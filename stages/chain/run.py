@@ -44,7 +44,7 @@ from stages.process.runtime import AutoPrecision, Runtime
 from stages.process.storage import make_home, write_json
 from stages.recipe.schema import STAGES, Recipe, RecipeStep, imported
 from stages.registry.contents import remembered_hashes
-from stages.registry.ledger import installed_packages
+from stages.registry.manifests import installed_packages
 from stages.registry.record import ModelRecord
 from stages.report.circumstances import bytes_text
 from stages.report.run_folder import read_run

@@ -27,8 +27,8 @@ from stages.models.adapters.saved import HEAD_FILE
 from stages.models.heads import RewardModel, ScalarModel, ValueModel, read_head
 from stages.models.loading import as_resolved, load_classifier, load_language_model, load_tokenizer
 from stages.models.saving import save_model
-from stages.registry.ledger import check_name
 from stages.registry.licence import stated_licence
+from stages.registry.names import check_name
 from stages.registry.references import ResolvedModel
 
 if TYPE_CHECKING:

@@ -24,7 +24,8 @@ from stages.recipe.functions import addresses, check_function
 from stages.recipe.presets import Applied, apply_preset
 from stages.recipe.source import RecipeSource, Steps, find_recipe, named, nearest, parse_path, read, show
 from stages.recipe.validation import Block, validate
-from stages.registry.ledger import DIGEST, REFERENCE, Registry, check_name
+from stages.registry.ledger import Registry
+from stages.registry.names import DIGEST, REFERENCE, check_name
 
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst", ".bz2", ".xz")
 

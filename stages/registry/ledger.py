@@ -9,25 +9,22 @@
 from __future__ import annotations
 
 import difflib
-import fcntl
 import json
 import os
-import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from glob import iglob
-from importlib import metadata
 from pathlib import Path
 
 from stages.errors import RegistryError
 from stages.process.storage import sync, write_json
-from stages.registry.contents import UNSAFE_SUFFIXES, digest_of, file_sha256, files_of, normalise_folder
-from stages.registry.licence import stated_licence
+from stages.registry.contents import digest_of, file_sha256, files_of
+from stages.registry.manifests import check_allowed, described, described_parents, filled, installed_packages
+from stages.registry.names import DIGEST, REFERENCE, check_name
 from stages.registry.record import (
-    FileEntry,
     FingerprintParts,
     Lineage,
     Manifest,
@@ -38,25 +35,10 @@ from stages.registry.record import (
     with_shared_parents,
 )
 from stages.registry.references import ResolvedModel
+from stages.registry.staging import Staging
 
 MANIFEST_VERSION = 1
 ROLES = ("language_model", "reward_model", "generative_reward_model", "classifier", "value_model")
-RECORDED_PACKAGES = (
-    "tristage",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "peft",
-    "accelerate",
-    "datasets",
-    "bitsandbytes",
-    "trl",
-)
-SEGMENT = r"(?=[^/]*[A-Za-z_-])[A-Za-z0-9][A-Za-z0-9_.-]*"  # a digits-only segment could be confused with a version folder
-NAME = re.compile(rf"{SEGMENT}(/{SEGMENT})?")
-REFERENCE = re.compile(rf"(?P<name>{NAME.pattern})(@(?P<version>[1-9][0-9]*))?")
-DIGEST = re.compile(r"sha256:(?P<prefix>[0-9a-f]{4,64})")
 
 
 class _RemovedMeanwhile(RegistryError):
@@ -73,7 +55,7 @@ class Registry:
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root).absolute()
         self._models = self.root / "models"
-        self._staging = self.root / "tmp"
+        self._staging = Staging(self.root)
 
     # Publishing
 
@@ -103,8 +85,8 @@ class Registry:
         check_name(name)
         if role not in ROLES:
             raise RegistryError(f"role {role!r} of {name!r} is not one of {', '.join(ROLES)}")
-        with self._staging_folder() as staging:
-            files, is_adapter = _filled(staging / "model", fill, name, base)
+        with self._staging.folder() as staging:
+            files, is_adapter = filled(staging / "model", fill, name, base)
             manifest: Manifest = {
                 "manifest_version": MANIFEST_VERSION,
                 "name": name,
@@ -112,8 +94,8 @@ class Registry:
                 "role": role,
                 "digest": digest_of({file["path"]: file["sha256"] for file in files}),
                 "created": _now(),
-                "base": _describe(base) if base is not None and is_adapter else None,
-                "parents": _distinct([_with_licence(_describe(parent)) for parent in parents]),
+                "base": described(base) if base is not None and is_adapter else None,
+                "parents": described_parents(parents),
                 "recipe_step": recipe_step or {},
                 "data": data or {},
                 "metrics": metrics or {},
@@ -145,12 +127,12 @@ class Registry:
         unless every file is as the manifest says, and the base of an adapter is here.
         """
         check_name(name)
-        with self._staging_folder() as staging:
+        with self._staging.folder() as staging:
             model = staging / "model"
             model.mkdir()
             fill(model)
             is_adapter = manifest["base"] is not None
-            _check_allowed(model, name)
+            check_allowed(model, name)
             if ("adapter_config.json" in dict(files_of(model))) != is_adapter:
                 raise RegistryError(f"{name!r} from {origin}: the files and the manifest disagree on whether it is an adapter; refused")
             actual = {path: file_sha256(file) for path, file in files_of(model)}
@@ -171,7 +153,7 @@ class Registry:
         base = manifest["base"]
         for _, file in files_of(staging / "model"):
             sync(file)
-        with self._lock():
+        with self._staging.lock():
             if base is not None and base["kind"] == "registry":
                 self._get_digest(base["digest"], base["digest"].removeprefix("sha256:"))  # raises if the base was removed meanwhile
             folder = self._place(staging, manifest)
@@ -210,9 +192,9 @@ class Registry:
 
     def _adopt(self, record: ModelRecord, name: str) -> ModelRecord:
         check_name(name)
-        with self._staging_folder() as staging:
+        with self._staging.folder() as staging:
             shutil.copytree(record.path, staging / "model", copy_function=_link)
-            with self._lock():
+            with self._staging.lock():
                 folder = self._place(staging, {**record.manifest, "name": name, "created": _now(), "adopted_from": record.ref})
         return self._read(folder)
 
@@ -226,43 +208,6 @@ class Registry:
         version = max([last, *_versions(folder)]) + 1
         write_json(counter, version)
         return version
-
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / "lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-    @contextmanager
-    def _staging_folder(self) -> Iterator[Path]:
-        """A private folder under tmp/. A held lock file marks its owner as alive; a folder without one is left over from a crash."""
-        with self._lock():
-            self._staging.mkdir(exist_ok=True)
-            self._clean_leftovers()
-            staging = self._staging / uuid.uuid4().hex
-            owner = staging.with_suffix(".lock").open("w")
-            fcntl.flock(owner, fcntl.LOCK_EX)
-            staging.mkdir()
-        try:
-            yield staging
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)  # already moved if it was published
-            Path(owner.name).unlink(missing_ok=True)
-            owner.close()
-
-    def _clean_leftovers(self) -> None:
-        for path in self._staging.iterdir():
-            if path.suffix == ".lock":
-                with path.open("w") as owner:
-                    try:
-                        fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    except BlockingIOError:
-                        continue
-                    shutil.rmtree(path.with_suffix(""), ignore_errors=True)
-                    path.unlink(missing_ok=True)  # its owner may have finished meanwhile
-            elif not path.with_suffix(".lock").exists():
-                shutil.rmtree(path, ignore_errors=True)
 
     # Reading
 
@@ -462,7 +407,7 @@ class Registry:
 
     def remove(self, ref: str, *, force: bool = False) -> ModelRecord:
         """Remove a version. Refused if adapters depend on it (unless ``force``), or if ``ref`` is a name with several versions."""
-        with self._staging_folder() as staging, self._lock():
+        with self._staging.folder() as staging, self._staging.lock():
             record = self._removable(ref, force)
             os.rename(record.folder, staging / "removed")
         return record
@@ -479,55 +424,6 @@ class Registry:
         if adapters and not twins and not force:
             raise RegistryError(f"{record.ref} is the base of {', '.join(adapters)}; remove them first, or use --force and lose them")
         return record
-
-
-def check_name(name: str) -> None:
-    """Raise RegistryError unless ``name`` is a valid registry name. Valid names cannot lead out of the registry."""
-    if NAME.fullmatch(name) is None:
-        raise RegistryError(
-            f"{name!r} is not a model name; expected <step> or <recipe>/<step> of letters, digits, '_', '-' and '.', not digits alone"
-        )
-
-
-def installed_packages() -> dict[str, str]:
-    """Versions of the packages that influence results, without importing them."""
-    versions = {}
-    for package in RECORDED_PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def _filled(model: Path, fill: Callable[[Path], None], name: str, base: ResolvedModel | None) -> tuple[list[FileEntry], bool]:
-    """Let ``fill`` write the new folder ``model``, check and normalise it. Returns (its files, whether it contains an adapter)."""
-    model.mkdir()
-    fill(model)
-    _check_allowed(model, name)
-    is_adapter = (model / "adapter_config.json").exists()
-    if is_adapter and base is None:
-        raise RegistryError(f"{name!r} contains an adapter, but its base model is unknown; pass base= to publish")
-    if is_adapter:
-        (model / "README.md").unlink(missing_ok=True)  # peft's model card, which contains only the local path of the base
-    normalise_folder(model, _portable_base(base))
-    return [{"path": path, "size": file.stat().st_size, "sha256": file_sha256(file)} for path, file in files_of(model)], is_adapter
-
-
-def _check_allowed(model: Path, name: str) -> None:
-    """Raise RegistryError if ``model`` holds nothing, pickle files or symbolic links."""
-    paths = dict(files_of(model))
-    if not paths:
-        raise RegistryError(f"nothing was saved for {name!r}; a model needs at least its config.json and *.safetensors")
-    unsafe = [path for path in paths if path.endswith(UNSAFE_SUFFIXES)]
-    if unsafe:
-        raise RegistryError(
-            f"{name!r} contains {', '.join(unsafe)}: pickle-based weights are refused because reading them can run code. "
-            "Save as safetensors (save_pretrained does) and leave trainer state in the checkpoint folder"
-        )
-    links = [path for path, file in paths.items() if file.is_symlink()]
-    if links:
-        raise RegistryError(f"{name!r} contains symbolic links ({', '.join(links)}); a version must contain its files")
 
 
 def _recorded(record: ModelRecord, parent: ModelDescription) -> Lineage | None:
@@ -548,46 +444,6 @@ def _versions(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and (path / "manifest.json").exists())
-
-
-def _describe(model: ResolvedModel) -> ModelDescription:
-    """A parent or base as recorded in a manifest: kind, reference (with version), digest, and the path of an external model."""
-    ref = model.record.ref if model.record is not None else model.ref
-    options = model.input
-    described: ModelDescription = {"kind": model.kind, "ref": ref, "digest": model.digest}
-    if model.record is None:
-        described["path"] = model.path
-    if options.revision:
-        described["revision"] = options.revision
-    if options.quantization != "none":
-        described["quantization"] = options.quantization
-    if options.trust_remote_code:
-        described["trust_remote_code"] = options.trust_remote_code
-    if options.template_arguments:
-        described["template_arguments"] = {**options.template_arguments}
-    if options.quantization == "nf4":
-        described["double_quantization"] = options.double_quantization
-    return described
-
-
-def _with_licence(described: ModelDescription) -> ModelDescription:
-    """``described`` with the licence in the model card of a model from outside of the registry, if it is known."""
-    if described["kind"] != "registry":
-        licence = stated_licence(described["kind"], described["path"], described.get("revision"))
-        if licence is not None:
-            described["licence"] = licence
-    return described
-
-
-def _portable_base(base: ResolvedModel | None) -> str | None:
-    """The base name for an adapter's config: a Hub id, which can be loaded anywhere, else the digest."""
-    if base is None:
-        return None
-    return base.path if base.kind == "hub" else base.digest
-
-
-def _distinct(items: list[ModelDescription]) -> list[ModelDescription]:
-    return [item for index, item in enumerate(items) if item not in items[:index]]
 
 
 def _link(source: str, target: str) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from stages.errors import HubError
 from stages.hub.repositories import Repository, fetch, look_up
 from stages.hub.uploads import check_identifier
-from stages.registry.ledger import Registry, check_name
+from stages.registry.ledger import Registry
+from stages.registry.names import check_name
 from stages.registry.record import ModelRecord, StoredEvaluation
 from stages.sharing.shared import DESCRIPTION, SharedVersion, read_description, read_evaluations
 

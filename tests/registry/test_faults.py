@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -353,14 +354,14 @@ def test_leftover_whose_owner_has_just_finished_does_not_block(tmp_path: Path, m
     registry.publish("fault/base", fill, role="language_model")
     lock = tmp_path / "tmp" / "leftover.lock"
     lock.touch()
-    flock = registry_module.fcntl.flock
+    flock = fcntl.flock
 
     def flock_while_the_owner_ends(file: Any, how: int) -> None:
-        if how & registry_module.fcntl.LOCK_NB:
+        if how & fcntl.LOCK_NB:
             lock.unlink()
         flock(file, how)
 
-    monkeypatch.setattr(registry_module.fcntl, "flock", flock_while_the_owner_ends)
+    monkeypatch.setattr(fcntl, "flock", flock_while_the_owner_ends)
     assert registry.publish("fault/base", fill, role="language_model").version == 2
 
 
