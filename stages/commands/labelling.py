@@ -60,11 +60,11 @@ def label(
     settings: JsonObject = {name: value for name, value in given.items() if value is not None}
     folder = command.open_folder(what, home_folder(home), settings)
     if import_from is not None:
-        from stages.labelling.exchange import import_answers
+        from stages.labelling.exchange.files import import_answers
 
         typer.echo(import_answers(folder, *import_from))
     if export is not None:
-        from stages.labelling.exchange import export_labels
+        from stages.labelling.exchange.files import export_labels
 
         typer.echo(export_labels(folder, *export))
     if show_report:

@@ -18,7 +18,8 @@ from stages.config import DataSource
 from stages.corpora.comparisons import comparison
 from stages.corpora.files import read_rows
 from stages.errors import DataError
-from stages.labelling.exchange import LABEL_STUDIO_CONFIG, export_labels, import_answers
+from stages.labelling.exchange.files import export_labels, import_answers
+from stages.labelling.exchange.label_studio import LABEL_STUDIO_CONFIG
 from stages.labelling.store import Store, read_labels
 from stages.labelling.tasks import file_tasks
 
