@@ -6,6 +6,9 @@
     POST /score         {text_1, text_2} -> {data: [{index, score}]}                    (vLLM)
     GET  /health, /v1/models
 
+Requests with separate prompts may have ``tools``, a list with one entry for each prompt, and ``chat_template_kwargs`` for the chat template
+of a reward model: one object for all prompts, or a list with one entry for each prompt.
+
 Every response has ``model`` and ``digest`` (of the model's content), so that each score can be traced to the weights that gave it. ``cut``
 says for each text whether it was too long for the model, so that its beginning was cut.
 """
@@ -26,7 +29,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from stages.corpora.conversations.messages import messages_of
+from stages.corpora.conversations.messages import ARGUMENTS, columns_beside, messages_of, text_prompt
 from stages.corpora.rows import Row
 from stages.corpora.tables.formats import check_characters
 from stages.errors import DataError, LaunchError, StagesError
@@ -35,6 +38,7 @@ from stages.rewards.classifier import ClassifierSource
 from stages.rewards.generative import GenerativeSource
 from stages.rewards.learned import RewardModelSource
 from stages.rewards.source import judge
+from stages.tokens.template_arguments import unknown_arguments
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -65,6 +69,7 @@ class Scorer:
         OpenRLHF sends no completions, and it has already applied a chat template to its prompts and queries. So a reward model with a chat
         template reads such a query unchanged and does not apply its template again.
         """
+        self._check_arguments(body, renders="completions" in body)
         prompts, completions = _pairs(body)
         if "completions" not in body and isinstance(self.source, RewardModelSource) and self.source.tokenizer.chat_template:
             prompts, completions = None, _texts(body, "query")
@@ -74,29 +79,49 @@ class Scorer:
 
     def pooling(self, body: Mapping[str, object]) -> JsonObject:
         """The score of each complete text."""
+        self._check_arguments(body, renders=False)
         judgement = self._judge_texts(_texts(body, "input"))
         return _listed({"data": [score], "object": "pooling", "cut": cut} for score, cut in _rows(judgement))
 
     def score(self, body: Mapping[str, object]) -> JsonObject:
         """The score of each pair of prompt and completion. A single text_1 is used with every text_2."""
+        self._check_arguments(body, renders=True)
         first, second = _texts(body, "text_1"), _texts(body, "text_2")
         if len(first) == 1:
             first = first * len(second)
         if len(first) != len(second):
             raise BadRequest(f"text_1 has {len(first)} texts and text_2 {len(second)}; expected one, or as many")
-        judgement = judge(self.source, first, second)
+        judgement = judge(self.source, _prompts(body, "prompts", first), second)
         return _listed({"score": score, "object": "score", "cut": cut} for score, cut in _rows(judgement))
 
     def classify(self, body: Mapping[str, object]) -> JsonObject:
         """The probabilities of all labels for each complete text."""
         if not isinstance(self.source, ClassifierSource):
             raise BadRequest("a reward model has no classes; use /pooling, /score or /get_reward")
+        self._check_arguments(body, renders=False)
         rows, cut = self.source.probabilities(_texts(body, "input"))
         names = self.source.names
         return _listed(
             {"label": names[max(range(len(row)), key=row.__getitem__)], "probs": row, "num_classes": len(row), "cut": was_cut}
             for row, was_cut in zip(rows, cut.tolist(), strict=True)
         )
+
+    def _check_arguments(self, body: Mapping[str, object], *, renders: bool) -> None:
+        """Raise BadRequest for template arguments that nothing would use. ``renders``: whether prompts and completions are separate.
+
+        Arguments of single rows may be those of other models, which also read these rows. Only the log names those that are not used.
+        """
+        arguments = body.get(ARGUMENTS)
+        if not arguments:
+            return
+        if not renders:
+            raise BadRequest(f"{ARGUMENTS}: no chat template is applied to complete texts. Send prompts and completions to /get_reward")
+        if isinstance(arguments, dict):
+            unused = f"{self.signature['model']} reads plain texts, without a chat template"
+            if isinstance(self.source, RewardModelSource):
+                unused = unknown_arguments(self.source.tokenizer, arguments)
+            if unused:
+                raise BadRequest(f"{ARGUMENTS}: {unused}")
 
     def _judge_texts(self, texts: Sequence[str]) -> Judgement:
         if isinstance(self.source, GenerativeSource):
@@ -132,19 +157,34 @@ def _pairs(body: Mapping[str, object]) -> tuple[list[Prompt] | None, list[str]]:
     given = body.get(column)
     if not isinstance(given, list) or len(given) != len(completions):
         raise BadRequest(f"{column} must be a list with one entry for each of the {len(completions)} completions")
-    if column == "prompts":
-        return list(_texts(body, "prompts")), completions
-    return [_prompt(turns, number) for number, turns in enumerate(given, 1)], completions
+    return _prompts(body, column, _texts(body, column) if column == "prompts" else given), completions
 
 
-def _prompt(turns: object, number: int) -> Prompt:
-    """The prompt in entry ``number`` of messages: a text if it is a single user turn of text. Raises DataError."""
-    row = Row({"messages": turns})
+def _prompts(body: Mapping[str, object], column: str, given: Sequence[object]) -> list[Prompt]:
+    """The prompts of a request with its tools and template arguments. ``given``: the values of ``column``, texts or messages.
+
+    Raises BadRequest, and DataError for an entry that is not valid.
+    """
+    columns = {column: given}
+    for name in ("tools", ARGUMENTS):
+        value = body.get(name) or [None] * len(given)
+        values = [value] * len(given) if name == ARGUMENTS and isinstance(value, dict) else value
+        if not isinstance(values, list) or len(values) != len(given):
+            raise BadRequest(f"{name} is {value!r:.60}; expected a list with one entry for each of the {len(given)} prompts")
+        columns[name] = values
+    rows = [Row(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return [_prompt(row, number) for number, row in enumerate(rows, 1)]
+
+
+def _prompt(row: Row, number: int) -> Prompt:
+    """The prompt of entry ``number``: a text if it is a single user turn of text without tools and arguments. Raises DataError."""
     row.location = f"entry {number}"
+    if "messages" not in row:
+        return text_prompt(row, row["prompts"])
     prompt = messages_of(row, "messages")
     first = prompt[0]
     plain = len(prompt) == 1 and set(first) == {"role", "content"} and first["role"] == "user" and isinstance(first["content"], str)
-    return first["content"] if plain else prompt
+    return first["content"] if plain and not columns_beside(prompt) else prompt
 
 
 def _texts(body: Mapping[str, object], name: str) -> list[str]:

@@ -13,6 +13,8 @@ import httpx2
 import pytest
 import torch
 
+from stages.corpora.conversations.messages import prompt_of
+from stages.corpora.rows import Row
 from stages.errors import LaunchError, ModelError, RecipeError
 from stages.models.heads import RewardModel
 from stages.process.runtime import Runtime
@@ -27,6 +29,7 @@ TURNS = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": 
 
 
 TEMPLATE = (
+    "{% if tone %}[{{ tone }}] {% endif %}{% for tool in tools or [] %}{{ tool.name }}\n{% endfor %}"
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
@@ -122,6 +125,57 @@ def test_requests_in_the_format_of_openrlhf(served) -> None:
     plain = [made.source.tokenizer(text)["input_ids"] + [made.source.tokenizer.eos_token_id] for text in query]
     expected = [made.source.model.score(torch.tensor([ids]), torch.ones(1, len(ids))).item() for ids in plain]
     assert answer["rewards"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_template_arguments_and_tools_of_a_request_reach_the_chat_template(served) -> None:
+    address, made = served["rm"]
+    key = {"authorization": "Bearer k-secret-9"}
+
+    def scores_of(*prompts: str) -> Any:
+        parts = [[made.source.tokenizer(text)["input_ids"] for text in pair] for pair in zip(prompts, ("a\n", "b\n"), strict=True)]
+        rows = [torch.tensor([prompt + reply]) for prompt, reply in parts]
+        return pytest.approx([made.source.model.score(ids, torch.ones_like(ids)).item() for ids in rows], abs=1e-5)
+
+    def answer(path: str, **body: Any) -> Any:
+        return httpx2.post(f"{address}/{path}", json=body, headers=key).json()
+
+    warm, both = {"tone": "warm"}, scores_of("[warm] user: p\nassistant: ", "[warm] user: q\nassistant: ")
+    assert answer("get_reward", prompts=["p", "q"], completions=["a", "b"], chat_template_kwargs=warm)["scores"] == both
+    turns = [[{"role": "user", "content": text}] for text in "pq"]
+    assert answer("get_reward", messages=turns, completions=["a", "b"], chat_template_kwargs=warm)["scores"] == both
+    assert [row["score"] for row in answer("score", text_1=["p", "q"], text_2=["a", "b"], chat_template_kwargs=warm)["data"]] == both
+    beside = {"chat_template_kwargs": [None, warm], "tools": [[{"name": "search"}], None]}
+    each = scores_of("search\nuser: p\nassistant: ", "[warm] user: q\nassistant: ")
+    assert answer("get_reward", prompts=["p", "q"], completions=["a", "b"], **beside)["scores"] == each
+    rows = [Row({"prompt": "p", "tools": [{"name": "search"}]}), Row({"prompt": "q", "chat_template_kwargs": warm})]
+    assert far(f"{address}/get_reward", "k-secret-9").score([prompt_of(row) for row in rows], ["a", "b"]).tolist() == each
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "body", "message"),
+    [
+        ("rm", "score", {"text_1": "p", "text_2": "a", "chat_template_kwargs": {"tonne": 1}}, "does not use tonne; it uses tone"),
+        (
+            "rm",
+            "score",
+            {"text_1": "p", "text_2": "a", "chat_template_kwargs": "tone"},
+            "is 'tone'; expected a list with one entry for each",
+        ),
+        (
+            "rm",
+            "get_reward",
+            {"prompts": ["p"], "completions": ["a"], "chat_template_kwargs": [3]},
+            "entry 1: chat_template_kwargs is 3; exp",
+        ),
+        ("rm", "get_reward", {"prompts": ["p"], "completions": ["a"], "tools": [{"name": "f"}, {}]}, "one entry for each of the 1 prompts"),
+        ("rm", "get_reward", {"query": ["p a"], "chat_template_kwargs": {"tone": 1}}, "no chat template is applied to complete texts"),
+        ("rm", "pooling", {"input": ["p a"], "chat_template_kwargs": {"tone": 1}}, "no chat template is applied to complete texts"),
+        ("classifier", "score", {"text_1": "p", "text_2": "a", "chat_template_kwargs": {"tone": 1}}, "reads plain texts, without a chat"),
+    ],
+)
+def test_template_arguments_that_nothing_would_use_are_refused(served, name: str, path: str, body: Any, message: str) -> None:
+    response = httpx2.post(f"{served[name][0]}/{path}", json=body, headers={"authorization": "Bearer k-secret-9"})
+    assert response.status_code == 400 and message in response.json()["error"]
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "importing": {"hub", "models", "registry"},
     "sharing": {"hub", "registry"},
     "api": {"chain", "models", "process", "recipe", "registry"},
-    "serving": {"corpora", "registry", "rewards"},
+    "serving": {"corpora", "registry", "rewards", "tokens"},
     "terminal": {"chain", "corpora", "engines", "models", "process", "recipe", "registry", "rewards", "sampling", "serving", "tokens"},
     "cli": {"commands", "conformance", "process"},
     "commands": {

@@ -22,11 +22,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 
-from stages.corpora.conversations.messages import Prompt, transcript
+from stages.corpora.conversations.messages import Prompt, columns_beside, transcript
 from stages.errors import TrainingError
 from stages.json_types import JsonObject, is_finite_number
 from stages.process.remote import AnswerCache, GaveUp, JsonClient, Refused
@@ -40,13 +40,14 @@ BETWEEN_ROUNDS = 30.0  # seconds between two rounds of attempts, for on_failure:
 
 
 class Item(TypedDict):
-    """The request data of one completion. ``query``: the full text to score."""
+    """The request data of one completion. ``query``: the full text to score; ``beside``: the columns that belong to its prompt, if any."""
 
     prompt: str
     completion: str
     messages: list[JsonObject]
     query: str
     columns: JsonObject
+    beside: NotRequired[JsonObject]
 
 
 Question = tuple[str, Item]
@@ -136,19 +137,20 @@ class EndpointSource(RemoteSource[Item, float]):
 
     def _item(self, prompt: Prompt, completion: str, columns: JsonObject) -> Item:
         query = completion if self.source.reads == "completion" else full_text(prompt, completion)
-        return {
+        item: Item = {
             "prompt": transcript(prompt),
             "messages": conversation(prompt),
             "completion": completion,
             "query": query,
             "columns": columns,
         }
+        return {**item, "beside": beside} if (beside := columns_beside(prompt)) else item
 
     def _body(self, items: Sequence[Item]) -> JsonObject:
         source = self.source
         named = {"model": source.served_model} if source.served_model is not None else {}
         if source.protocol == "openrlhf":
-            label = source.label_column
+            label, beside = source.label_column, [item.get("beside", {}) for item in items]
             return {
                 **named,
                 "query": [item["query"] for item in items],
@@ -157,6 +159,7 @@ class EndpointSource(RemoteSource[Item, float]):
                 "completions": [item["completion"] for item in items],
                 "messages": [item["messages"] for item in items],
                 "columns": {name: [item["columns"][name] for item in items] for name in source.columns},
+                **{name: [row.get(name) for row in beside] for name in sorted({name for row in beside for name in row})},
             }
         if source.protocol == "score":
             return {**named, "text_1": [item["prompt"] for item in items], "text_2": [item["completion"] for item in items]}

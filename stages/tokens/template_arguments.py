@@ -32,18 +32,25 @@ def set_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Arguments, name
     """
     if not arguments:
         return
-    about = f"template_arguments of {name or tokenizer.name_or_path or 'the model'}"
+    if problem := unknown_arguments(tokenizer, arguments):
+        raise ModelError(f"template_arguments of {name or tokenizer.name_or_path or 'the model'}: {problem}")
     own = tokenizer.chat_template
-    if not own:
-        raise ModelError(f"{about}: its tokenizer has no chat template that could use {', '.join(arguments)}; remove template_arguments")
-    known = template_variables(tokenizer)
-    if unknown := [argument for argument in arguments if argument not in known]:
-        uses = f"it uses {', '.join(sorted(known))}" if known else "it has no arguments"
-        raise ModelError(f"{about}: the chat template does not use {', '.join(unknown)}; {uses}")
     if isinstance(own, dict):
         tokenizer.chat_template = {key: _with_defaults(template, arguments) for key, template in own.items()}
     else:
         tokenizer.chat_template = _with_defaults(own, arguments)
+
+
+def unknown_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Arguments) -> str:
+    """Say which of ``arguments`` no template of the tokenizer uses; empty if each is used."""
+    known = template_variables(tokenizer)
+    unknown = ", ".join(name for name in arguments if name not in known)
+    if not unknown:
+        return ""
+    if not tokenizer.chat_template:
+        return f"its tokenizer has no chat template that could use {unknown}; remove these arguments"
+    uses = f"it uses {', '.join(sorted(known))}" if known else "it has no arguments"
+    return f"the chat template does not use {unknown}; {uses}"
 
 
 def arguments_in(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from stages.corpora.conversations.messages import prompt_of
 from stages.corpora.rows import Row
 from stages.errors import DataError, TrainingError
 from stages.process.remote import AnswerCache
@@ -38,6 +39,10 @@ def test_request_and_response_of_the_openrlhf_protocol(server) -> None:
         "labels": ["x", "y"],
         "columns": {"level": [1, 2]},
     }
+    called = prompt_of(Row({"prompt": "r", "tools": [{"name": "f"}], "chat_template_kwargs": {"thinking": False}}))
+    far.score([called, "s"], ["e", "f"], Details({"answer": ["x", "y"], "level": [1, 2]}))
+    assert server.bodies[2]["tools"] == [[{"name": "f"}], None]
+    assert server.bodies[2]["chat_template_kwargs"] == [{"thinking": False}, None]
     assert second["labels"] == ["z"] and server.headers[0]["authorization"] == "Bearer k-secret-9"
 
 
