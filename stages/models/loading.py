@@ -259,7 +259,21 @@ def _load(
         loaded = _stack(auto, model, dtype, require_head, options or {})
     else:
         loaded = _from_pretrained(auto, model, dtype, require_head, options or {})
-    return loaded, resize_embedding(plain_model(loaded), tokenizer) if tokenizer is not None else range(0)
+    return loaded, _resized(plain_model(loaded), tokenizer, model) if tokenizer is not None else range(0)
+
+
+def _resized(loaded: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model: ResolvedModel) -> Collection[int]:
+    """Resize the embedding; returns the new rows that need training. Logs a warning about them, once per model."""
+    new_rows = resize_embedding(loaded, tokenizer)
+    if new_rows and (told := f"the embedding of {model.ref}") not in _warned:
+        _warned.add(told)
+        logger.warning(
+            "%s has too few rows for its tokenizer; %d were added, each the mean of the others. If no tokens were added to this model, its "
+            "tokenizer is that of another one",
+            told,
+            len(new_rows),
+        )
+    return new_rows
 
 
 def _stack(
@@ -308,8 +322,12 @@ def load_base(model: ResolvedModel, *, dtype: torch.dtype, tokenizer: PreTrained
         loaded = _from_pretrained(AutoModelForCausalLM, stack.base, dtype, True, {})
     elif model.input.quantization == "none":
         loaded = moved_to(loaded, dtype)
-    new_rows = resize_embedding(loaded, tokenizer)
-    return _finish(loaded, (), model, None, "CAUSAL_LM", False, False), () if stack.adapters else new_rows
+    new_rows: Collection[int] = ()
+    if stack.adapters:  # which have trained the new rows
+        resize_embedding(loaded, tokenizer)
+    else:
+        new_rows = _resized(loaded, tokenizer, model)
+    return _finish(loaded, (), model, None, "CAUSAL_LM", False, False), new_rows
 
 
 def _class_names(auto: AutoClass, stack: Stack, saved: Sequence[SavedAdapter]) -> Mapping[str, object]:

@@ -87,11 +87,16 @@ def test_a_chat_template_that_only_the_processor_has_is_used(tiny_llama_folder: 
     assert load_tokenizer(str(folder)).chat_template == "{{ 'own' }}"
 
 
-def test_new_rows_of_the_embedding_are_the_mean_of_the_old(tiny_llama_folder: Path) -> None:
+def test_new_rows_of_the_embedding_are_the_mean_of_the_old_and_reported_once(
+    tiny_llama_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     tokenizer = load_tokenizer(str(tiny_llama_folder))
-    plain = load_language_model(str(tiny_llama_folder), dtype=torch.float32)
+    plain = load_language_model(str(tiny_llama_folder), dtype=torch.float32, tokenizer=tokenizer)
+    assert "were added" not in caplog.text
     tokenizer.add_tokens(["<new>"])
-    grown = load_language_model(str(tiny_llama_folder), dtype=torch.float32, tokenizer=tokenizer)
+    for _ in range(2):
+        grown = load_language_model(str(tiny_llama_folder), dtype=torch.float32, tokenizer=tokenizer)
+    assert caplog.text.count("has too few rows for its tokenizer; 1 were added") == 1
     rows = plain.get_input_embeddings().weight
     assert grown.get_input_embeddings().weight.shape[0] == rows.shape[0] + 1
     torch.testing.assert_close(grown.get_input_embeddings().weight[-1], rows.mean(dim=0))
