@@ -26,7 +26,7 @@ from stages.sampling.probe import fits_slots, usable_support
 from stages.sampling.retreats import RowLimit, row_limit
 from stages.sampling.support import DecodingSupport, plain_model
 from stages.sampling.workspace import workspace_for
-from stages.tokens.continuation import CONTEXT, continuation_text
+from stages.tokens.continuation import CONTEXT, continuation_text, segment_ids
 from stages.tokens.positions import frequency_switch, model_length
 from stages.tokens.turns import turn_end_ids
 
@@ -110,7 +110,7 @@ def stop_token_ids(model: TransformersModel, tokenizer: PreTrainedTokenizerBase,
         token = tokenizer.convert_tokens_to_ids(text)
         assert not isinstance(token, list)  # ``text`` is one token
         if token is None or token == tokenizer.unk_token_id and text != tokenizer.unk_token:
-            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+            tokens = segment_ids(tokenizer, ["a", text])[1]  # as in a completion: SentencePiece puts a space before a text alone
             if len(tokens) != 1:
                 raise ModelError(f"generation.stop: {text!r} is {len(tokens)} tokens of this tokenizer; a stop token must be exactly one")
             token = tokens[0]

@@ -224,6 +224,12 @@ def test_stop_words_are_single_tokens(model, tiny_tokenizer) -> None:
         stop_token_ids(model, tiny_tokenizer, ["happy ending!"])
 
 
+def test_a_stop_word_is_encoded_as_in_a_completion(model, tokenizer_of) -> None:
+    tokenizer = tokenizer_of("sentencepiece")  # a tab alone is a space and a byte, and after other text one byte
+    (tab,) = set(stop_token_ids(model, tokenizer, ["\t"])) - set(stop_token_ids(model, tokenizer))
+    assert tokenizer.convert_ids_to_tokens(tab) == "<0x09>"
+
+
 def test_with_ignore_eos_only_stop_tokens_end_a_completion(model, tiny_tokenizer) -> None:
     eos, letter = tiny_tokenizer.eos_token_id, tiny_tokenizer.convert_tokens_to_ids("a")
     assert ending_tokens(model, tiny_tokenizer, GenerationSettings(stop=["a"])) == ([eos], [letter])
