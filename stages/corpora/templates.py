@@ -139,13 +139,13 @@ def render_pair(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: 
         return shown, reply.removeprefix(form.opening).removeprefix(form.opening.strip()) + form.ending
     if not isinstance(prompt, str) and len(prompt) > 1 and len(turns) == 1:
         opening = shown.removeprefix(rendered(tokenizer, prompt, prompt, generation_prompt=False))
-        written = _after_a_question(tokenizer, turns, arguments_of(prompt))
+        written = after_a_question(tokenizer, turns, arguments_of(prompt))
         if written and opening and full_text.endswith(opening + written):
             return shown, written
     raise DataError(_at(prompt) + _unstable(tokenizer, shown, full_text, form))
 
 
-def _after_a_question(tokenizer: PreTrainedTokenizerBase, turns: list[Message], arguments: JsonObject) -> str:
+def after_a_question(tokenizer: PreTrainedTokenizerBase, turns: list[Message], arguments: JsonObject) -> str:
     """The text that the template writes for a reply to a single question; empty if it does not continue the rendered question."""
     try:
         return render_pair(tokenizer, Conversation(as_question(OTHER_WORDS), arguments=arguments), turns)[1]

@@ -42,6 +42,7 @@ from stages.rewards.details import Judgement
 from stages.rewards.generative import GenerativeSource
 from stages.rewards.source import judge
 from stages.step import Publication, StepContext, StepResult
+from stages.tokens.continuation import plain_ids
 from stages.tokens.positions import row_length
 from stages.training.arguments import training_arguments, weights_dtype
 from stages.training.best import gathered_weights, publish_best
@@ -156,7 +157,7 @@ def encode(comparison: Comparison, judging: GenerativeSource) -> EncodedComparis
         [ids for ids, _, _ in rows],
         comparison.ranks,
         comparison.groups,
-        lengths=[len(judging.answer_ids(text)) for text in texts],
+        lengths=[len(plain_ids(judging.tokenizer, text)) for text in texts],
         cut=sum(cut for _, cut, _ in rows),
     )
 

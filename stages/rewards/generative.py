@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stages.corpora.conversations.messages import Prompt, transcript
-from stages.corpora.templates import encode_prompt
+from stages.corpora.conversations.messages import Prompt, as_turns, transcript
+from stages.corpora.templates import after_a_question, encode_prompt, render_prompt
 from stages.errors import ModelError, TrainingError
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.models.parts import moved_to
@@ -24,6 +24,8 @@ from stages.rewards.batching import similar_length_batches
 from stages.rewards.config import RewardInput
 from stages.rewards.details import NOTHING, Details, Judgement
 from stages.rewards.source import RewardSource
+from stages.tokens.continuation import continued, plain_ids
+from stages.tokens.plain import is_plain
 from stages.tokens.positions import readable_length
 
 if TYPE_CHECKING:
@@ -72,6 +74,7 @@ class GenerativeSource(RewardSource):
     ) -> None:
         self.name, self.model, self.tokenizer, self.asked = name, model, tokenizer, asked
         self.batch_size, self.max_length = batch_size, max_length
+        self._answers: dict[str, list[int]] = {}
         self.check_answers(ref)
 
     def check_answers(self, ref: str) -> None:
@@ -121,6 +124,8 @@ class GenerativeSource(RewardSource):
 
     def _shortened(self, text: str, excess: int) -> str:
         """``text`` without its first ``excess`` tokens (approximately), and without at least one character."""
+        if not self.tokenizer.is_fast:  # it gives no offsets
+            return text[max(1, len(text) * excess // max(1, len(plain_ids(self.tokenizer, text)))) :]
         offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
         start = max(1, offsets[excess][0]) if excess < len(offsets) else len(text)
         return text[start:]
@@ -129,8 +134,13 @@ class GenerativeSource(RewardSource):
         return list(encode_prompt(self.tokenizer, self.asked.filled(prompt, completion)))
 
     def answer_ids(self, answer: str) -> list[int]:
-        """The token ids of an answer."""
-        return list(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
+        """The token ids of an answer as a continuation of the question, after the space that a chat template writes before every reply."""
+        if answer not in self._answers:
+            shown = render_prompt(self.tokenizer, self.asked.filled("a", "a"))
+            written = "" if is_plain(self.tokenizer) else after_a_question(self.tokenizer, as_turns(answer), {})
+            text = f" {answer}" if written[:1] == " " != answer[:1] else answer
+            self._answers[answer] = continued(self.tokenizer, shown, plain_ids(self.tokenizer, shown), text)
+        return self._answers[answer]
 
     def _logprobs(self, rows: Sequence[tuple[list[int], int]]) -> Tensor:
         """The log-probability of the answer in each row [rows]."""

@@ -62,6 +62,30 @@ def test_a_pass_that_runs_out_of_memory_is_repeated_in_halves(tiny_tokenizer, ca
     assert model.sizes == [4, 2, 2] and "scoring by g: memory ran out in a pass over 4 sequences" in caplog.text
 
 
+LINES = "{% for m in messages %}{{ m.role + '\n' + m.content + eos_token }}{% endfor %}{{ 'assistant\n' if add_generation_prompt }}"
+MARKS = "{% for m in messages %}{{ '[INST]' + m.content + '[/INST]' if m.role == 'user' else m.content + eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "answers", "expected"),
+    [
+        (None, ("no", "\n"), (["no"], ["\n"])),
+        (None, (" no", " a"), (["▁no"], ["▁a"])),
+        (LINES, ("no", " no"), (["no"], ["▁no"])),
+        (MARKS, ("no", " a"), (["no"], ["▁a"])),
+        (MARKS.replace("else m", "else ' ' + m"), ("no", " a"), (["▁no"], ["▁a"])),
+    ],
+    ids=["no template", "with a space", "after a line end", "after a mark", "the template writes a space"],
+)
+def test_answers_are_encoded_as_a_continuation_of_the_question(tokenizer_of, template, answers, expected) -> None:
+    """SentencePiece puts a space before every text that is encoded alone."""
+    tokenizer = tokenizer_of("metaspace")
+    tokenizer.chat_template = template
+    asked = RewardQuestion("{completion}: is it good?", answers)
+    source = GenerativeSource("g", Fixed(900, {}), tokenizer, asked, batch_size=2, max_length=None, ref="x")
+    assert tuple(tokenizer.convert_ids_to_tokens(source.answer_ids(answer)) for answer in answers) == expected
+
+
 def test_placeholders_inside_a_text_are_not_replaced() -> None:
     asked = RewardQuestion("{prompt} / {completion} / {prompt}", ("a", "b"))
     assert asked.filled("say {completion}", "no {prompt}") == "say {completion} / no {prompt} / say {completion}"
@@ -99,3 +123,13 @@ def test_a_question_that_is_too_long_keeps_its_completion(tiny_llama_folder, res
     ids, _, _ = source.encode("the film " * 100, "a joy")
     assert 120 < len(ids) + max(len(source.answer_ids(answer)) for answer in (" yes", " no")) <= 128
     assert source.tokenizer.decode(ids).endswith("the film  | a joy | good?")
+
+
+def test_a_text_that_is_too_long_for_a_tokenizer_without_offsets() -> None:
+    from transformers import ByT5Tokenizer
+
+    named = {"batch_size": 2, "max_length": 40, "ref": "x"}
+    source = GenerativeSource("g", Fixed(400, {}), ByT5Tokenizer(), RewardQuestion("{prompt} | {completion}", ("y", "n")), **named)
+    ids, cut, completion_cut = source.encode("the film " * 100, "a joy")  # one token for each byte; one is left for the answer
+    assert source.tokenizer.decode(ids).endswith("the film  | a joy") and 35 < len(ids) <= 39
+    assert cut and not completion_cut
