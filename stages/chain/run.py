@@ -34,6 +34,7 @@ from stages.chain.work import beside, clear, first_start_time, note_step, other_
 from stages.config import StepConfig
 from stages.errors import doing
 from stages.json_types import JsonObject
+from stages.memory_plan.plan import check_adapters
 from stages.models.precision import auto_precision, width_of
 from stages.process.console import announcing, showing
 from stages.process.environment import launched_processes, wants_cpu
@@ -82,6 +83,9 @@ class _Run:
             commits: Commits = self.runtime.decide(lambda: resolve_commits(recipe))
             self.recipe = recipe = pinned(recipe, commits)
         self.plans: list[StepPlan] = self.runtime.decide(lambda: plan(recipe, home))
+        reused = [planned.name for planned in self.plans if planned.action == "reuse"]
+        device = "cuda" if visible_gpus() and not wants_cpu() else "cpu"
+        self.runtime.decide(lambda: check_adapters(recipe, self.registry, device, reused=reused))
         self.folder: Path = self.runtime.decide(self._new_run_folder)
         self.summary: RunSummary = {
             "recipe": recipe.name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -64,8 +64,13 @@ def plan_memory(
 
     Raises ModelError if the adapter of a step does not fit its model.
     """
-    with kept_in(registry.root.parent / "cache" / "activations.json"):
+    with kept_in(_counts(registry)):
         return _plan_memory(recipe, registry, machine, reused or {}, processes)
+
+
+def _counts(registry: Registry) -> Path:
+    """The file in which the home keeps what was counted."""
+    return registry.root.parent / "cache" / "activations.json"
 
 
 def _plan_memory(recipe: Recipe, registry: Registry, machine: Machine, reused: Mapping[str, Path], processes: int) -> list[StepMemory]:
@@ -81,13 +86,30 @@ def _plan_memory(recipe: Recipe, registry: Registry, machine: Machine, reused: M
                 estimates.append(StepMemory(step.name, step.stage, None, _unknown_note(missing)))
             elif step.name not in reused:
                 lengths = lengths_of(step.config, folder)
-                refuse_unfit_adapters(step.config, _loaded(views, step.config), machine)
+                refuse_unfit_adapters(step.config, _loaded(views, step.config), machine.kind)
                 memory = memory_of(step.config, _loaded(views, step.config), lengths, machine, processes)
                 advised = _advised(step, views, lengths, machine, processes, memory)
                 estimates.append(replace(advised, uncounted=[*messages, *_outside(step.config)]))
             if (view := _made_by(step, views)) is not None:
                 made[step.name] = view
     return estimates
+
+
+def check_adapters(recipe: Recipe, registry: Registry, device: str, *, reused: Collection[str]) -> None:
+    """Raise ModelError if the new adapter of a step cannot be put on its models, which are made without memory for their weights.
+
+    ``device``: cpu or cuda. ``reused``: steps that do not run. A model of unknown size is not checked.
+    """
+    last = max((step.index for step in recipe.steps if step.name not in reused and getattr(step.config, "lora", None)), default=-1)
+    made: dict[str, View] = {}
+    with kept_in(_counts(registry)), uncounted():
+        for step in recipe.steps[: last + 1]:
+            with _named(step.name):
+                views, missing = _views(step, made, {}, registry)
+                if not missing and step.name not in reused:
+                    refuse_unfit_adapters(step.config, _loaded(views, step.config), device)
+                if (view := _made_by(step, views)) is not None:
+                    made[step.name] = view
 
 
 @contextmanager
@@ -151,7 +173,7 @@ def _foreign(reference: Reference, registry: Registry) -> View | None:
     if shape is None:
         return None
     adapters = tuple((adapter.digest or adapter.path, _weights_in(_folder_of(adapter))) for adapter in stack.adapters)
-    forms = tuple(str(_folder_of(adapter)) for adapter in stack.adapters)
+    forms = tuple(str(_folder_of(adapter)) for adapter in stack.adapters if _is_here(adapter))
     return View(shape, weights_of(base), adapters, forms, generative=_is_generative(model))
 
 
@@ -180,6 +202,11 @@ def _is_cached_adapter(model: ResolvedModel) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     return isinstance(try_to_load_from_cache(model.path, "adapter_config.json", revision=model.input.revision), str)
+
+
+def _is_here(adapter: ResolvedModel) -> bool:
+    """Whether the weights of an adapter can be read: those of the Hub are downloaded when a step needs them."""
+    return adapter.kind != "hub" or (_folder_of(adapter) / "adapter_model.safetensors").exists()
 
 
 def _folder_of(adapter: ResolvedModel) -> Path:

@@ -58,8 +58,11 @@ def memory_of(config: StepConfig, models: Mapping[str, View], lengths: Lengths, 
         rows //= 2
 
 
-def refuse_unfit_adapters(config: StepConfig, models: Mapping[str, View], machine: Machine) -> None:
-    """Raise ModelError if the step cannot put its new adapters on its models, with the other adapters that stay unmerged there."""
+def refuse_unfit_adapters(config: StepConfig, models: Mapping[str, View], device: str) -> None:
+    """Raise ModelError if the step cannot put its new adapters on its models, with the other adapters that stay unmerged there.
+
+    ``device``: cpu or cuda.
+    """
     planner, adapter = _planner(config.stage), Adapter.of(getattr(config, "lora", None))
     start = models.get("policy", models.get("model"))
     if planner is None or adapter is None or start is None:
@@ -75,7 +78,7 @@ def refuse_unfit_adapters(config: StepConfig, models: Mapping[str, View], machin
     kind = PassKind(
         shape.config,
         shape.vocabulary,
-        machine.kind,
+        device,
         weights=4,
         compute=4,
         trains=True,

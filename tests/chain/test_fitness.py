@@ -21,10 +21,14 @@ from transformers import (
 )
 
 from stages.chain import fitness
+from stages.chain import run as chain
 from stages.chain.fitness import read_config
 from stages.chain.planning import plan
-from stages.errors import RecipeError
+from stages.errors import ModelError, RecipeError
+from stages.memory_plan.plan import check_adapters
+from stages.process.runtime import Runtime
 from stages.recipe.schema import load_recipe
+from stages.registry.ledger import Registry
 
 SIZES = {"vocab_size": 300, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
 
@@ -134,6 +138,20 @@ def save_as_made(model: Any, tokenizer: Path, folder: Path) -> None:
     """The model that the first step of ``planned`` starts from."""
     model.save_pretrained(folder / "start")
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder / "start")
+
+
+def test_an_adapter_that_does_not_fit_the_model_of_the_last_step_ends_the_run_at_its_start(tmp_path: Path, tiny_llama_folder: Path) -> None:
+    """``plan`` itself checks no adapters. The name is wrong for a Llama; the second one fits."""
+    for name, message in (("c_attn", r"last: lora.target_modules names c_attn, which LlamaForCausalLM does not have"), ("q_proj", "")):
+        last = f"stage: dpo, model: sft, lora: {{target_modules: [{name}]}}, data: {{train: rows.jsonl}}"
+        planned(tmp_path, tiny_llama_folder, last)
+        recipe, registry = load_recipe(tmp_path / "late.yaml"), Registry(tmp_path / "home" / "registry")
+        if message:
+            with pytest.raises(ModelError, match=message):
+                chain.run(recipe, tmp_path / "home", Runtime(quiet=True))
+        else:
+            check_adapters(recipe, registry, "cpu", reused=[])
+        assert not (tmp_path / "home" / "registry" / "models").exists()
 
 
 def test_classifier_with_a_label_is_accepted_as_reward(models: Path, tmp_path: Path, tiny_llama_folder: Path) -> None:

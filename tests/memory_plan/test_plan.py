@@ -302,6 +302,18 @@ def test_ppo_above_a_saved_adapter_is_tried_by_the_plan(recipe: Any, tmp_path: P
         planned(path, tmp_path, 24)
 
 
+def test_an_adapter_of_the_hub_that_is_not_downloaded_is_not_tried(recipe: Any, tmp_path: Path, small: Any, monkeypatch: Any) -> None:
+    """A plan downloads only its config."""
+    commit = "0" * 40
+    repository = tmp_path / "cache" / "models--org--adapter"
+    for path, content in ((f"snapshots/{commit}/adapter_config.json", {"base_model_name_or_path": small("base")}), ("refs/main", commit)):
+        (repository / path).parent.mkdir(parents=True, exist_ok=True)
+        (repository / path).write_text(content if isinstance(content, str) else json.dumps(content))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    step = planned(recipe(policy="org/adapter", value="policy", lora={}), tmp_path, 24)["aligned"]
+    assert step.memory is not None
+
+
 def test_adapters_of_earlier_steps_that_cannot_share_a_backbone_are_refused_by_the_plan(recipe: Any, tmp_path: Path, small: Any) -> None:
     """The policy has an update of the embedding, the reward model above it a full copy."""
     base, (rows, pairs) = small("base"), (tmp_path / "rows.jsonl", tmp_path / "ranked.jsonl")
