@@ -176,7 +176,7 @@ def model_card(
             created=manifest["created"],
             weights=f"{weights}; {size:.1f} MiB in the registry",
             intended=INTENDED[record.role],
-            usage=_usage(record, is_adapter) if repository is None else _usage_on_hub(record, registry, repository),
+            usage=_usage(record, registry, is_adapter=is_adapter) if repository is None else _usage_on_hub(record, registry, repository),
             licence=said,
             lineage="\n".join(_tree(lineage)),
             data=_data_lines(manifest),
@@ -343,27 +343,66 @@ def _usage_on_hub(record: ModelRecord, registry: Registry, repository: str) -> l
     pull = ("Into a registry, with its lineage, under the name that a recipe uses:", f"stages models pull {repository}")
     base = record.base
     if base is None:
-        return [*((title, code.replace("FOLDER", repository)) for title, code in _usage(record, is_adapter=False)), pull]
-    is_stack = base["kind"] == "registry" and registry.get(base["digest"]).is_adapter
-    if record.role != "language_model" or is_stack:
+        return [*((title, code.replace("FOLDER", repository)) for title, code in _usage(record, registry, is_adapter=False)), pull]
+    if record.role != "language_model" or _is_on_adapter(record, registry):
         return [pull]
     where = f'"{repository}", subfolder="bases/1"' if base["kind"] == "registry" else f'"{base["path"]}"'
-    code = (
-        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({where}), "{repository}")'
+    if revision := base.get("revision"):
+        where += f', revision="{revision}"'
+    if base.get("trust_remote_code"):
+        where += ", trust_remote_code=True"
+    return [(f"The adapter belongs to `{base['ref']}`.", _adapter_code(record, registry, where, repository)), pull]
+
+
+def _is_on_adapter(record: ModelRecord, registry: Registry) -> bool:
+    """Whether the base of an adapter is another adapter of the registry."""
+    with suppress(RegistryError):  # a base that was removed
+        return record.base is not None and record.base["kind"] == "registry" and registry.get(record.base["digest"]).is_adapter
+    return False
+
+
+QUANTIZED = {"int8": "load_in_8bit=True", "nf4": 'load_in_4bit=True, bnb_4bit_quant_type="nf4"'}
+"""Arguments of BitsAndBytesConfig."""
+
+
+def _adapter_code(record: ModelRecord, registry: Registry, where: str, adapter: str) -> str:
+    """Python code that loads an adapter on its base, as it was trained. ``where``: the arguments of from_pretrained that name the base.
+
+    An adapter above another one on quantized weights belongs to their merge, which is not quantized.
+    """
+    base, classes, lines = record.base, ["AutoModelForCausalLM"], []
+    assert base is not None
+    if (quantization := QUANTIZED.get(base.get("quantization", ""))) is not None and not _is_on_adapter(record, registry):
+        classes.append("BitsAndBytesConfig")
+        double = ", bnb_4bit_use_double_quant=True" if base.get("double_quantization") else ""
+        where += f", quantization_config=BitsAndBytesConfig({quantization}{double})"
+    config = json.loads((record.path / "adapter_config.json").read_text(encoding="utf-8"))
+    if config.get("trainable_token_indices") or config.get("modules_to_save"):
+        classes.append("AutoTokenizer")
+        lines = [
+            f'rows = len(AutoTokenizer.from_pretrained("{adapter}"))',
+            "base.resize_token_embeddings(max(rows, base.get_input_embeddings().num_embeddings))",
+        ]
+    return "\n".join(
+        [
+            "from peft import PeftModel",
+            f"from transformers import {', '.join(sorted(classes))}",
+            "",
+            f"base = AutoModelForCausalLM.from_pretrained({where})",
+            *lines,
+            f'model = PeftModel.from_pretrained(base, "{adapter}")',
+        ]
     )
-    return [(f"The adapter belongs to `{base['ref']}`.", code), pull]
 
 
-def _usage(record: ModelRecord, is_adapter: bool) -> list[tuple[str, str]]:
+def _usage(record: ModelRecord, registry: Registry, *, is_adapter: bool) -> list[tuple[str, str]]:
     base = record.base if is_adapter else None
     if record.role == "language_model" and base is not None:
         where = f"`stages models export {base['ref']} BASE` exports it" if base["kind"] == "registry" else "replace BASE by its path"
         return [
             (
                 f"The adapter belongs to `{base['ref']}`; {where}.",
-                "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-                'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "FOLDER")',
+                _adapter_code(record, registry, '"BASE"', "FOLDER"),
             ),
             ("", "lm_eval --model hf --model_args pretrained=BASE,peft=FOLDER --tasks ..."),
             ("", "vllm serve BASE --enable-lora --lora-modules aligned=FOLDER"),

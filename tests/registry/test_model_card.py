@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +173,39 @@ def test_the_card_of_an_adapter_says_how_to_load_it(registry, base, tmp_path) ->
     write_card(adapter, registry, merged_folder, merged=True)
     card = ModelCard.load(merged_folder / "README.md")
     assert card.data.library_name == "transformers" and "adapter on" not in card.text.partition("## Use")[0]
+
+
+COPIES = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+
+
+@pytest.mark.parametrize(("tokens", "quantization", "lora"), [(3, "none", {}), (3, "none", COPIES), (0, "nf4", {}), (0, "int8", {})])
+def test_the_code_in_the_card_of_an_adapter_loads_what_was_trained(
+    registry, base, tmp_path: Path, tokens: int, quantization: str, lora: dict[str, Any]
+) -> None:
+    """Also with ``tokens`` that the base does not have, and on quantized weights."""
+    import torch
+
+    from stages.models.loading import load_language_model, load_tokenizer
+    from stages.models.saving import save_model
+
+    source = replace(resolved(base), input=ModelInput(ref=base.ref, quantization=quantization))
+    tokenizer = load_tokenizer(source)
+    tokenizer.add_tokens([f"<{number}>" for number in range(tokens)])
+    model = load_language_model(source, dtype=torch.float32, lora=LoraSettings(r=2, **lora), tokenizer=tokenizer)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape))
+    adapter = publish(registry, "adapter", lambda folder: save_model(model, tokenizer, folder), [source], base=source)
+    code = re.findall(r"```python\n(.*?)```", model_card(adapter, registry, merged=False), re.DOTALL)
+    assert len(code) == 1
+    places = {"BASE": registry.export(base.ref, tmp_path / "base"), "FOLDER": registry.export(adapter.ref, tmp_path / "adapter")}
+    space: dict[str, Any] = {}
+    exec(code[0].replace('"BASE"', repr(str(places["BASE"]))).replace('"FOLDER"', repr(str(places["FOLDER"]))), space)
+    ids = torch.tensor([[5, 17, 40, 3, 299 + tokens]])
+    with torch.no_grad():  # in evaluation mode, bitsandbytes' layers of a CPU need more than 32 features
+        actual, expected = (one.train()(input_ids=ids).logits for one in (space["model"], model))
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_exported_model_loads_in_other_libraries(registry, base, tmp_path) -> None:

@@ -181,7 +181,8 @@ def test_an_adapter_names_its_base_in_the_repository(server, client, home) -> No
     done = client.run("models", "push", "recipe/adapter", "org/adapter", "--home", str(home))
     assert "with its base recipe/base@1, in bases/1:" in done.output
     card = server.repositories["model", "org/adapter"].commits[server.commit("model", "org/adapter")]["README.md"].decode()
-    assert 'AutoModelForCausalLM.from_pretrained("org/adapter", subfolder="bases/1"), "org/adapter")' in card
+    assert 'base = AutoModelForCausalLM.from_pretrained("org/adapter", subfolder="bases/1")\n' in card
+    assert 'model = PeftModel.from_pretrained(base, "org/adapter")' in card
 
 
 def test_another_lineage_is_not_overwritten(server, client, home, tmp_path) -> None:
