@@ -391,7 +391,9 @@ DATA = {
     ),
     "a number for a text": Case("texts.jsonl:7: text is int (3); expected text", PRETRAINING, files=bad_row("texts", 7, {"text": 3})),
     "null for a text": Case(
-        "texts.jsonl:7: text is NoneType (None); expected text", PRETRAINING, files=bad_row("texts", 7, {"text": None})
+        "texts.jsonl:7: text is empty (null); expected text. Fill it in, or remove the row",
+        PRETRAINING,
+        files=bad_row("texts", 7, {"text": None}),
     ),
     "only empty texts": Case("all 19 training texts (first", PRETRAINING, files=only("texts", *[{"text": " "}] * 20)),
     "less than a block": Case("less than one block; lower block_size=8", PRETRAINING, files=only("texts", {"text": "a"}, {"text": "b"})),
@@ -476,7 +478,7 @@ DATA = {
         files={"comparisons.jsonl": lines(ROWS["comparisons"]) + '{"prompt": "a", "completions": ["b", "c"], "ranks": [0, NaN]}\n'},
     ),
     "completions that are one text": Case(
-        "completions is str; expected a list of texts",
+        "completions is str ('bc'); expected a list of texts, or its JSON text",
         REWARD,
         files=bad_row("comparisons", 2, {"prompt": "a", "completions": "bc", "ranks": [0, 1]}),
     ),

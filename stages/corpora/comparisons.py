@@ -27,7 +27,7 @@ from stages.corpora.conversations.messages import (
     split_dialogue,
 )
 from stages.corpora.files import read_splits
-from stages.corpora.rows import Row, renaming, text_of
+from stages.corpora.rows import Row, near_column, renaming, structure_in, text_of
 from stages.corpora.splits import say_shared
 from stages.corpora.summaries import compared_prompt, compared_summaries, is_comparison
 from stages.errors import DataError
@@ -135,7 +135,10 @@ def comparison(row: Row, *, preferred: str | None = None) -> Comparison:
         raise DataError(
             f"{row.location}: columns {', '.join(row)} are not a comparison; expected prompt + completions + ranks, prompt + responses "
             "(+ scores), info + summaries + choice, or (prompt +) chosen + rejected"
-            + renaming(row, "prompt chosen rejected", "chosen rejected", "prompt completions ranks", "prompt responses scores")
+            + (
+                renaming(row, "prompt chosen rejected", "chosen rejected", "prompt completions ranks", "prompt responses scores")
+                or _rated(row)
+            )
         )
     answers, ranks = _ranked(row, column, preferred)
     if all(holds_turns(answer) for answer in answers):
@@ -145,6 +148,13 @@ def comparison(row: Row, *, preferred: str | None = None) -> Comparison:
         if not isinstance(text, str):
             raise DataError(f"{row.location}: {column}, entry {index} is {type(text).__name__}; expected text")
     return Comparison(prompt_of(row), answers, ranks, name)
+
+
+def _rated(row: Row) -> str:
+    """The end of a message about a row with the rating of one completion; empty for other rows."""
+    if near_column("completion", row) is None or not any(is_finite_number(value) for value in row.values()):
+        return ""
+    return ". Ratings: put all completions of a prompt into one row, as prompt + responses + scores"
 
 
 def _chosen_and_rejected(row: Row) -> tuple[Prompt, list[Completion]]:
@@ -165,7 +175,7 @@ def _chosen_and_rejected(row: Row) -> tuple[Prompt, list[Completion]]:
 
 def _ranked(row: Row, column: str, preferred: str | None) -> tuple[list[Any], list[int]]:
     """(the completions in ``column``, not yet checked; their ranks)."""
-    value = row[column]
+    value = structure_in(row, column)
     if isinstance(value, dict):
         if preferred not in value:
             raise DataError(f"{row.location}: {column} is an object; set preferred to one of {', '.join(value)} (got {preferred!r})")
@@ -173,7 +183,7 @@ def _ranked(row: Row, column: str, preferred: str | None) -> tuple[list[Any], li
     elif isinstance(value, list):
         ranks = _ranks(row, column, len(value))
     else:
-        raise DataError(f"{row.location}: {column} is {type(value).__name__}; expected a list of texts")
+        raise DataError(f"{row.location}: {column} is {type(value).__name__} ({value!r:.60}); expected a list of texts, or its JSON text")
     if len(value) < 2:
         raise DataError(f"{row.location}: {len(value)} completion(s); a comparison needs at least 2. Add one, or remove the row")
     return value, ranks
@@ -187,7 +197,7 @@ def _groups(row: Row, columns: Sequence[str]) -> dict[str, str]:
 
 
 def _ranks(row: Row, column: str, count: int) -> list[int]:
-    given = row.get("ranks", row.get("scores"))
+    given = structure_in(row, "ranks" if "ranks" in row else "scores")
     if given is None:
         if column == "completions":
             raise DataError(f"{row.location}: completions without ranks; expected ranks (0 best, equal numbers tie) or scores")

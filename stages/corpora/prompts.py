@@ -28,6 +28,7 @@ from stages.corpora.summaries import compared_prompt, is_comparison, is_post, po
 from stages.corpora.templates import check_rendering, render_pair
 from stages.errors import DataError
 from stages.json_types import JsonObject
+from stages.process.console import announce
 from stages.tokens.template_arguments import arguments_in, without_arguments
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def load_prompt_rows(
     """
     prompts: list[PromptRow] = []
     seen: set[str] = set()
+    num_repeated = 0
     rows = read_rows(sources, split=split)
     for row in rows if curator is None else curator.training(rows):
         prompt_row = PromptRow(prompt_in(row, prompt_words), columns(row))
@@ -84,10 +86,15 @@ def load_prompt_rows(
         if key not in seen:
             seen.add(key)
             prompts.append(prompt_row)
+        else:
+            num_repeated += 1
         if limit is not None and len(prompts) == limit:
             break
+    names = ", ".join(source.path for source in sources)
+    if num_repeated:
+        announce(("repeated prompts", names), f"{names}: left out {num_repeated} prompts that repeat an earlier one")
     if not prompts:
-        raise DataError(f"{', '.join(source.path for source in sources)}: curation leaves no prompt; relax its limits")
+        raise DataError(f"{names}: curation leaves no prompt; relax its limits")
     return prompts
 
 

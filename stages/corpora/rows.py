@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from typing import Any, Protocol
 
+from stages.corpora.tables.columnar import JsonObject
 from stages.errors import DataError
 
 OTHER_NAMES = {
@@ -81,10 +83,22 @@ def text_of(row: Row, column: str, *, empty: bool = False) -> str:
         raise DataError(f"{row.location}: no column {column!r}; the row has {', '.join(row) or 'none'}{hint} (to rename: {example})")
     value = row[column]
     if not isinstance(value, str):
-        raise DataError(f"{row.location}: {column} is {type(value).__name__} ({value!r:.60}); expected text")
+        shown = "empty (null)" if value is None else f"{type(value).__name__} ({value!r:.60})"
+        raise DataError(f"{row.location}: {column} is {shown}; expected text. Fill it in, or remove the row")
     if not empty and not value.strip():
-        raise DataError(f"{row.location}: {column} is empty; expected text")
+        raise DataError(f"{row.location}: {column} is empty; expected text. Fill it in, or remove the row")
     return value
+
+
+def structure_in(row: Row, column: str) -> Any:
+    """The value of a column for lists or objects. A text is parsed if it is JSON, because CSV has only texts."""
+    value = row.get(column)
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value, object_hook=JsonObject)
+    except (ValueError, RecursionError):
+        return value
 
 
 class RowFilter(Protocol):

@@ -55,6 +55,10 @@ def test_hh_dialogues_are_split_at_the_last_reply() -> None:
     ("columns", "message"),
     [
         ({"text": "x"}, "columns text are not a comparison"),
+        (
+            {"prompt": "p", "response": "a", "rating": 4},
+            r"Ratings: put all completions of a prompt into one row, as prompt \+ responses \+ scores$",
+        ),
         ({"prompt": "p", "completions": ["a", "b"]}, "completions without ranks"),
         ({"prompt": "p", "completions": ["a", "b"], "ranks": [0]}, r"expected 2 numbers in ranks, got \[0\]"),
         ({"prompt": "p", "responses": ["a", "b"], "scores": [1.0, float("nan")]}, r"expected 2 numbers in scores, got \[1.0, nan\]"),
@@ -62,11 +66,27 @@ def test_hh_dialogues_are_split_at_the_last_reply() -> None:
         ({"prompt": "p", "responses": ["a"]}, r"1 completion\(s\); a comparison needs at least 2"),
         ({"prompt": "p", "responses": ["a", 3]}, "responses, entry 2 is int; expected text"),
         ({"prompt": "p", "responses": {"x": "a", "y": "b"}}, "set preferred to one of x, y"),
+        ({"prompt": "p", "responses": "['a', 'b']"}, r"responses is str \(\"\['a', 'b'\]\"\); expected a list of texts, or its JSON text"),
+        ({"prompt": "p", "chosen": None, "rejected": "b"}, r"chosen is empty \(null\); expected text. Fill it in, or remove the row"),
     ],
 )
 def test_malformed_rows_are_named(columns, message) -> None:
     with pytest.raises(DataError, match=f"pairs.jsonl:7: .*{message}"):
         comparison(row(**columns))
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"completions": ["a", "b", "c"], "ranks": [1, 0, 1]},
+        {"responses": ["a", "b", "c"], "scores": [2.5, 4, 2.5]},
+        {"responses": {"x": "b", "y": "a", "z": "c"}},
+    ],
+)
+def test_lists_may_be_json_text_as_in_a_table_of_texts(columns: dict[str, Any]) -> None:
+    plain = comparison(row(prompt="p", **columns), preferred="x")
+    assert comparison(row(prompt="p", **{name: json.dumps(value) for name, value in columns.items()}), preferred="x") == plain
+    assert plain.best == "b"
 
 
 def test_a_split_of_ties_is_refused(tmp_path: Path) -> None:

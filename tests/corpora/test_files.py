@@ -257,11 +257,32 @@ def test_decimal_numbers_of_a_table_are_floats(tmp_path: Path) -> None:
     assert row == {"scores": [1.5, -0.25, None], "price": 2.0} and type(row["price"]) is float
 
 
-@pytest.mark.parametrize("mark", [";", "\t", "|"])
-def test_a_table_with_another_separator_is_refused(mark: str, tmp_path: Path) -> None:
-    (tmp_path / "rows.csv").write_text(f"prompt{mark}completion\na{mark}b\n")
-    with pytest.raises(DataError, match="rows.csv:1: the header is one column, 'prompt.*'; expected columns separated by ','"):
-        read_rows([DataSource(path=str(tmp_path / "rows.csv"))])
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv"])
+@pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
+def test_the_header_of_a_table_decides_its_separator(mark: str, name: str, tmp_path: Path) -> None:
+    # Excel of a country with decimal commas writes semicolons, with a byte order mark and CRLF
+    text = f'\ufeffprompt{mark}completion\r\n"a{mark} b"{mark}c, d; e\r\n'.replace("c, d; e", '"c, d; e"')
+    (tmp_path / name).write_bytes(text.encode())
+    assert read_rows([DataSource(path=str(tmp_path / name))]) == [{"prompt": f"a{mark} b", "completion": "c, d; e"}]
+
+
+def test_a_table_of_one_column_is_not_split_at_separators_in_its_texts(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text('text\none; two\n"three, four"\n')
+    assert [row["text"] for row in read_rows([DataSource(path=str(tmp_path / "rows.csv"))])] == ["one; two", "three, four"]
+
+
+def test_files_of_a_folder_in_formats_that_are_not_read_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    for name in ("b.xlsx", "sub/c.tar.gz", "README.md", "plot.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"PK")
+    assert len(read_rows([DataSource(path=str(tmp_path))])) == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}: 2 files are in formats that are not read: b.xlsx, sub/c.tar.gz. Save them as .csv"
+    ]
+    caplog.clear()
+    assert len(read_rows([DataSource(path=str(tmp_path), data_files="a.jsonl")])) == 1  # the user chose the files
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any
 
 from stages.corpora.conversations.sharegpt import as_message, is_sharegpt
 from stages.corpora.conversations.tool_calls import with_objects
-from stages.corpora.rows import Row, text_of
+from stages.corpora.rows import Row, structure_in, text_of
 from stages.corpora.tables.columnar import without_missing
 from stages.errors import DataError
 from stages.json_types import JsonObject
@@ -74,10 +74,10 @@ def messages_of(row: Row, column: str) -> Conversation:
     Messages are {role, content}, or {from, value} as in ShareGPT. A column ``system`` becomes the first turn. Raises DataError that names
     the message.
     """
-    value = row.get(column)
+    value = structure_in(row, column) if column in COLUMNS else row.get(column)
     if not isinstance(value, list) or not value:
-        expected = "expected a list of messages {role, content} or {from, value}"
-        raise DataError(f"{row.location}: {column} is {type(value).__name__}; {expected}")
+        expected = "expected a list of messages {role, content} or {from, value}, or its JSON text"
+        raise DataError(f"{row.location}: {column} is {type(value).__name__} ({value!r:.60}); {expected}")
     messages = []
     for index, entry in enumerate(value, 1):
         with errors_at(f"{row.location}: {column}, message {index}"):

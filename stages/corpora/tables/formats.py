@@ -203,16 +203,17 @@ def _read_txt(path: Path, shown: str) -> Iterator[Row]:
 
 def _read_csv(path: Path, shown: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # a field may be a document
-    delimiter = "\t" if suffix_of(shown) == ".tsv" else ","
-    reader = csv.DictReader(io.StringIO(file_text(path, shown), newline=""), delimiter=delimiter, strict=True)
+    text = file_text(path, shown)
+
+    def separated_by(delimiter: str) -> csv.DictReader[str]:
+        return csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+
+    reader = separated_by("\t" if suffix_of(shown) == ".tsv" else ",")
     try:
         header = list(reader.fieldnames or ())
-        other = next((mark for mark in ",;\t|" if mark != delimiter and mark in header[0]), None) if len(header) == 1 else None
-        if other is not None:
-            expected = "; a table with tabs is .tsv" if other == "\t" else ""
-            raise DataError(
-                f"{shown}:1: the header is one column, {header[0]!r:.80}; expected columns separated by {delimiter!r}{expected}"
-            )
+        if len(header) == 1 and (other := next((mark for mark in ",;\t|" if mark in header[0]), None)) is not None:
+            reader = separated_by(other)  # in many countries, Excel writes semicolons
+            header = list(reader.fieldnames or ())
         if twice := sorted({name for name in header if header.count(name) > 1}):
             raise DataError(
                 f"{shown}:1: the header names {', '.join(map(repr, twice))} more than once; rename or remove one of the columns"

@@ -23,6 +23,24 @@ from stages.json_types import JsonObject
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 PACKED = (".gz", ".zst", ".bz2", ".xz")
+OTHER_TABLES = (
+    ".xlsx",
+    ".xls",
+    ".ods",
+    ".orc",
+    ".avro",
+    ".feather",
+    ".sqlite",
+    ".db",
+    ".pkl",
+    ".xml",
+    ".zip",
+    ".tar",
+    ".tgz",
+    ".7z",
+    ".rar",
+)
+"""Formats that may hold rows, and are not read."""
 UNSPLIT = "train"
 """The split of all files if nothing names one."""
 ABOUT = re.compile(r"(?i)(readme|licen[cs]e|notice|copying|changelog|citation|contributing|requirements|authors)\b.*")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from typing import Any
 
@@ -232,3 +233,14 @@ def test_a_transcript_says_who_speaks() -> None:
     assert completion_text([{**bot("a"), "reasoning_content": "hm"}, user("x"), bot("b")]) == (
         "<think>\nhm\n</think>\na\n\nuser: x\n\nassistant: b"
     )
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_a_conversation_may_be_json_text_as_in_a_table_of_texts(column: str) -> None:
+    assert messages_of(row(**{column: json.dumps([user("a"), bot("b")])}), column) == [user("a"), bot("b")]
+
+
+def test_a_conversation_as_python_text_is_refused_with_its_beginning() -> None:
+    written = str([user("a"), bot("b")])  # as pandas writes a list to a CSV file
+    with pytest.raises(DataError, match=r"^chats.jsonl:7: messages is str .*'role': 'user'.*; expected a list of messages .* JSON text$"):
+        messages_of(row(messages=written), "messages")
