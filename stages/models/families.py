@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from contextlib import suppress
 from functools import cache
@@ -37,10 +38,12 @@ def refuse_unfit(config: PretrainedConfig, name: str) -> None:
     ``name``: the model as written in the recipe. A model with remote code is judged by its ``auto_map``.
     """
     kind = config.model_type
+    is_classifier = any(saved.endswith("ForSequenceClassification") for saved in config.architectures or ())
+    as_reward = "To use this classifier as a reward, set label to the class whose score is the reward" if is_classifier else ""
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
             f"{name!r} is a {kind} model, an encoder-decoder; this project trains only decoders (llama, gpt2, qwen2, ...). "
-            "Use a causal language model"
+            f"{as_reward or 'Use a causal language model'}"
         )
     reads_backwards = not (getattr(config, "is_decoder", False) or getattr(config, "causal", False))
     is_encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and reads_backwards
@@ -48,7 +51,12 @@ def refuse_unfit(config: PretrainedConfig, name: str) -> None:
     if is_encoder or not is_causal:
         raise ModelError(
             f"{name!r} is a {kind} model; a policy or a scalar head needs a causal language model (llama, gpt2, gpt_neox, qwen2, ...). "
-            "An encoder can be trained as a classifier (stage: sentiment), whose label can be a reward"
+            f"{as_reward or 'An encoder can be trained as a classifier (stage: sentiment), whose label can be a reward'}"
+        )
+    if kind == "reformer" and config.axial_pos_embds:
+        raise ModelError(
+            f"{name!r} is a reformer model, which trains only on rows of {math.prod(config.axial_pos_shape)} tokens "
+            "(axial_pos_shape in its config). Use another model"
         )
     part = text_part(config)
     if part is not None and part not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:

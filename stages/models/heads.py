@@ -367,7 +367,7 @@ def read_head(model: ResolvedModel) -> tuple[Tensor, float]:
     """
     refused = ModelError(
         f"{model.ref!r} has no reward head (score.weight), and a random head would give meaningless scores. "
-        "Train one with a reward_model step, or use a model that has one"
+        "Train one with a reward_model step, or use a model that has one; for a classifier, set label"
     )
     names = [HEAD_FILE] if is_adapter(model) else ["model.safetensors.index.json", "model.safetensors"]
     path = None

@@ -26,6 +26,7 @@ from stages.models.saving import save_model
         transformers.BertConfig(is_decoder=True),
         transformers.XLMConfig(causal=True),
         transformers.Gemma3Config(),
+        transformers.ReformerConfig(is_decoder=True, axial_pos_embds=False),
     ],
 )
 def test_causal_language_models_are_accepted(config: Any) -> None:
@@ -41,6 +42,12 @@ def test_causal_language_models_are_accepted(config: Any) -> None:
         (transformers.ViTConfig(), "'some/model' is a vit model"),
         (transformers.T5Config(), "'some/model' is a t5 model, an encoder-decoder"),
         (transformers.BartConfig(), "'some/model' is a bart model, an encoder-decoder"),
+        (transformers.BertConfig(architectures=["BertForSequenceClassification"]), "To use this classifier as a reward, set label"),
+        (transformers.BartConfig(architectures=["BartForSequenceClassification"]), "To use this classifier as a reward, set label"),
+        (
+            transformers.ReformerConfig(is_decoder=True, axial_pos_shape=(8, 4)),
+            "is a reformer model, which trains only on rows of 32 tokens",
+        ),
     ],
 )
 def test_other_models_are_refused(config: Any, reason: str) -> None:
