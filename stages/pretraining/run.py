@@ -26,7 +26,7 @@ from stages.step import Publication, StepContext, StepResult
 from stages.tokens.positions import model_length
 from stages.training.arguments import training_arguments, weights_dtype
 from stages.training.best import heldout_likelihood, publish_trained
-from stages.training.reproducible import reproducible
+from stages.training.reproducible import IGNORED, next_token_loss, reproducible
 from stages.training.running import train
 
 if TYPE_CHECKING:
@@ -44,8 +44,7 @@ def run(config: PretrainingConfig, context: StepContext) -> StepResult:
     blocks = pack_blocks(train_tokens, config.block_size)
     heldout_bytes = sum(len(text.encode()) for text in corpus.validation)
 
-    arguments = training_arguments(config.training, context, precision=config.precision, remove_unused_columns=False)
-    trainer = reproducible(Trainer)(model=model, args=arguments, train_dataset=_Blocks(blocks), data_collator=_collate)
+    trainer = _make_trainer(config, context, model, blocks)
     before = _measure(trainer, config, context, tokenizer, heldout_tokens, heldout_bytes, "before")
     trained = train(
         trainer,
@@ -94,6 +93,14 @@ def _model(config: PretrainingConfig, context: StepContext, tokenizer: PreTraine
     return model
 
 
+def _make_trainer(config: PretrainingConfig, context: StepContext, model: TransformersModel, blocks: torch.Tensor) -> StepTrainer:
+    arguments = training_arguments(config.training, context, precision=config.precision, remove_unused_columns=False)
+    trainer = reproducible(Trainer)(model=model, args=arguments, train_dataset=_Blocks(blocks), data_collator=_collate)
+    if not trainer.model_accepts_loss_kwargs:  # Gemma 3n and Gemma 4 for text and images divide by the number of tokens of a pass
+        trainer.compute_loss_func = next_token_loss
+    return trainer
+
+
 # Data
 
 
@@ -112,7 +119,9 @@ class _Blocks:
 
 def _collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     input_ids = torch.stack([row["input_ids"] for row in rows])
-    return {"input_ids": input_ids, "labels": input_ids.clone()}
+    labels = input_ids.clone()
+    labels[:, 0] = IGNORED  # nothing predicts it, but for some classes (GPT-2) the Trainer counts every label
+    return {"input_ids": input_ids, "labels": labels}
 
 
 # Measurement

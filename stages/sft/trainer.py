@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 
 class DemonstrationTrainer(reproducible(SFTTrainer)):  # type: ignore[misc]
-    """Entropy and accuracy are means over counted tokens."""
+    """The loss is a mean over the counted tokens of the step, and so are entropy and accuracy."""
 
+    loss_is_scaled_for_ga = True  # TRL divides the loss of a pass by the number of tokens of the step
     weighed_by = {"entropy": "tokens", "mean_token_accuracy": "tokens"}
 
     def compute_loss(
@@ -46,6 +47,16 @@ class DemonstrationTrainer(reproducible(SFTTrainer)):  # type: ignore[misc]
             made: torch.Tensor | tuple[torch.Tensor, object] = super().compute_loss(model, inputs, *arguments, **named)
         self.count_pass(tokens=counted)
         return made
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device) -> torch.Tensor:
+        """Number of counted tokens of the step, over all processes.
+
+        The Trainer counts none for classes that take no loss arguments (Gemma 3n and Gemma 4 for text and images), and for others (GPT-2)
+        also the first label of a row, which nothing predicts.
+        """
+        count = sum(int((batch["labels"][..., 1:] != IGNORED).sum()) for batch in batch_samples)
+        total: torch.Tensor = self.accelerator.gather(torch.tensor([count], device=device)).sum()
+        return total
 
 
 def make_trainer(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch.utils.data import DataLoader
     from transformers import Trainer
-    from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
+    from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput, TokenClassifierOutput
 
 IGNORED = -100  # label of a token that is ignored in the loss
 
@@ -37,22 +37,29 @@ def reproducible(kind: type[Trainer]) -> type[StepTrainer]:
     """A subclass of the Trainer class ``kind`` for ``training.running.train``.
 
     The loss of the Trainer must be divided by the number of items of the complete step on all processes (``num_items_in_batch``), as
-    transformers does for language models; ``counted_loss`` does so for classifiers.
+    transformers does for most language models; ``counted_loss`` does so for classifiers, ``next_token_loss`` for other language models.
     """
     parts = (BatchesByRow, PassesByTokens, WeightedMetrics, ShardedGradients, LosslessCheckpoints)
     return type(f"Reproducible{kind.__name__}", (*parts, kind), {})
 
 
 def counted_loss(
-    outputs: SequenceClassifierOutput | TokenClassifierOutput, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int
+    outputs: SequenceClassifierOutput | TokenClassifierOutput | CausalLMOutputWithPast,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int,
 ) -> torch.Tensor:
-    """Cross-entropy of a classifier of texts or tokens. Labels [B] or [B, T], with -100 for what does not count; returns a scalar.
+    """Cross-entropy of the logits of texts or tokens. Labels [B] or [B, T], with -100 for what does not count; returns a scalar.
 
     The sum over the labels of this forward pass is divided by the number of labels of the complete optimizer step.
     """
     assert outputs.logits is not None
     logits = outputs.logits.float()
     return functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="sum") / num_items_in_batch
+
+
+def next_token_loss(outputs: CausalLMOutputWithPast, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
+    """``counted_loss`` of a language model, whose logits predict the label of the next position. Labels [B, T]; returns a scalar."""
+    return counted_loss(outputs, functional.pad(labels[:, 1:], (0, 1), value=IGNORED), num_items_in_batch)
 
 
 class BatchesByRow(StepTrainer):

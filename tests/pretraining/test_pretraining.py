@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from stages.config import ModelInput
 from stages.corpora.encoding.blocks import encode_documents, overlapping_windows, pack_blocks
 from stages.errors import DataError, ModelError
 from stages.pretraining.config import PretrainingConfig, TokenizerSettings
-from stages.pretraining.run import run
+from stages.pretraining.run import _make_trainer, run
 from stages.pretraining.tokenizer import train_tokenizer
 from stages.registry.references import ResolvedModel
 
@@ -91,6 +92,30 @@ def test_from_random_weights_to_a_published_model(corpus: Path, step_context: An
     assert model.config.vocab_size == len(tokenizer) == 300
     assert (model.config.eos_token_id, model.config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("kind", ["llama", "without loss arguments", "gpt2"])
+def test_step_has_the_gradient_of_the_mean_over_all_its_tokens(
+    kind: str, corpus: Path, step_context: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "without loss arguments":  # as the classes of Gemma 3n and Gemma 4 for text and images
+        monkeypatch.setattr(LlamaForCausalLM, "accepts_loss_kwargs", False, raising=False)
+    torch.manual_seed(0)
+    shape = {"vocab_size": 20, "bos_token_id": 0, "eos_token_id": 0}
+    llama = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    gpt2 = GPT2Config(n_layer=1, n_embd=16, n_head=2, n_positions=6, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **shape)
+    model: Any = GPT2LMHeadModel(gpt2) if kind == "gpt2" else LlamaForCausalLM(LlamaConfig(**llama, **shape))
+    blocks = torch.randint(20, (4, 6))
+    context = step_context()
+    trainer: Any = _make_trainer(config(corpus, training={"batch_size": 4, "microbatch_size": 1}), context, model, blocks)
+    trainer.context, trainer.current_gradient_accumulation_steps = context, 1
+    (batch,), count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
+    loss = trainer.training_step(model, batch, count)
+    logits = model(input_ids=blocks).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.reshape(-1, 20), blocks[:, 1:].reshape(-1))  # the mean over 4 rows of 5 tokens
+    torch.testing.assert_close(loss, expected.detach())
+    for parameter, gradient in zip(model.parameters(), torch.autograd.grad(expected, list(model.parameters())), strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from stages.corpora.demonstrations import Demonstration, demonstration
 from stages.corpora.rows import Row
@@ -140,15 +141,42 @@ def test_packing_by_hand() -> None:
     assert batch["position_ids"][1].tolist() == [0, 1, 2, 3, 0, 1, 0, 1]
 
 
-def gradient(context: Any, folder: Path, tokenizer: Any, rows: list[EncodedRow], **fields: Any) -> dict[str, torch.Tensor]:
-    """The gradient of the loss over all ``rows`` in one optimizer step, computed by TRL's trainer."""
+def gradient(
+    context: Any, folder: Path, tokenizer: Any, rows: list[EncodedRow], *, num_passes: int = 1, **fields: Any
+) -> dict[str, torch.Tensor]:
+    """The gradient of one optimizer step over all ``rows``, computed by TRL's trainer in ``num_passes`` passes."""
     model = load_language_model(str(folder), dtype=torch.float32)
-    settings = config(training={"batch_size": len(rows), "microbatch_size": len(rows)}, **fields)
+    settings = config(training={"batch_size": len(rows), "microbatch_size": len(rows) // num_passes}, **fields)
     trainer = make_trainer(settings, context, model, tokenizer, rows, 16)
-    batch = next(iter(trainer.get_train_dataloader()))
-    count = batch["labels"][:, 1:].ne(IGNORED).sum()
-    trainer.compute_loss(trainer.model.train(), batch, num_items_in_batch=count).backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+    trainer.context, trainer.current_gradient_accumulation_steps = context, 1
+    (batch,), count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
+    trainer.training_step(trainer.model, batch, count)
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["llama", "without loss arguments", "gpt2"])
+def test_step_has_the_gradient_of_the_mean_over_all_its_tokens(
+    kind: str, step_context: Any, tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "gpt2":  # transformers counts the first label of its rows, which nothing predicts
+        shape = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0}
+        GPT2LMHeadModel(GPT2Config(vocab_size=len(tiny_tokenizer), **shape)).save_pretrained(tmp_path)
+        tiny_tokenizer.save_pretrained(tmp_path)
+    if kind == "without loss arguments":  # as the classes of Gemma 3n and Gemma 4 for text and images
+        monkeypatch.setattr(LlamaForCausalLM, "accepts_loss_kwargs", False, raising=False)
+    folder = tmp_path if kind == "gpt2" else tiny_llama_folder
+    actual = gradient(step_context(), folder, tiny_tokenizer, ROWS, num_passes=4, completion_only_loss=False)
+    model = load_language_model(str(folder), dtype=torch.float32)
+    # By hand: the sum over the tokens of all rows except the first of each, divided by their number, 3 + 1 + 4 + 2.
+    losses = [
+        torch.nn.functional.cross_entropy(
+            model(input_ids=torch.tensor([row.ids])).logits[0, :-1], torch.tensor(row.ids[1:]), reduction="sum"
+        )
+        for row in ROWS
+    ]
+    (sum(losses) / 10).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(actual[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_packed_demonstrations_have_the_gradient_of_separate_ones(step_context: Any, tiny_llama_folder: Path, tiny_tokenizer: Any) -> None:
