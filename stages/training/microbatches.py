@@ -88,6 +88,7 @@ class PassesByTokens(StepTrainer):
         sizes = self.sizes_of(inputs)
         order = sorted(range(len(sizes)), key=lambda row: -sizes[row])  # largest first, so that a pass that does not fit fails immediately
         groups = self.budget.groups(order, sizes)
+        self.current_gradient_accumulation_steps = len(groups)  # TRL divides the load-balancing loss of experts by it
         losses = []
         for rows in groups:
             part = inputs if len(groups) == 1 else self.part_of(inputs, sorted(rows))

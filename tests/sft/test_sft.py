@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from stages.corpora.demonstrations import Demonstration, demonstration
 from stages.corpora.rows import Row
@@ -177,6 +177,23 @@ def test_step_has_the_gradient_of_the_mean_over_all_its_tokens(
     (sum(losses) / 10).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(actual[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_load_balancing_loss_of_experts_counts_once_in_a_step(step_context: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5}
+    MixtralForCausalLM(MixtralConfig(vocab_size=len(tiny_tokenizer), **shape, **experts)).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    actual = gradient(step_context(), tmp_path, tiny_tokenizer, ROWS, num_passes=4)["model.layers.0.mlp.gate.weight"]
+    model = load_language_model(str(tmp_path), dtype=torch.float32)
+    loss = torch.zeros(())
+    for row in ROWS:  # by hand: the mean over the 2 + 1 + 2 + 2 trained tokens, and half the mean over the four passes
+        made = model(input_ids=torch.tensor([row.ids]), output_router_logits=True)
+        start = row.prompt_length
+        loss = loss + torch.nn.functional.cross_entropy(made.logits[0, start - 1 : -1], torch.tensor(row.ids[start:]), reduction="sum") / 7
+        loss = loss + 0.5 * made.aux_loss / 4
+    (expected,) = torch.autograd.grad(loss, [model.get_parameter("model.layers.0.mlp.gate.weight")])
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_packed_demonstrations_have_the_gradient_of_separate_ones(step_context: Any, tiny_llama_folder: Path, tiny_tokenizer: Any) -> None:
