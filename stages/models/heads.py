@@ -41,8 +41,22 @@ if TYPE_CHECKING:
     from stages.registry.references import ResolvedModel
 
 
+class ScalarHead(nn.Linear):
+    """Maps hidden states [..., d] to one number each [...]. It computes in fp32, also under autocast. Weight and bias start at 0."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        super().__init__(width, 1, dtype=torch.float32, device=device)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        # A number in bf16 has 8 bits: values between 2 and 4 would be 1/64 apart.
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float()).squeeze(-1)
+
+
 class ScalarModel(nn.Module):
-    """A transformer with a linear head that maps its last hidden states to one number per token. The head is always fp32."""
+    """A transformer with a ``ScalarHead`` on its last hidden states."""
 
     def __init__(self, backbone: TransformersModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         super().__init__()
@@ -50,9 +64,7 @@ class ScalarModel(nn.Module):
         self.tokenizer = tokenizer
         self.config = backbone.config
         device = next(backbone.parameters()).device
-        self.score_head = nn.Linear(hidden_width(backbone), 1, bias=True, dtype=torch.float32, device=device)
-        nn.init.zeros_(self.score_head.weight)
-        nn.init.zeros_(self.score_head.bias)
+        self.score_head = ScalarHead(hidden_width(backbone), device)
         # For a backbone shared with other roles (models/adapters/shared_backbone.py): functions that activate this role's adapters and
         # save them.
         self.activate: Callable[[], None] = _nothing
@@ -100,7 +112,7 @@ class ScalarModel(nn.Module):
 
     def score_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """One number per position, computed from that token and those before it. Inputs [B, T]; returns [B, T] fp32."""
-        return self.score_head(self._hidden(input_ids, attention_mask).float()).squeeze(-1)
+        return self.score_head(self._hidden(input_ids, attention_mask))
 
     def score_positions(
         self, input_ids: Tensor, rows: Tensor, columns: Tensor, packing: Packing | None = None, lengths: Tensor | None = None
@@ -110,7 +122,7 @@ class ScalarModel(nn.Module):
         ``lengths`` [B]: of the padded rows; None: all rows have T tokens.
         """
         self.activate()
-        return self.score_head(hidden_states(self.backbone, input_ids, packing, lengths)[rows, columns].float()).squeeze(-1)
+        return self.score_head(hidden_states(self.backbone, input_ids, packing, lengths)[rows, columns])
 
     def _hidden(self, input_ids: Tensor, attention_mask: Tensor, *, right_padded: bool = False) -> Tensor:
         """Last hidden states [B, T, d]. ``right_padded``: whether the rows are known to be; otherwise the CPU waits for a GPU to see it.
@@ -288,7 +300,7 @@ class RewardModel(ScalarModel):
         """The score of each text, at its last non-padding token. Inputs [B, T]; returns [B] fp32. ``right_padded``: as in ``_hidden``."""
         last = last_positions(attention_mask)
         rows = torch.arange(len(last), device=last.device)
-        return self.score_head(self._hidden(input_ids, attention_mask, right_padded=right_padded)[rows, last].float()).squeeze(-1)
+        return self.score_head(self._hidden(input_ids, attention_mask, right_padded=right_padded)[rows, last])
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, *, right_padded: bool = False) -> Tensor:
         """``score``; wrappers (DDP, FSDP) call this method."""

@@ -23,7 +23,7 @@ from stages.kernels.casts import kept_casts
 from stages.models.adapters.activation import NEW_ADAPTER, active_adapters
 from stages.models.adapters.folding import why_not_together
 from stages.models.adapters.shared_backbone import RoleParameters, SharedBackbone
-from stages.models.heads import RewardModel, ValueModel
+from stages.models.heads import RewardModel, ScalarHead, ValueModel
 from stages.models.layers.compiled import LayerCompiler
 from stages.models.loading import config_of, load_language_model, load_tokenizer
 from stages.models.parts import hidden_width, moved_to, transformer_of
@@ -272,13 +272,8 @@ def _first(*modules: nn.Module | None) -> nn.Module:
     return next(module for module in modules if module is not None)
 
 
-def _shared_value_head(config: PPOStepConfig, model: TransformersModel) -> nn.Linear | None:
-    if config.value != "shared":
-        return None
-    head = nn.Linear(hidden_width(transformer_of(model)), 1, device=next(model.parameters()).device)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    return head
+def _shared_value_head(config: PPOStepConfig, model: TransformersModel) -> ScalarHead | None:
+    return ScalarHead(hidden_width(transformer_of(model)), next(model.parameters()).device) if config.value == "shared" else None
 
 
 def _reference(config: PPOStepConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase) -> Policy:

@@ -165,8 +165,8 @@ def test_an_encoder_is_refused(tmp_path: Path, tiny_tokenizer: Any) -> None:
 
 
 def lora_reward_model(source: Any) -> RewardModel:
-    model = RewardModel.from_language_model(source, dtype=torch.float32, lora=LoraSettings(r=4))
     torch.manual_seed(2)
+    model = RewardModel.from_language_model(source, dtype=torch.float32, lora=LoraSettings(r=4))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -184,6 +184,15 @@ def test_an_adapter_keeps_head_and_bias_through_reload_and_merge(tiny_llama_fold
     merged = RewardModel.from_pretrained(str(tmp_path / "merged"), dtype=torch.float32)
     assert score(merged, TEXT) == pytest.approx(expected, abs=1e-5)
     assert merged.reward_bias == pytest.approx(-0.33)
+
+
+def test_the_head_computes_in_full_precision_under_autocast(reward_model: RewardModel) -> None:
+    ids, weight = torch.tensor([TEXT]), reward_model.score_head.weight[0]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        scores = reward_model.score_tokens(ids, torch.ones_like(ids))[0]
+        hidden = reward_model.backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
+    expected = [sum(a * b for a, b in zip(state, weight.tolist(), strict=True)) + 0.7 for state in hidden.tolist()]
+    torch.testing.assert_close(scores, torch.tensor(expected))
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from stages.kernels.matmul import Linear
 from stages.kernels.output_layer import Term, chosen_logprobs, summed_loss
 from stages.kernels.transfers import moved_together
-from stages.models.heads import ValueModel, hidden_states
+from stages.models.heads import ScalarHead, ValueModel, hidden_states
 from stages.models.layers.longrope import positions_of_rows
 from stages.models.parts import transformer_of
 from stages.models.passes.output_path import multiplies_directly
@@ -118,7 +118,7 @@ class Policy:
         *,
         temperature: float,
         autocast: torch.dtype | None,
-        shared_value_head: nn.Linear | None = None,
+        shared_value_head: ScalarHead | None = None,
         activate: Callable[[], None] | None = None,
     ) -> None:
         """``activate``: activates this role's adapters, if its backbone also has those of other roles."""
@@ -186,7 +186,7 @@ class Policy:
         return values
 
     def _values(self, hidden: Tensor) -> Tensor | None:
-        return None if self.value_head is None else self.value_head(hidden.float()).squeeze(-1)
+        return None if self.value_head is None else self.value_head(hidden)
 
     def _logits(self, batch: SequenceBatch) -> Tensor:
         """Logits [N, V] computed by the model itself."""
@@ -216,8 +216,7 @@ def loss_and_values(policy: Policy, value: ValueModel, batch: SequenceBatch, ter
         hidden = hidden_states(policy.decoder, batch.input_ids, batch.packing, batch.lengths)[batch.rows, batch.columns]
     of_policy, of_value = hidden.chunk(2)
     loss = policy.loss_of(of_policy, batch.tokens[:num_tokens], term, policy.temperature)
-    with policy.precision():
-        return loss, value.score_head(of_value.float()).squeeze(-1)
+    return loss, value.score_head(of_value)
 
 
 def sequence_values(model: ValueModel, batch: SequenceBatch, precision: AbstractContextManager[object]) -> Tensor:
