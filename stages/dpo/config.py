@@ -55,7 +55,7 @@ class DPOStepConfig(TrainingStepConfig):
     loss: Literal["sigmoid", "ipo", "hinge", "robust"] = Field(
         "sigmoid", description="sigmoid: as in the paper of DPO; the others as in TRL."
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Assumed share of wrong comparisons.")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="With loss: robust: assumed share of wrong comparisons.")
     max_length: int | None = Field(
         None,
         ge=2,
@@ -67,6 +67,11 @@ class DPOStepConfig(TrainingStepConfig):
     @model_validator(mode="after")
     def _trainable(self) -> DPOStepConfig:
         check_trainable(self.model, self.lora)
+        if self.label_smoothing and self.loss != "robust":
+            raise ValueError(
+                f"{self.setting('label_smoothing')} requires loss: robust; loss: {self.loss} has no label smoothing. Set loss: robust, or "
+                "remove label_smoothing"
+            )
         return self
 
     def model_inputs(self) -> dict[str, ModelInput]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from stages.corpora.comparisons import Comparison
 from stages.dpo.config import DPOStepConfig
@@ -43,6 +44,13 @@ def config(path: Path | str = "unused", **fields: Any) -> DPOStepConfig:
         "training": {"epochs": 3.0, "batch_size": 8, "microbatch_size": 8, "learning_rate": 3e-3},
     }
     return DPOStepConfig.model_validate({**settings, **fields})
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge"])
+def test_label_smoothing_is_refused_where_the_loss_would_ignore_it(loss: str) -> None:
+    assert config(loss="robust", label_smoothing=0.1).label_smoothing == 0.1
+    with pytest.raises(ValidationError, match=f"label_smoothing=0.1 requires loss: robust; loss: {loss} has no label smoothing"):
+        config(loss=loss, label_smoothing=0.1)
 
 
 def test_a_ranked_list_becomes_its_pairs() -> None:
