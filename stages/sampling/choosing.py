@@ -16,7 +16,7 @@ def sample_tokens(logits: Tensor, noise: Tensor, *, temperature: float = 1.0, to
 
     The chosen token is the one where the cumulative distribution exceeds ``noise``. At temperature 0 it is the most likely token. The
     log-probabilities are those of softmax(logits / temperature), before top-k and top-p. For temperature 0 they are computed at
-    temperature 1.
+    temperature 1. Where a logit is NaN or infinity, the log-probability is NaN and the token is arbitrary.
     """
     logits = logits.float()
     if temperature not in (0.0, 1.0):
@@ -50,7 +50,9 @@ def invert_cumulative(weights: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     total = cumulative[:, -1]
     target = torch.minimum(noise.double() * total, torch.nextafter(total, torch.zeros_like(total)))
     # right=True skips blocks with weight 0
-    block = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(-1)
+    block = (
+        torch.searchsorted(cumulative, target[:, None], right=True).squeeze(-1).clamp(max=blocks.shape[1] - 1)
+    )  # beyond the end if sums are NaN
     rows = torch.arange(number, device=weights.device)
     inside = blocks[rows, block].double()
     running = inside.cumsum(dim=-1)
@@ -58,7 +60,7 @@ def invert_cumulative(weights: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     left = (target - (cumulative[rows, block] - sums[rows, block])) / sums[rows, block] * running[:, -1]
     left = torch.minimum(left.clamp(min=0), torch.nextafter(running[:, -1], torch.zeros_like(left)))
     offset = torch.searchsorted(running, left[:, None], right=True).squeeze(-1)
-    return block * BLOCK + offset, total
+    return (block * BLOCK + offset).clamp(max=width - 1), total
 
 
 def _truncated(weights: Tensor, *, top_k: int, top_p: float) -> Tensor:

@@ -186,7 +186,8 @@ def generate(
     If memory runs out, the unfinished completions start again with half as many decoded together. Only rounding depends on that number.
 
     Raises ValueError if the counts of prompts and seeds differ. Raises ModelError if a prompt leaves too few positions for
-    ``settings.max_new_tokens``, or if the model is not causal. Raises MemoryExhausted if a single completion does not fit into memory.
+    ``settings.max_new_tokens``, if the model is not causal, or if its logits are not finite. Raises MemoryExhausted if a single completion
+    does not fit into memory.
     """
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds")
@@ -216,7 +217,19 @@ def generate(
                 limit.release()
     finally:
         model.train(training)
-    return made.generated()
+    generated = made.generated()
+    _refuse_nan(model, generated)
+    return generated
+
+
+def _refuse_nan(model: TransformersModel, generated: Generated) -> None:
+    """Raise ModelError if a log-probability is not finite: the tokens are then arbitrary. On a GPU this makes the CPU wait once."""
+    bad = int((~generated.logprobs.isfinite()).any(dim=1).sum())
+    if bad:
+        raise ModelError(
+            f"{type(plain_model(model)).__name__} computed logits that are not finite for {bad} of {len(generated.logprobs)} completions, "
+            "so their tokens would be arbitrary. Use precision: bf16 or fp32 (fp16 overflows above 65,504), or check the weights"
+        )
 
 
 def _fitting(settings: GenerationSettings, limit: RowLimit, number: int) -> GenerationSettings:

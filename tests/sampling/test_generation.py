@@ -136,6 +136,18 @@ def test_callback_error_ends_sampling_and_restores_the_model(model) -> None:
     model.eval()
 
 
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.0}, {"top_k": 5, "top_p": 0.9}, {"continuous_batching": True, "batch_size": 1}])
+def test_logits_that_are_not_finite_are_refused(model, settings: dict[str, Any]) -> None:
+    bias = torch.zeros(300)
+    bias[7] = float("nan")
+    handle = model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + bias)
+    try:
+        with pytest.raises(ModelError, match="LlamaForCausalLM computed logits that are not finite for 2 of 2 completions"):
+            sample(model, [[5, 6], [7]], [1, 2], **settings)
+    finally:
+        handle.remove()
+
+
 def test_training_mode_of_the_model_is_restored(model) -> None:
     model.train()
     sample(model, PROMPTS[:1], [0])
