@@ -41,8 +41,6 @@ def score_texts(
     )
 
     def work(own: list[int]) -> list[tuple[float | None, bool]]:
-        if not own:
-            return []
         judgement = judge(source, [prompts[row] for row in own], [completions[row] for row in own], details.rows(own))
         cut = judgement.cut.tolist() if judgement.cut is not None else [False] * len(own)
         return [(None if math.isnan(score) else score, lost) for score, lost in zip(judgement.scores.tolist(), cut, strict=True)]

@@ -14,7 +14,7 @@ from torch import nn
 
 from stages.corpora.prompts import shuffled_forever
 from stages.engines.opening import check_reachable, step_sampler
-from stages.errors import ModelError, Stopped, TrainingError
+from stages.errors import ModelError, RecipeError, Stopped, TrainingError
 from stages.kernels.matmul import measure_peak
 from stages.metric_names import (
     COMPLETION_CUT_SHARE,
@@ -60,6 +60,7 @@ from stages.training.smaller_passes import read_limit, write_limit
 
 def run(config: PPOStepConfig, context: StepContext) -> StepResult:
     """Align the policy and publish it with metrics of score, KL, entropy and length."""
+    _refuse_idle_processes(config, context.runtime.num_processes)
     ppo = PPORun(config, context)
     ppo.resume()
     with ppo.sampling():
@@ -406,6 +407,15 @@ class PPORun:
             set_generator_states(generators, self.runtime)
             self._save()
             raise
+
+
+def _refuse_idle_processes(config: PPOStepConfig, num_processes: int) -> None:
+    """Raise RecipeError if a process would have no episode in an iteration."""
+    if config.rollout_batch_size < num_processes:
+        raise RecipeError(
+            f"{config.setting('rollout_batch_size')} is less than one episode for each of {num_processes} processes; raise it to "
+            f"{num_processes} or more, or start fewer processes"
+        )
 
 
 def cut_message(name: str, share: float) -> str:

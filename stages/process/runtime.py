@@ -255,9 +255,12 @@ class Runtime:
         return gathered
 
     def distribute(self, count: int, work: Callable[[list[int]], Sequence[T]]) -> list[T]:
-        """Apply ``work`` to the indices 0 to ``count`` - 1, divided among the processes. Every process gets all results, in order."""
+        """Apply ``work`` to the indices 0 to ``count`` - 1, divided among the processes. Every process gets all results, in order.
+
+        A process without an index does not call ``work``.
+        """
         own = list(range(self.process_index, count, self.num_processes))
-        shares = self.gather(list(zip(own, work(own), strict=True)))
+        shares = self.gather(list(zip(own, work(own), strict=True)) if own else [])
         return [result for _, result in sorted((pair for share in shares for pair in share), key=lambda pair: pair[0])]
 
     def leave(self) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from stages.corpora.prompts import PromptRow
@@ -122,25 +121,25 @@ class Selector:
         return self.folder / f"weights-{optimizer_step}.safetensors"
 
     def _score(self) -> float:
-        """Mean score over the prompts. Each process samples its share with random streams that depend only on the prompt's index."""
-        runtime = self.context.runtime
-        own = list(range(runtime.process_index, len(self.prompts), runtime.num_processes))
-        seeds = [episode_seed(self.context.seed, row) for row in own]
-        opened = step_sampler(
-            self.selection.generation,
-            self.trained,
-            self.context,
-            trains="adapter" if hasattr(self.trained.model, "peft_config") else "full",
-        )
-        with opened as sampler, torch.autocast(runtime.device.type, dtype=self.trained.dtype, enabled=self.trained.dtype != torch.float32):
+        """Mean score over the prompts. Each process has its share, with random streams that depend only on the prompt's index."""
+        runtime, trained, generation = self.context.runtime, self.trained, self.selection.generation
+        opened = step_sampler(generation, trained, self.context, trains="adapter" if hasattr(trained.model, "peft_config") else "full")
+
+        def sample(own: list[int]) -> list[tuple[str, list[int]]]:
+            generated = sampler.sample(
+                [self.prompt_ids[row] for row in own], generation, [episode_seed(self.context.seed, row) for row in own]
+            )
+            ids = zip(generated.response_ids.cpu(), generated.response_mask.cpu(), strict=True)
+            return list(zip(decode_completions(trained.tokenizer, generated), [row[mask].tolist() for row, mask in ids], strict=True))
+
+        def score(own: list[int]) -> list[float]:
+            details = Details(columns_of([self.columns[row] for row in own]), [sampled[row][1] for row in own])
+            return self.reward.score([self.prompts[row] for row in own], [sampled[row][0] for row in own], details).total.tolist()
+
+        with opened as sampler, torch.autocast(runtime.device.type, dtype=trained.dtype, enabled=trained.dtype != torch.float32):
             sampler.take_weights()
-            generated = sampler.sample([self.prompt_ids[row] for row in own], self.selection.generation, seeds)
-        ids = [ids[mask].tolist() for ids, mask in zip(generated.response_ids.cpu(), generated.response_mask.cpu(), strict=True)]
-        details = Details(columns_of([self.columns[row] for row in own]), ids)
-        texts = decode_completions(self.trained.tokenizer, generated)
-        scores = self.reward.score([self.prompts[row] for row in own], texts, details).total.tolist()
-        if runtime.num_processes > 1:
-            scores = gather_object(scores)
+            sampled = runtime.distribute(len(self.prompts), sample)
+        scores = runtime.distribute(len(self.prompts), score)
         return sum(scores) / len(scores)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from stages.errors import DataError, TrainingError
+from stages.errors import DataError, RecipeError, TrainingError
 from stages.ppo.loop import cut_message, run
 from stages.ppo.update.targets import targets
 
@@ -28,6 +29,14 @@ def prompts(tmp_path: Path) -> str:
 
 def weights(result: Any) -> dict[str, torch.Tensor]:
     return load_file(next(result.model.path.glob("*.safetensors")))
+
+
+def test_a_process_without_an_episode_is_refused(ppo_config) -> None:
+    context: Any = SimpleNamespace(runtime=SimpleNamespace(num_processes=13))
+    with pytest.raises(
+        RecipeError, match="rollout_batch_size=12 is less than one episode for each of 13 processes; raise it to 13 or more"
+    ):
+        run(ppo_config(), context)
 
 
 @pytest.mark.detail("P35")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -46,3 +48,13 @@ def test_cpu_is_described_in_one_line_per_run_and_again_if_the_dtype_changes(mon
         f"CPU: {cpu_name()}; {describe_threads()}; computes in fp32 (precision: auto; measured)",
         "CPU: computes in bf16 (precision: auto; measured)",
     ]
+
+
+def test_process_without_a_share_does_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Third(runtime.Runtime):
+        process_index, num_processes = 2, 3
+
+        def gather(self, value: Any) -> list[Any]:
+            return [[(0, "a")], [(1, "b")], value]
+
+    assert Third(quiet=True).distribute(2, lambda own: [max(own)]) == ["a", "b"]
