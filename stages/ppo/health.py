@@ -163,8 +163,8 @@ class RaisedAlarm(TypedDict):
 class History:
     """The data that the checks need: the first iterations, the last ones, and each monitor's trend. Its size does not grow with the run."""
 
-    def __init__(self, settings: HealthSettings, *, is_half: bool = False, is_recomputed: bool = False) -> None:
-        self.is_half, self.is_recomputed = is_half, is_recomputed
+    def __init__(self, settings: HealthSettings, *, num_episodes: int, is_half: bool = False, is_recomputed: bool = False) -> None:
+        self.num_episodes, self.is_half, self.is_recomputed = num_episodes, is_half, is_recomputed
         self.length = 0  # number of iterations
         self.first: list[Metrics] = []
         self.recent: list[Metrics] = []  # the last entry is the current iteration
@@ -244,12 +244,12 @@ EARLY = 3  # number of iterations for "at first" and for recent means
 class Health:
     """Checks the metrics of one iteration after another."""
 
-    def __init__(self, settings: HealthSettings, *, is_half: bool = False, is_recomputed: bool = False) -> None:
-        """``is_half``: the models compute in half precision. ``is_recomputed``: the rollout's log-probabilities are those of a forward
-        pass, not those of sampling."""
+    def __init__(self, settings: HealthSettings, *, num_episodes: int, is_half: bool = False, is_recomputed: bool = False) -> None:
+        """``num_episodes``: of an iteration. ``is_half``: the models compute in half precision. ``is_recomputed``: the rollout's
+        log-probabilities are those of a forward pass, not those of sampling."""
         self.settings = settings
         self.begun: list[Alarm] = []  # new alarms of the last iteration; continuing ones are reported only once
-        self._history = History(settings, is_half=is_half, is_recomputed=is_recomputed)
+        self._history = History(settings, num_episodes=num_episodes, is_half=is_half, is_recomputed=is_recomputed)
         self._raised: dict[str, RaisedAlarm] = {}
 
     def observe(self, metrics: Metrics) -> list[Alarm]:
@@ -292,12 +292,18 @@ def _at_first(history: History, name: str) -> float | None:
 
 def _negative_kl(history: History, settings: HealthSettings) -> Iterator[Alarm]:
     recent = history.recent[-EARLY:]  # single small batches can be far below 0 by chance; a real mismatch shows in all
+    freedom = len(recent) * (history.num_episodes - 1)
+    if not freedom:
+        return  # one episode shows no error
     kl = statistics.fmean(now[metric_names.KL] for now in recent)
     error = math.hypot(*(now[metric_names.KL_STANDARD_ERROR] for now in recent)) / len(recent)
-    if kl < -NEGATIVE_KL_ERRORS * error - 1e-3:
+    error *= math.sqrt(history.num_episodes / (history.num_episodes - 1))  # the metric has the biased deviation
+    # A few episodes estimate the error badly, so the mean divided by it has Student's distribution.
+    errors = normal_equivalent((-kl - 1e-3) / max(error, 1e-9), freedom)
+    if errors > NEGATIVE_KL_ERRORS:
         yield Alarm(
             "negative_kl",
-            f"the KL to the reference is {kl:.3f} nats, {-kl / max(error, 1e-9):.0f} standard errors below 0, which is impossible: the "
+            f"the KL to the reference is {kl:.3f} nats, {errors:.0f} standard errors below 0, which is impossible: the "
             "samples do not follow the policy's log-probabilities (check top_k, top_p, padding and stop tokens)",
         )
 
@@ -437,7 +443,9 @@ def _flat_reward(history: History, settings: HealthSettings) -> Iterator[Alarm]:
     num_iterations = settings.flat_iterations
     if num_iterations is None or history.length < num_iterations:
         return
-    if all(entry[metric_names.SCORE_STD] < 1e-6 for entry in history.recent[-num_iterations:]):
+    recent = history.recent[-num_iterations:]
+    means = [entry[metric_names.SCORE_MEAN] for entry in recent]
+    if max(means) - min(means) < 1e-6 and all(entry[metric_names.SCORE_STD] < 1e-6 for entry in recent):
         yield Alarm(
             "flat_reward",
             f"all completions of {num_iterations} iterations score {history.now[metric_names.SCORE_MEAN]:.3g}: no learning signal; check "

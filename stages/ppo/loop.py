@@ -128,8 +128,8 @@ class PPORun:
             keep_best=config.checkpoints.keep_best,
             seconds=config.checkpoints.seconds,
         )
-        is_recomputed = recomputes_logprobs(roles, config) or config.generation.vllm is not None
-        self.health = Health(config.health, is_half=dtype != torch.float32, is_recomputed=is_recomputed)
+        is_half, is_recomputed = dtype != torch.float32, recomputes_logprobs(roles, config) or config.generation.vllm is not None
+        self.health = Health(config.health, num_episodes=config.rollout_batch_size, is_half=is_half, is_recomputed=is_recomputed)
         self.state = RunState(kl_coef=config.kl.coef)
         self._said_cuts: set[str] = set()
         self.served: ServedRollouts | None = None  # None: the local sampler

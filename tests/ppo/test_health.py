@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import random
+import statistics
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -57,14 +58,14 @@ def healthy(iteration: int, **fields: float) -> dict[str, float]:
 def test_half_precision_rounding_raises_no_alarm_and_advice_is_not_the_current_setting(
     metrics: dict[str, float], is_half: bool, is_recomputed: bool, said: str | None
 ) -> None:
-    alarms = Health(HealthSettings(), is_half=is_half, is_recomputed=is_recomputed).observe(healthy(0, **metrics))
+    alarms = Health(HealthSettings(), num_episodes=64, is_half=is_half, is_recomputed=is_recomputed).observe(healthy(0, **metrics))
     assert [alarm.name for alarm in alarms] == ([] if said is None else ["policies_disagree"])
     if said is not None:
         assert said in alarms[0].message and ("recomputed" in alarms[0].message) == (not is_recomputed)
 
 
 def observed(history: list[dict[str, float]], **settings: Any) -> Health:
-    health = Health(HealthSettings(**settings))
+    health = Health(HealthSettings(**settings), num_episodes=64)
     for metrics in history:
         health.observe(metrics)
     return health
@@ -83,7 +84,7 @@ PLANTED: dict[str, Any] = {
     "sameness": lambda i: {"responses/distinct_share": 0.1},
     "missing_eos": lambda i: {"responses/stopped_share": 0.2},
     "weak_eos_penalty": lambda i: {"responses/stopped_share": 0.9, "responses/stopped_score": -1.0, "responses/unstopped_score": -1.0},
-    "flat_reward": lambda i: {"rewards/score_std": 0.0},
+    "flat_reward": lambda i: {"rewards/score_std": 0.0, "rewards/score_mean": 2.0},
     "reward_hacking": lambda i: {
         "rewards/score_mean": 2 + 0.1 * (i - 40),
         "monitors/taste": 0.7 - 0.02 * (i - 40) + 0.02 * math.sin(7.0 * i),
@@ -97,6 +98,21 @@ def test_negative_kl_alarm_ignores_one_small_batch_but_not_all() -> None:
 
     assert observed(kls({10})).summary() == []  # 4.5 errors below 0, once in twenty iterations; with its neighbours two
     assert [entry["name"] for entry in observed(kls(set(range(10, 20)))).summary()] == ["negative_kl"]
+
+
+@pytest.mark.parametrize("num_episodes", [1, 2, 4])
+def test_iterations_of_few_episodes_raise_no_alarm_by_chance(num_episodes: int) -> None:
+    generator = random.Random(0)
+    health = Health(HealthSettings(), num_episodes=num_episodes)
+    for iteration in range(1000):
+        # a KL of 0.02 nats: log-ratios with this mean and a deviation of 0.2
+        kls = [generator.gauss(0.02, 0.2) for _ in range(num_episodes)]
+        scores = [generator.gauss(0, 1) for _ in range(num_episodes)]
+        error = statistics.pstdev(kls) / math.sqrt(num_episodes)
+        measured = {"policy/kl": statistics.fmean(kls), "policy/kl_standard_error": error}
+        score = {"rewards/score_mean": statistics.fmean(scores), "rewards/score_std": statistics.pstdev(scores)}
+        health.observe(healthy(iteration, **measured, **score))
+    assert health.summary() == []
 
 
 def test_history_of_a_long_run_has_constant_size() -> None:
@@ -118,7 +134,7 @@ def test_reward_hacking_equals_the_check_over_all_windows_of_the_run() -> None:
 
 def hacking_alarms(score: list[float], monitor: list[float], **settings: Any) -> list[bool]:
     """For each iteration, whether the alarm is raised."""
-    health = Health(HealthSettings(**settings))
+    health = Health(HealthSettings(**settings), num_episodes=64)
     alarms = [
         health.observe({**healthy(0), "rewards/score_mean": one, "monitors/taste": other})
         for one, other in zip(score, monitor, strict=True)
@@ -192,7 +208,7 @@ def test_only_the_planted_alarm_fires(name: str) -> None:
 
 
 def test_lasting_alarm_is_logged_once_and_a_returning_one_again() -> None:
-    health = Health(HealthSettings())
+    health = Health(HealthSettings(), num_episodes=64)
     said = []
     for iteration, kl in enumerate([1.0, 99.0, 99.0, 1.0, 99.0]):
         alarms = health.observe(healthy(iteration, **{"policy/kl": kl}))
