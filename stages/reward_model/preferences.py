@@ -15,7 +15,8 @@ from torch import Tensor
 from stages.errors import DataError
 from stages.rl.ranking import ranking_loss, ranking_pairs
 from stages.stats.classification import calibration_bins, expected_calibration_error
-from stages.stats.intervals import wilson_interval
+from stages.stats.comparing import prompt_means
+from stages.stats.intervals import bootstrap_interval, wilson_interval
 
 MARGINS = (0.25, 0.5, 1.0, 2.0)  # edges of the margin bins
 EQUAL_LENGTH = 0.1  # relative difference below which lengths count as equal
@@ -118,8 +119,8 @@ def agreement(scores: Tensor, comparisons: Sequence[EncodedComparison], *, gain:
     confidence = margins.abs().sigmoid()
     low, high = wilson_interval(int(correct.sum()), len(correct))
     prompts_of_pairs = prompt_index[better]
-    by_prompt = [float(correct[prompts_of_pairs == index].double().mean()) for index in prompts_of_pairs.unique()]
-    clustered_low, clustered_high = _clustered_interval(by_prompt)
+    by_prompt = prompt_means(correct.double().tolist(), prompts_of_pairs.tolist())  # pairs of one prompt are not independent
+    clustered_low, clustered_high = bootstrap_interval(by_prompt)
     return {
         "accuracy": float(correct.double().mean()),
         "ci_low": low,
@@ -137,14 +138,6 @@ def agreement(scores: Tensor, comparisons: Sequence[EncodedComparison], *, gain:
         **_by_length(comparisons, better, worse, correct),
         **_by_group(comparisons, prompts_of_pairs, correct),
     }
-
-
-def _clustered_interval(shares: Sequence[float]) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over prompts. Prompts are resampled, because pairs of one prompt are not independent."""
-    values = torch.tensor(shares, dtype=torch.float64)
-    draws = torch.randint(len(values), (2000, len(values)), generator=torch.Generator().manual_seed(0))
-    means = values[draws].mean(dim=1)
-    return float(means.quantile(0.025)), float(means.quantile(0.975))
 
 
 def _by_margin(margins: Tensor, correct: Tensor) -> list[dict[str, float | None]]:

@@ -15,11 +15,17 @@ def ranking_pairs(ranks: Tensor, prompt_index: Tensor, text_index: Tensor | None
     ``text_index`` [N]: pairs with equal indices are equal texts and are left out. None: all texts differ. With inputs on the CPU, the CPU
     does not wait for a GPU.
     """
-    same = prompt_index[:, None] == prompt_index[None, :]
+    order = prompt_index.argsort(stable=True)
+    sizes = torch.unique_consecutive(prompt_index[order], return_counts=True)[1]
+    # All K^2 combinations of each prompt's K completions. A mask of [N, N] would take gigabytes for large held-out data.
+    starts, sizes = (sizes.cumsum(0) - sizes).repeat_interleave(sizes), sizes.repeat_interleave(sizes)
+    first = torch.arange(len(order), device=order.device).repeat_interleave(sizes)
+    second = starts[first] + torch.arange(len(first), device=order.device) - (sizes.cumsum(0) - sizes)[first]
+    better, worse = order[first], order[second]
+    kept = ranks[better] < ranks[worse]
     if text_index is not None:
-        same = same & (text_index[:, None] != text_index[None, :])
-    better, worse = torch.nonzero(same & (ranks[:, None] < ranks[None, :]), as_tuple=True)
-    return better, worse
+        kept &= text_index[better] != text_index[worse]
+    return better[kept], worse[kept]
 
 
 def ranking_losses(scores: Tensor, ranks: Tensor, prompt_index: Tensor, text_index: Tensor | None = None) -> Tensor:

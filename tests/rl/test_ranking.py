@@ -1,9 +1,12 @@
 """InstructGPT's ranking loss: by hand, ties dropped, and a prompt's weight independent of its K."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from stages.rl.ranking import best_of_losses, ranking_loss, ranking_pairs
 
@@ -12,7 +15,29 @@ def logsigmoid(x: float) -> float:
     return -math.log1p(math.exp(-x))
 
 
-@pytest.mark.detail("R4")
+class Largest(TorchDispatchMode):
+    """Records the number of values of the largest tensor that is made inside."""
+
+    values = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        self.values = max([self.values, *(one.numel() for one in tree_leaves(made) if isinstance(one, torch.Tensor))])
+        return made
+
+
+def test_pairs_of_many_prompts_take_memory_for_the_combinations_within_prompts_only() -> None:
+    with Largest() as largest:
+        better, worse = ranking_pairs(torch.tensor([1, 0] * 500), torch.arange(500).repeat_interleave(2))
+    assert better.tolist() == list(range(1, 1000, 2)) and worse.tolist() == list(range(0, 1000, 2))
+    assert largest.values == 500 * 2 * 2
+
+
+def test_completions_of_a_prompt_need_not_be_adjacent() -> None:
+    better, worse = ranking_pairs(torch.tensor([2, 0, 1, 1]), torch.tensor([7, 3, 7, 3]), torch.tensor([0, 0, 1, 0]))
+    assert list(zip(better.tolist(), worse.tolist(), strict=True)) == [(2, 0)]  # 1 and 3 are equal texts
+
+
 def test_pairs_leave_out_ties_and_other_prompts() -> None:
     better, worse = ranking_pairs(torch.tensor([0, 1, 1, 0]), torch.tensor([0, 0, 0, 1]))
     assert list(zip(better.tolist(), worse.tolist(), strict=True)) == [(0, 1), (0, 2)]
