@@ -104,6 +104,8 @@ def _move(model: ResolvedModel, what: str, error: BaseException) -> str:
         return "it does not fit into memory; quantize it (quantization: nf4), or use a smaller model"
     if model.kind == "hub":
         return "check the id (owner/name), the connection and the access rights, or download it and use its folder"
+    if "Missing [UNK]" in text or "`unk_id` is missing" in text:
+        return "it cannot encode characters outside its vocabulary; name an unknown token in the model of its tokenizer.json"
     if what == "tokenizer":
         return "its files are damaged or inconsistent; copy or download them again"
     return "its files are inconsistent; compare its config.json with its weights, or save it again"

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 OPTIONAL = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 """Options of ``cached_file`` for a file that a model may lack."""
+RARE_TEXT = "龘ⵣ"
+"""Characters that a vocabulary lacks, unless it has bytes."""
 _warned: set[str] = set()
 ROUTER_SETTING = "own_router_setting"  # attribute of a model: ``output_router_logits`` of its config before ``leave_out_router_loss``
 
@@ -78,6 +80,7 @@ def load_tokenizer(model: ResolvedModel | str | Path) -> PreTrainedTokenizerBase
             trust_remote_code=model.input.trust_remote_code,
             mistral_format=False,  # the tokenizer of mistral-common encodes no special tokens in texts, so none of a chat template
         )
+        tokenizer(RARE_TEXT)  # raises an error without an unknown token; later a row of the data would
         if tokenizer.chat_template is None:
             tokenizer.chat_template = _processor_template(model)
     _refuse_empty_vocabulary(tokenizer, model.ref)

@@ -6,6 +6,7 @@ Encoding the completion alone would give different tokens, e.g. SentencePiece pu
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -28,10 +29,18 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def beginning_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that the tokenizer adds before every text, such as ``<s>`` or ``<bos>``; often none."""
     if tokenizer not in _beginnings:
-        alone, full_ids = plain_ids(tokenizer, "a"), list(tokenizer("a")["input_ids"])
+        text = _encodable(tokenizer)
+        alone, full_ids = plain_ids(tokenizer, text), list(tokenizer(text)["input_ids"])
         starts = [start for start in range(len(full_ids) - len(alone) + 1) if full_ids[start : start + len(alone)] == alone]
         _beginnings[tokenizer] = full_ids[: starts[0]] if starts else []
     return _beginnings[tokenizer]
+
+
+def _encodable(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A text that has tokens: "a", or the first token of a vocabulary without it, if the tokenizer drops unknown characters."""
+    special = set(tokenizer.all_special_ids)
+    others = (str(tokenizer.decode([token])) for token in range(len(tokenizer)) if token not in special)
+    return next((text for text in itertools.chain("a", others) if plain_ids(tokenizer, text)), "a")
 
 
 def segment_ids(tokenizer: PreTrainedTokenizerBase, segments: Sequence[str]) -> list[list[int]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
 from stages.errors import ModelError
 from stages.models.loading import config_of, load_classifier, load_language_model, load_tokenizer
@@ -84,6 +85,13 @@ def test_a_vocabulary_that_needs_other_packages_names_them(folder: Path) -> None
     change(folder, tokenizer_class="LlamaTokenizer")
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(ModelError, match="install what reads them: pip install sentencepiece tiktoken"):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("model", [models.WordLevel({"a": 0}), models.WordPiece({"a": 0}), models.Unigram([("a", 0.0)])])
+def test_a_tokenizer_that_fails_at_an_unknown_character_is_refused(folder: Path, model: Any) -> None:
+    Tokenizer(model).save(str(folder / "tokenizer.json"))
+    with pytest.raises(ModelError, match="cannot encode characters outside its vocabulary; name an unknown token in the model of its"):
         load_tokenizer(str(folder))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models, processors
+from transformers import PreTrainedTokenizerFast
 
 from stages.corpora.templates import encode_pair, encode_plain_pair, encode_prompt, render_prompt, set_template
 from stages.models.loading import load_tokenizer
@@ -121,3 +123,10 @@ def test_a_tokenizer_without_an_end_token_appends_none(tokenizer_of: Any) -> Non
     tokenizer = tokenizer_of("byte_bpe")
     tokenizer.eos_token = None
     assert tokenizer.decode(encode_pair(tokenizer, "hi", "the cat")[0]) == "hi the cat"
+
+
+def test_the_beginning_is_known_for_a_vocabulary_of_few_characters() -> None:
+    made = Tokenizer(models.BPE({character: token for token, character in enumerate(["<s>", "</s>", *"0123456789+="])}, []))
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+    assert encode_prompt(tokenizer, "1+2") == tokenizer("1+2")["input_ids"] == [0, 3, 12, 4]
