@@ -182,6 +182,8 @@ def _prompt(row: Row, number: int) -> Prompt:
     if "messages" not in row:
         return text_prompt(row, row["prompts"])
     prompt = messages_of(row, "messages")
+    if prompt[-1]["role"] == "assistant":
+        raise DataError(f"{row.location}: messages ends with an assistant turn; send the last reply in completions")
     first = prompt[0]
     plain = len(prompt) == 1 and set(first) == {"role", "content"} and first["role"] == "user" and isinstance(first["content"], str)
     return first["content"] if plain and not columns_beside(prompt) else prompt
