@@ -23,6 +23,7 @@ from stages.models.loading import load_tokenizer
 from stages.models.passes.budget import each_group
 from stages.models.passes.responses import Policy, sequence_batch, sequence_values
 from stages.registry.references import ResolvedModel
+from stages.tokens.continuation import continuation_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,7 +104,7 @@ def token_details(config: EvaluationConfig, context: StepContext, asked: Asked, 
             sample = answer.samples[row]
             if sample is None or (answer.token_kl is None and values is None):
                 continue
-            detail: JsonObject = {"row": row, "candidate": name, "tokens": _pieces(tokenizer, sample.response_ids)}
+            detail: JsonObject = {"row": row, "candidate": name, "tokens": _pieces(tokenizer, sample.prompt_ids, sample.response_ids)}
             if answer.token_kl is not None:
                 detail["kl"] = [round(value, 4) for value in answer.token_kl[row]]
             if values is not None:
@@ -114,11 +115,12 @@ def token_details(config: EvaluationConfig, context: StepContext, asked: Asked, 
     return details
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """The text that each token adds; empty for special tokens."""
+def _pieces(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], ids: Sequence[int]) -> list[str]:
+    """The text that each token adds; empty for special tokens. A character that takes several tokens belongs to the last of them."""
+    texts = [continuation_text(tokenizer, prompt_ids, ids[: end + 1]) for end in range(len(ids))]
+    texts[:-1] = [text.rstrip("\ufffd") for text in texts[:-1]]  # which stands for the beginning of a character
     pieces, before = [], ""
-    for length in range(1, len(ids) + 1):
-        text = str(tokenizer.decode(ids[:length], skip_special_tokens=True))
+    for text in texts:
         pieces.append(text[len(before) :] if text.startswith(before) else "")
         before = text if text.startswith(before) else before
     return pieces

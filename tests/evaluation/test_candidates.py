@@ -19,8 +19,10 @@ from stages.evaluation import answers
 from stages.evaluation.answers import ask
 from stages.evaluation.record import write_completions
 from stages.evaluation.run import run
+from stages.evaluation.tokens import _pieces
 from stages.models.loaded import LoadedModel
 from stages.stats.best_of_n import best_of_n_kl
+from stages.tokens.continuation import plain_ids
 
 PROMPTS = ["the film", "write a happy line about the music", "a fine film", "the plot was"]
 
@@ -302,3 +304,9 @@ def test_value_network_of_a_ppo_step_is_recorded(step_context, tiny_llama_folder
     context.models["token_details.value"] = resolved(records[2])
     with pytest.raises(ModelError, match="r/aligned@2 published no value network; set publish_value: true"):
         value_network(context)
+
+
+def test_a_character_of_several_tokens_is_shown_at_its_last_token(tokenizer_of) -> None:
+    tokenizer = tokenizer_of("byte_bpe")  # é has two bytes and the bird four
+    prompt, ids = (plain_ids(tokenizer, text) for text in ("hello there", " a é🦜 b"))
+    assert _pieces(tokenizer, prompt, [*ids, tokenizer.eos_token_id]) == [" a", " ", "", "é", "", "", "", "🦜", " b", ""]
