@@ -84,6 +84,8 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def continuation_text(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]) -> str:
     """The text of ``ids`` after the tokens ``before``, without special tokens: the inverse of ``continued``."""
     context = list(before)[-CONTEXT:]
+    if not tokenizer.is_fast:  # its decoder fails at rows of the embedding beyond its tokens; other decoders write nothing for them
+        ids = [token for token in ids if token < len(tokenizer)]
 
     def decoded(tokens: Sequence[int]) -> str:
         return str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from stages.corpora.templates import encode_pair, encode_plain_pair, encode_prompt, render_prompt, set_template
 from stages.models.loading import load_tokenizer
@@ -130,3 +130,10 @@ def test_the_beginning_is_known_for_a_vocabulary_of_few_characters() -> None:
     made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
     assert encode_prompt(tokenizer, "1+2") == tokenizer("1+2")["input_ids"] == [0, 3, 12, 4]
+
+
+def test_a_decoder_that_fails_at_unknown_ids_skips_them() -> None:
+    """An embedding may have more rows than the tokenizer has tokens, and sampling may choose them."""
+    tokenizer = ByT5Tokenizer()
+    ids = plain_ids(tokenizer, "ab")
+    assert continuation_text(tokenizer, ids, [ids[0], len(tokenizer), ids[1]]) == "ab"
