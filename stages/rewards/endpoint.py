@@ -21,6 +21,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -230,19 +231,20 @@ class EndpointSource(RemoteSource[Item, float]):
     # Cache
 
     def _kept(self, items: dict[str, Item]) -> dict[str, float]:
-        """The stored scores of the items, without those of another model than the one that is served now."""
+        """The stored scores of the items, without those of another model than the one that is served now.
+
+        If the server does not answer, those of a server that named no model are used, because nothing speaks against them.
+        """
         texts = {key: self.cache.get(key) for key in items} if self.cache is not None else {}
-        stored = {key: json.loads(text) for key, text in texts.items() if text is not None}
-        scores = {key: float(score) for key, score in stored.items() if not isinstance(score, list)}  # of servers that name no model
-        named = {key: score for key, score in stored.items() if key not in scores}
-        if named and not self._knows_model:
-            key = next(iter(named))
-            try:
-                scores[key] = self.ask([(key, items[key])])[0]  # to learn which model is served
-            except (GaveUp, Refused):
-                return scores  # the next request reports it
-        others = [digest for _, digest in named.values() if digest != self._digest]
-        if others and not self._warned:
+        entries = {key: json.loads(text) for key, text in texts.items() if text is not None}
+        stored = {key: entry if isinstance(entry, list) else [entry, None] for key, entry in entries.items()}  # None: named no model
+        asked: dict[str, float] = {}
+        if stored and not self._knows_model:
+            key = next(iter(stored))
+            with suppress(GaveUp, Refused):  # the next request reports it
+                asked[key] = self.ask([(key, items[key])])[0]  # to learn which model is served
+        others = [digest for _, digest in stored.values() if digest != self._digest]
+        if others and self._knows_model and not self._warned:
             self._warned = True
             logger.warning(
                 "reward %r: %s serves another model (%s) than when some of these scores were stored (%s); they are requested again",
@@ -251,7 +253,7 @@ class EndpointSource(RemoteSource[Item, float]):
                 _short(self._digest),
                 _short(others[0]),
             )
-        return {**{key: float(score) for key, (score, digest) in named.items() if digest == self._digest}, **scores}
+        return {**{key: float(score) for key, (score, digest) in stored.items() if digest == self._digest}, **asked}
 
 
 def _digest_in(answer: Any) -> str | None:

@@ -141,7 +141,8 @@ def test_received_scores_are_stored(server, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="gave no score for 1 of 3"):
         source(server, cache=cache, batch_size=1, concurrency=1).score(["p"] * 3, ["a", "bb", "bad"])
     assert source(server, cache=cache).score(["p"] * 4, ["bb", "a", "new", "new"]).tolist() == [2.0, 1.0, 3.0, 3.0]
-    assert server.bodies[-1]["completions"] == ["new"]  # the others were cached, and equal completions are sent once
+    # the first score tells whether the server names its model; the others were cached, and equal completions are sent once
+    assert [body["completions"] for body in server.bodies[-2:]] == [["bb"], ["new"]]
     source(server, cache=cache).score(["another prompt"], ["a"])
     assert server.bodies[-1]["completions"] == ["a"]
 
@@ -181,6 +182,25 @@ def test_stored_scores_are_not_used_if_the_server_no_longer_names_its_model(serv
     assert source(server, cache=cache).score(prompts, completions).tolist() == [11.0, 12.0, 13.0]
     assert [body["completions"] for body in server.bodies[1:]] == [["a"], ["bb", "ccc"]]
     assert "serves another model (without a digest) than when some of these scores were stored (sha256:aaaa)" in caplog.text
+
+
+def test_stored_scores_are_not_used_if_the_server_now_names_its_model(server, tmp_path: Path, caplog) -> None:
+    cache, prompts, completions = AnswerCache(tmp_path / "rewards.sqlite3"), ["p", "p", "p"], ["a", "bb", "ccc"]
+    server.reply = lambda body, number: (200, {"rewards": lengths(body)})
+    source(server, cache=cache).score(prompts, completions)
+    server.reply = lambda body, number: (200, {"rewards": [10 + score for score in lengths(body)], "digest": "sha256:bbbb"})
+    assert source(server, cache=cache).score(prompts, completions).tolist() == [11.0, 12.0, 13.0]
+    assert [body["completions"] for body in server.bodies[1:]] == [["a"], ["bb", "ccc"]]
+    assert "serves another model (sha256:bbbb) than when some of these scores were stored (without a digest)" in caplog.text
+
+
+def test_stored_scores_of_a_server_without_a_name_are_used_after_it_is_gone(server, tmp_path: Path, caplog) -> None:
+    cache = AnswerCache(tmp_path / "rewards.sqlite3")
+    server.reply = lambda body, number: (200, {"rewards": lengths(body)})
+    source(server, cache=cache).score(["p", "p"], ["a", "bb"])
+    server.reply = lambda body, number: (400, {})
+    assert source(server, cache=cache).score(["p", "p"], ["a", "bb"]).tolist() == [1.0, 2.0]
+    assert not caplog.records
 
 
 def test_a_server_that_is_gone_is_asked_once_although_it_has_many_stored_scores(server, tmp_path: Path) -> None:
