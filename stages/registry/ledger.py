@@ -388,8 +388,11 @@ class Registry:
             raise RegistryError(f"{destination} exists and is not an empty folder; name another one or empty it")
         if problems := self.verify(record.ref):
             raise RegistryError(f"{record.ref} is damaged and was not exported: {'; '.join(problems)}. Remove it and run its recipe again")
-        partial = destination.with_name(f".{destination.name}.{uuid.uuid4().hex}")
-        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial = destination.with_name(f".{destination.name[:80]}.{uuid.uuid4().hex}")
+        try:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RegistryError(f"the folder {destination} cannot be made: {error.strerror}; name another one") from error
         try:
             if record.is_adapter and merge is not None:
                 partial.mkdir()

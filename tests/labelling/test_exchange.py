@@ -17,7 +17,7 @@ import pytest
 from stages.config import DataSource
 from stages.corpora.comparisons import comparison
 from stages.corpora.files import read_rows
-from stages.errors import DataError
+from stages.errors import DataError, StorageError
 from stages.labelling.exchange.files import export_labels, import_answers
 from stages.labelling.exchange.label_studio import LABEL_STUDIO_CONFIG
 from stages.labelling.store import Store, read_labels
@@ -254,3 +254,12 @@ def test_label_studio_s_package_accepts_our_results(answered) -> None:
     assert {name: ours[name] for name in ("from_name", "to_name", "type", "value")} == {
         name: theirs[name] for name in ("from_name", "to_name", "type", "value")
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("", "Is a directory"), ("a.txt/b.csv", "File exists|Not a directory"), ("a" * 300, "too long")]
+)
+def test_an_export_that_cannot_be_written_is_one_message(name: str, reason: str, answered: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(StorageError, match=rf"{name} cannot be written: .*({reason}). Name another file, or fix this"):
+        export_labels(answered, "csv", tmp_path / name)

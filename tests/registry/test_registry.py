@@ -326,6 +326,9 @@ def test_export_copies_files_and_refuses_a_folder_with_files(tmp_path: Path) -> 
     assert digest_folder(path) == record.digest
     with pytest.raises(RegistryError, match="not an empty folder"):
         registry.export("quickstart/sft", tmp_path / "out")
+    (tmp_path / "file").write_text("a")
+    with pytest.raises(RegistryError, match=r"the folder .*file/out cannot be made: .*(File exists|Not a directory); name another one"):
+        registry.export("quickstart/sft", tmp_path / "file" / "out")
 
 
 def test_export_of_an_adapter_alone(tmp_path: Path) -> None:

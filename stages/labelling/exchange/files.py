@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stages.corpora.labels import labelled_rows
-from stages.errors import DataError
+from stages.errors import DataError, StorageError
 from stages.labelling.exchange.argilla import argilla_records, read_argilla
 from stages.labelling.exchange.label_studio import LABEL_STUDIO_CONFIG, label_studio_tasks, read_label_studio
 from stages.labelling.exchange.pairs import alpaca_eval_rows, pandalm_rows, read_alpaca_eval, read_pandalm
@@ -55,8 +55,11 @@ def export_labels(folder: Path, kind: str, path: Path) -> str:
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     else:
         raise DataError(f"{kind!r} is not a known format; expected one of {', '.join([*WRITERS, 'csv', 'comparisons'])}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8", newline="")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8", newline="")
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror}. Name another file, or fix this and repeat the command") from error
     said = f"wrote {len(labels.tasks)} tasks with {sum(1 for _ in given_answers(labels))} rankings to {path}"
     if kind == "label-studio":
         sizes = sorted({"pairwise" if len(task.completions) == 2 else "ranker" for task in labels.tasks.values()})
