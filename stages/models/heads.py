@@ -204,6 +204,8 @@ class ScalarModel(nn.Module):
         else:
             config.architectures = [_classifier_class(config)]
             prefix = self.backbone.base_model_prefix
+            tied = getattr(self.backbone, "all_tied_weights_keys", {})  # by name, the weight that it is a copy of (layers of Zamba)
+            body = {name: value for name, value in body.items() if tied.get(name) not in body}
             # In the names and shapes of checkpoints, from which transformers makes those in memory: it would convert the latter again.
             stored = revert_weight_conversion(self.backbone, {name: value.detach().cpu() for name, value in body.items()})
             weights = {f"{prefix}.{name}": value.contiguous() for name, value in stored.items()}

@@ -143,7 +143,10 @@ def cache_layers(model: TransformersModel) -> list[object] | None:
     supports = getattr(type(model), "_supports_default_dynamic_cache", None)
     if supports is not None and not supports():
         return None
-    return list(DynamicCache(config=model.config).layers)
+    try:
+        return list(DynamicCache(config=model.config).layers)
+    except AttributeError:  # BLT, whose config has no number of layers
+        return None
 
 
 def _looks_back(layers: Sequence[object]) -> float:

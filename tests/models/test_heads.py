@@ -94,6 +94,43 @@ def test_every_family_scores_saves_and_reloads(architectures: dict[str, Path], f
     assert float(foreign(input_ids=torch.tensor([TEXT])).logits) - 0.25 == pytest.approx(plain, abs=1e-5)
 
 
+def test_a_reward_model_whose_layers_share_weights_is_saved(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """In Zamba all hybrid layers have the weights of one transformer block."""
+    import transformers
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "mamba_d_state": 4}
+    layers = {
+        "num_hidden_layers": 2,
+        "layer_types": ["hybrid", "hybrid"],
+        "n_mamba_heads": 2,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+    }
+    config = transformers.ZambaConfig(vocab_size=300, **sizes, **layers, attention_head_dim=16, attention_hidden_size=32, pad_token_id=PAD)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    model = RewardModel.from_language_model(str(tmp_path / "base"), dtype=torch.float32, trainable=False)
+    model.save(tmp_path / "saved")
+    foreign = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
+    assert float(foreign(input_ids=torch.tensor([TEXT])).logits.detach()) == pytest.approx(score(model, TEXT), abs=1e-5)
+
+
+def test_a_decoder_whose_class_has_a_pooler_can_be_a_reward_model(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """RoBERTa's transformer has a pooler, which its language model leaves out. The score is read from the hidden states."""
+    import transformers
+
+    sizes = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.RobertaConfig(**sizes, max_position_embeddings=40, is_decoder=True, pad_token_id=PAD)
+    plain = transformers.AutoModelForCausalLM.from_config(config).eval()
+    plain.save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    model = RewardModel.from_language_model(str(tmp_path / "base"), dtype=torch.float32, trainable=False)
+    hidden = plain.roberta(input_ids=torch.tensor([TEXT])).last_hidden_state[0, -1]
+    assert score(model, TEXT) == pytest.approx(float(hidden @ model.score_head.weight[0]), abs=1e-5)
+    model.save(tmp_path / "saved")
+    assert score(RewardModel.from_pretrained(str(tmp_path / "saved"), dtype=torch.float32), TEXT) == pytest.approx(score(model, TEXT))
+
+
 def test_the_head_is_drawn_as_in_the_paper(tiny_llama_folder: Path) -> None:
     model = RewardModel.from_language_model(str(tiny_llama_folder), dtype=torch.float32)
     again = RewardModel.from_language_model(str(tiny_llama_folder), dtype=torch.float32)
