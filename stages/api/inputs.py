@@ -139,10 +139,11 @@ def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
 
     def write(made: Path) -> None:
         from stages.models.quiet import quiet_transformers
+        from stages.models.saving import save_tokenizer
 
         with quiet_transformers():
             model.save_pretrained(made)
-            tokenizer.save_pretrained(made)
+            save_tokenizer(tokenizer, made)
 
     return str(_keep(write, folder, f"model-{getattr(model.config, 'model_type', 'model')}"))
 

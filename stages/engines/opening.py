@@ -24,6 +24,7 @@ from stages.models.adapters.stacks import stack_of, trained_on
 from stages.models.loaded import LoadedModel
 from stages.models.loading import config_of
 from stages.models.passes.responses import Policy
+from stages.models.saving import save_tokenizer
 from stages.models.sharding import unsharded_state_dict
 from stages.process.environment import secret
 from stages.process.runtime import Runtime
@@ -218,7 +219,7 @@ def _write_to_start(loaded: LoadedModel, folder: Path, runtime: Runtime) -> None
     state = unsharded_state_dict(loaded.model)
     if runtime.is_main:
         write_full_weights(loaded.model, folder, loaded.dtype, state)
-        loaded.tokenizer.save_pretrained(folder)
+        save_tokenizer(loaded.tokenizer, folder)
 
 
 def _merged_adapters(source: ResolvedModel) -> tuple[ResolvedModel, ...]:

@@ -31,6 +31,7 @@ from stages.models.layers.longrope import positions_of_rows
 from stages.models.loading import as_resolved, load_backbone, load_tokenizer, own_router_setting
 from stages.models.parts import hidden_width
 from stages.models.passes.packing import Packing, one_sequence_per_row, packed_attention
+from stages.models.saving import save_tokenizer
 from stages.models.verification import check_saved_adapter, check_saved_weights, rows_for
 
 if TYPE_CHECKING:
@@ -212,7 +213,7 @@ class ScalarModel(nn.Module):
             save_file({**weights, **head}, folder / "model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(folder)
         if tokenizer := tokenizer or self.tokenizer:
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder)
         if state_dict is None and tokenizer:
             self._check_saved(folder, rows)
 

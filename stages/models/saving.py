@@ -61,7 +61,7 @@ def save_model(
             model.save_pretrained(folder, state_dict=state_dict)
         _copy_processor(model, folder)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
     load = _loader_of(plain_model(model))
     if state_dict is not None or load is None:
         return
@@ -75,6 +75,13 @@ def save_model(
         check_saved_adapter(model, folder, lambda: outputs_of(model, ids), reload)
     else:
         check_saved_weights(model, folder, lambda: outputs_of(model, ids), reload)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path | str) -> None:
+    """Save a tokenizer so that it encodes the same tokens when it is loaded again. transformers loses ``legacy`` of LlamaTokenizer."""
+    if hasattr(tokenizer, "legacy"):
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
+    tokenizer.save_pretrained(folder)
 
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "audio_preprocessor_config.json")

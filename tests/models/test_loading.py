@@ -22,7 +22,7 @@ from stages.models.adapters.exporting import export_merged
 from stages.models.heads import RewardModel
 from stages.models.layers.dropout import disable_dropout
 from stages.models.loading import ensure_pad_token, load_classifier, load_language_model, load_tokenizer
-from stages.models.saving import save_model
+from stages.models.saving import save_model, save_tokenizer
 
 IDS = torch.tensor([[5, 17, 40, 3, 250]])
 
@@ -109,6 +109,16 @@ def test_saved_and_loaded_is_the_same_model(tiny_llama_folder: Path, tiny_tokeni
     again = load_language_model(str(tmp_path), dtype=torch.float32)
     torch.testing.assert_close(logits_of(again), logits_of(model), rtol=0, atol=0)
     assert {path.suffix for path in tmp_path.iterdir()} <= {".json", ".safetensors"}
+
+
+def test_a_saved_tokenizer_encodes_the_same_tokens(tokenizer_of: Any, tmp_path: Path) -> None:
+    """transformers loses ``legacy`` of LlamaTokenizer (Yi, Vicuna): a space before the text after a special token."""
+    tokenizer_of("metaspace").save_pretrained(tmp_path / "llama")
+    config = tmp_path / "llama" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "tokenizer_class": "LlamaTokenizer", "legacy": True}))
+    tokenizer, text = load_tokenizer(str(tmp_path / "llama")), "<|begin|>hello there"
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    assert tokenizer.tokenize(text) == ["<|begin|>", "▁hello", "▁there"] == load_tokenizer(str(tmp_path / "saved")).tokenize(text)
 
 
 def test_frozen_models_have_no_trainable_weight(tiny_llama_folder: Path) -> None:
