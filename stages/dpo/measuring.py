@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stages.dpo.config import DPOStepConfig
 from stages.dpo.pairs import Pair
+from stages.models.parts import evaluation_mode
 from stages.models.passes.budget import each_group
 from stages.models.passes.responses import Policy, sequence_batch
 from stages.models.sharding import unsharded
@@ -25,8 +26,7 @@ def completion_logprobs(
 ) -> torch.Tensor:
     """Log-probabilities of complete responses [N, 2]: chosen, rejected."""
     model = model.to(context.runtime.device)  # type: ignore[arg-type]  # transformers wraps `to` without its self
-    training = model.training
-    policy = Policy(model.eval(), temperature=1.0, autocast=None)
+    policy = Policy(model, temperature=1.0, autocast=None)
     rows = [(pair.prompt_ids, response) for pair in pairs for response in (pair.chosen_ids, pair.rejected_ids)]
     sums = torch.empty(len(rows), dtype=torch.float64)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]) + len(rows[index][1]))
@@ -38,10 +38,9 @@ def completion_logprobs(
         parts = policy.logprobs(batch).double().cpu().split([len(response) for response in responses])
         sums[list(indices)] = torch.stack([part.sum() for part in parts])
 
-    with torch.inference_mode(), unsharded(model):
+    with evaluation_mode(model), torch.inference_mode(), unsharded(model):
         groups = [order[start : start + size] for start in range(0, len(order), size)]
         each_group(f"{context.name}: measuring", groups, measure_rows, known_by=model)
-    model.train(training)
     return sums.view(-1, 2)
 
 

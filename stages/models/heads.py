@@ -29,7 +29,7 @@ from stages.models.adapters.variants import write_as_lora
 from stages.models.layers.attention import class_of
 from stages.models.layers.longrope import positions_of_rows
 from stages.models.loading import as_resolved, load_backbone, load_tokenizer, own_router_setting
-from stages.models.parts import hidden_width
+from stages.models.parts import evaluation_mode, hidden_width
 from stages.models.passes.packing import Packing, one_sequence_per_row, packed_attention
 from stages.models.saving import save_tokenizer
 from stages.models.verification import check_saved_adapter, check_saved_weights, rows_for
@@ -243,14 +243,9 @@ class ScalarModel(nn.Module):
     @torch.no_grad()
     def _outputs(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """The outputs [T] of each row of token ids, one row per pass."""
-        training, device = self.training, self.score_head.weight.device
-        self.eval()
-        outputs = []
-        for row in rows:
-            ids = torch.tensor([row], device=device)
-            outputs.append(self.score_tokens(ids, torch.ones_like(ids))[0].float().cpu())
-        self.train(training)
-        return outputs
+        with evaluation_mode(self):
+            batches = [torch.tensor([row], device=self.score_head.weight.device) for row in rows]
+            return [self.score_tokens(ids, torch.ones_like(ids))[0].float().cpu() for ids in batches]
 
 
 def hidden_states(backbone: TransformersModel, input_ids: Tensor, packing: Packing | None = None, lengths: Tensor | None = None) -> Tensor:

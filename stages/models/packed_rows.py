@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, masking_utils
 from stages.config import ModelInput
 from stages.errors import ModelError
 from stages.models.layers.attention import attention_of, class_of
-from stages.models.parts import transformer_of
+from stages.models.parts import evaluation_mode, transformer_of
 from stages.sampling.support import PASS_FAILURES, cache_layers, family_of, no_cache, plain_model
 
 if TYPE_CHECKING:
@@ -104,16 +104,14 @@ def refuse_leaks(model: TransformersModel, name: str, precision: torch.dtype) ->
     positions (BLOOM, OPT, gpt-oss). ``precision``: the dtype of the passes.
     """
     plain = plain_model(model)
-    device, training = next(plain.parameters()).device, plain.training
+    device = next(plain.parameters()).device
     autocast = torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
-    plain.eval()
     try:
-        with autocast:
+        with evaluation_mode(plain), autocast:
             problem = _leak(model, device, precision)
     except PASS_FAILURES as error:
         problem = f"its class does not accept packed rows ({' '.join(str(error).split())[:160]})"
     finally:
-        plain.train(training)
         torch.clear_autocast_cache()  # a cast made without gradient must not be reused by a pass with gradient
     if problem:
         raise _unfit(name, type(plain).__name__, problem)

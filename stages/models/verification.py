@@ -24,6 +24,7 @@ from stages.models.adapters.activation import activate, active_adapters, remove_
 from stages.models.adapters.attaching import add_adapter, source_of
 from stages.models.adapters.saved import base_of
 from stages.models.classifiers.inputs import ended
+from stages.models.parts import evaluation_mode
 from stages.registry.references import ResolvedModel
 from stages.sampling.support import has_int8_layers, no_cache, plain_model, weight_of
 from stages.tokens.positions import readable_length
@@ -63,17 +64,15 @@ def outputs_of(model: TransformersModel, rows: Sequence[Sequence[int]]) -> list[
 
     They are computed in the dtype of the weights, also if a Trainer in half precision has trained the model.
     """
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
+    device = next(model.parameters()).device
     outputs = []
-    with _without_trainer_autocast(model):
+    with evaluation_mode(model), _without_trainer_autocast(model):
         for row in rows:
             ids = torch.tensor([row], device=device)
             logits = model(input_ids=ids, **no_cache(model)).logits.float().cpu()
             if logits.dim() == 3 and logits.shape[1] == len(row):
                 logits = logits[0, :-1].log_softmax(dim=-1).gather(1, ids[0, 1:, None].cpu())
             outputs.append(logits.flatten())
-    model.train(training)
     return outputs
 
 

@@ -28,7 +28,7 @@ from stages.metric_names import (
     heldout_names,
 )
 from stages.models.loading import load_language_model, load_tokenizer
-from stages.models.parts import moved_to
+from stages.models.parts import evaluation_mode, moved_to
 from stages.models.reward_question import RewardQuestion
 from stages.models.saving import save_model
 from stages.models.sharding import unsharded
@@ -168,11 +168,8 @@ def measure(judging: GenerativeSource, comparisons: Sequence[Comparison], encode
         raise DataError(NO_PREFERENCE)
     prompts = [item.prompt for item in comparisons for _ in item.completions]
     completions = [completion_text(text) for item in comparisons for text in item.completions]
-    training = judging.model.training
-    judging.model.eval()
-    with unsharded(judging.model):
+    with evaluation_mode(judging.model), unsharded(judging.model):
         judgement: Judgement = judge(judging, prompts, completions)
-    judging.model.train(training)
     return agreement(judgement.scores, encoded)
 
 

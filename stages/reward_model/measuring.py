@@ -12,6 +12,7 @@ from stages.corpora.conversations.messages import completion_text
 from stages.errors import DataError
 from stages.metric_names import HELDOUT_LOG_ACCURACY, HELDOUT_LOG_LOSS
 from stages.models.heads import RewardModel
+from stages.models.parts import evaluation_mode
 from stages.models.sharding import unsharded
 from stages.reward_model.config import RewardModelConfig
 from stages.reward_model.preferences import NO_PREFERENCE, Agreement, EncodedComparison, agreement
@@ -79,11 +80,8 @@ def measure(
     """
     if not comparisons:
         raise DataError(NO_PREFERENCE)
-    training = model.training
-    model.eval()
     rows = [row for item in comparisons for row in item.rows]
-    with unsharded(model):
+    with evaluation_mode(model), unsharded(model):
         device = next(model.parameters()).device
         scores = score_rows(rows, inference(model), pad_token_id, batch_size, device=device, known_by=model)
-    model.train(training)
     return agreement(scores, comparisons, gain=gain)

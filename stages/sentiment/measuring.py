@@ -12,6 +12,7 @@ from stages.config import SCORING_ROWS
 from stages.corpora.reviews import Review
 from stages.kernels.transfers import moved_together
 from stages.models.classifiers.inputs import Padding, same_length_groups
+from stages.models.parts import evaluation_mode
 from stages.models.passes.budget import each_group
 from stages.models.sharding import unsharded
 from stages.process.tables import Table
@@ -58,8 +59,6 @@ def predict(
     if padding == "none":
         groups = same_length_groups(lengths, SCORING_ROWS)
     probabilities: list[torch.Tensor] = [torch.empty(0)] * len(rows)
-    training = model.training
-    model.eval()
 
     def measure_rows(indices: Sequence[int]) -> None:
         batch = {name: value for name, value in collate([rows[index] for index in indices]).items() if name != "labels"}
@@ -68,9 +67,8 @@ def predict(
             probabilities[index] = row
 
     autocast = torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32)
-    with unsharded(model), torch.inference_mode(), autocast:
+    with evaluation_mode(model), unsharded(model), torch.inference_mode(), autocast:
         each_group("measuring the classifier", groups, measure_rows, known_by=model, advice="Lower max_length, or use a smaller model")
-    model.train(training)
     return torch.stack(probabilities)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from stages.models.parts import evaluation_mode
 from stages.sampling.support import plain_model
 
 if TYPE_CHECKING:
@@ -39,17 +40,12 @@ def multiplies_directly(
     """
     device = next(model.parameters()).device
     ids = torch.arange(2, 6, device=device)[None] % model.config.get_text_config().vocab_size
-    training = model.training
     devices = [device] if device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices), precision():
-            model.eval()
-            direct = decoder(input_ids=ids, use_cache=False).last_hidden_state
-            probes = [_probe(model, output, ids)]
-            model.train()
-            probes.append(_probe(model, output, ids))
-    finally:
-        model.train(training)
+    with torch.random.fork_rng(devices=devices), precision(), evaluation_mode(model):
+        direct = decoder(input_ids=ids, use_cache=False).last_hidden_state
+        probes = [_probe(model, output, ids)]
+        model.train()
+        probes.append(_probe(model, output, ids))
     hidden = probes[0].own_hidden
     return hidden is not None and torch.equal(direct, hidden) and all(probe.passed for probe in probes)
 

@@ -23,6 +23,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, masking_utils
 
 from stages.errors import is_out_of_memory
+from stages.models.parts import evaluation_mode
 from stages.process.console import announce
 from stages.sampling.support import PASS_FAILURES, family_of, plain_model, says_causal, weight_of
 
@@ -318,20 +319,17 @@ def _problem(decoder: TransformersModel, kernel: str) -> str | None:
     device, size = next(decoder.parameters()).device, weight_of(decoder.get_input_embeddings()).shape[0]
     rows = [torch.arange(1 + start, 1 + start + length, device=device) * 7 % size for start, length in enumerate(PROBE_LENGTHS)]
     packing = make_packing(PROBE_LENGTHS, device, kernel=kernel, traced=True)
-    training = decoder.training
-    decoder.eval()
     try:
-        with packed_attention(packing, decoder):
-            inputs = {"input_ids": torch.cat(rows)[None], "position_ids": packing.positions}
-            packed = decoder(**inputs, use_cache=False).last_hidden_state[0].float()
-        expected = torch.cat([decoder(input_ids=row[None], use_cache=False).last_hidden_state[0].float() for row in rows])
+        with evaluation_mode(decoder):
+            with packed_attention(packing, decoder):
+                inputs = {"input_ids": torch.cat(rows)[None], "position_ids": packing.positions}
+                packed = decoder(**inputs, use_cache=False).last_hidden_state[0].float()
+            expected = torch.cat([decoder(input_ids=row[None], use_cache=False).last_hidden_state[0].float() for row in rows])
         gradient_error = _gradient_error(kernel, packing)
     except (*PASS_FAILURES, ImportError) as error:
         if is_out_of_memory(error):
             raise
         return f"a test pass failed ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
-    finally:
-        decoder.train(training)
     if _slides(config) != sum(window is not None for window in packing.windows):
         return "not every layer passes its sliding window"
     difference = float((packed - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float32).tiny))
