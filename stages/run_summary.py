@@ -60,7 +60,7 @@ class LengthControlledRate(TypedDict):
 
 
 class WinRateNumbers(TypedDict):
-    """The fields of ``stages.stats.comparing.WinRate`` as JSON."""
+    """The fields of ``stages.stats.comparing.WinRateEstimate`` as JSON."""
 
     win_rate: float
     ci_low: float

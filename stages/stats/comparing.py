@@ -18,7 +18,7 @@ RIDGE = 0.1  # penalty that keeps the length-controlled fit finite if one side a
 
 
 @dataclass(frozen=True)
-class WinRate:
+class WinRateEstimate:
     """Win rate of the first candidate; a tie is half a win. ``ci_low``, ``ci_high``: ``share_interval`` over prompts, at 95 %.
 
     ``n`` counts prompts, all with the same weight; ``samples``, ``wins`` and ``ties`` count comparisons. ``bootstrap_low`` and
@@ -56,14 +56,14 @@ def prompt_means(values: Sequence[float], prompts: Sequence[Hashable] | None = N
     return [sum(group) / len(group) for group in groups.values()]
 
 
-def win_rate(preferred: Sequence[float], prompts: Sequence[Hashable] | None = None) -> WinRate:
+def win_rate(preferred: Sequence[float], prompts: Sequence[Hashable] | None = None) -> WinRateEstimate:
     """The win rate of preferences [N]. Samples of one prompt are not independent, so each prompt counts once, with its mean."""
     means = prompt_means(preferred, prompts)
     share = sum(means) / len(means) if means else 0.5
     low, high = share_interval(means)
     bootstrap_low, bootstrap_high = bootstrap_interval(means)
     variance = share_variance(means)
-    return WinRate(
+    return WinRateEstimate(
         win_rate=share,
         ci_low=low,
         ci_high=high,

@@ -11,7 +11,7 @@ import pytest
 from stages.run_summary import LengthControlledRate, WinRateNumbers
 from stages.stats.comparing import (
     LengthControlled,
-    WinRate,
+    WinRateEstimate,
     distinct_ngrams,
     length_controlled_win_rate,
     preferences,
@@ -111,6 +111,6 @@ def test_repeated_ngrams_by_hand() -> None:
     assert repeated_ngrams([[1, 2]], 4) == 0.0
 
 
-@pytest.mark.parametrize(("measured", "written"), [(WinRate, WinRateNumbers), (LengthControlled, LengthControlledRate)])
+@pytest.mark.parametrize(("measured", "written"), [(WinRateEstimate, WinRateNumbers), (LengthControlled, LengthControlledRate)])
 def test_fields_of_the_summary_are_those_that_are_measured(measured: type, written: type) -> None:
     assert list(written.__annotations__) == [item.name for item in fields(measured)]
