@@ -273,8 +273,34 @@ class DataInput(Strict):
         return inputs if self.validation is None else {**inputs, "data.validation": self.validation}
 
 
-Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
-OPTIMIZER_HELP = "adamw_8bit: 8-bit moments (bitsandbytes), 2 bytes per weight instead of 8; paged: moments can be moved to CPU memory."
+# Fields of several blocks of optimizer settings, each of which has its own default
+
+Optimizer = Annotated[
+    Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"],
+    Field(
+        description="adamw_8bit: 8-bit moments (bitsandbytes), 2 bytes per weight instead of 8; paged: moments can be moved to CPU memory."
+    ),
+]
+LearningRate = Annotated[float, Field(gt=0, description="Peak learning rate.")]
+Schedule = Annotated[Literal["constant", "linear", "cosine"], Field(description="Learning rate schedule after warmup.")]
+FinalFraction = Annotated[float, Field(ge=0, le=1, description="Final learning rate as a share of the peak.")]
+WarmupFraction = Annotated[
+    float, Field(ge=0, lt=1, description="Share of the optimizer steps in which the learning rate rises linearly to its peak.")
+]
+Epochs = Annotated[float, Field(gt=0, description="How often all training rows are used; may be a fraction.")]
+WeightDecay = Annotated[float, Field(ge=0, description="Weight decay of AdamW; 0: none.")]
+AdamBeta1 = Annotated[float, Field(ge=0, lt=1, description="Adam: decay of the mean of the gradients.")]
+AdamBeta2 = Annotated[float, Field(ge=0, lt=1, description="Adam: decay of the mean of the squared gradients.")]
+AdamEpsilon = Annotated[float, Field(gt=0, description="Adam: added to the denominator.")]
+GradientCheckpointing = Annotated[bool, Field(description="Recompute activations in the backward pass: less memory, but slower.")]
+TorchCompile = Annotated[
+    bool,
+    Field(
+        description="Compile the decoder layers with torch.compile, for training and scoring (docs/compiled-layers.md). The first passes "
+        "take seconds to minutes longer. If the layers cannot be compiled, the step runs as usual and one line says why. Results are equal "
+        "up to rounding."
+    ),
+]
 
 
 def _rows_or_auto(value: object) -> object:
@@ -294,24 +320,16 @@ CHECKED_WEIGHTS = 300_000_000
 """A saved model of up to this many weights is loaded again and compared with the model in memory."""
 
 
-COMPILE_HELP = (
-    "Compile the decoder layers with torch.compile, for training and scoring (docs/compiled-layers.md). The first passes take seconds to "
-    "minutes longer. If the layers cannot be compiled, the step runs as usual and one line says why. Results are equal up to rounding."
-)
-
-
 class OptimizerSettings(Strict):
     """Training settings of a step. Batch sizes count sequences (reward_model: prompts), summed over all processes."""
 
     auto_rows: ClassVar[int] = AUTO_ROWS["sft"]
 
-    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
-    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="Learning rate schedule after warmup.")
-    final_learning_rate_fraction: float = Field(0.0, ge=0, le=1, description="Final learning rate as a share of the peak.")
-    warmup_fraction: float = Field(
-        0.0, ge=0, lt=1, description="Share of the optimizer steps in which the learning rate rises linearly to its peak."
-    )
-    epochs: float = Field(1.0, gt=0, description="How often all training rows are used; may be a fraction.")
+    learning_rate: LearningRate = 1e-4
+    schedule: Schedule = "cosine"
+    final_learning_rate_fraction: FinalFraction = 0.0
+    warmup_fraction: WarmupFraction = 0.0
+    epochs: Epochs = 1.0
     max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps (overrides epochs).")
     batch_size: int = Field(32, ge=1, description="Sequences per optimizer step, summed over processes.")
     microbatch_size: Microbatch = Field(
@@ -320,14 +338,14 @@ class OptimizerSettings(Strict):
         "similar length; on a CPU also at most 800 tokens. auto: 32 on a CPU and with several processes; on one GPU as many tokens as "
         "fit into its free memory.",
     )
-    optimizer: Optimizer = Field("adamw", description=OPTIMIZER_HELP)
-    weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW; 0: none.")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Adam: decay of the mean of the gradients.")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Adam: decay of the mean of the squared gradients.")
-    adam_epsilon: float = Field(1e-8, gt=0, description="Adam: added to the denominator.")
+    optimizer: Optimizer = "adamw"
+    weight_decay: WeightDecay = 0.0
+    adam_beta1: AdamBeta1 = 0.9
+    adam_beta2: AdamBeta2 = 0.999
+    adam_epsilon: AdamEpsilon = 1e-8
     max_grad_norm: float | None = Field(1.0, gt=0, description="Larger gradients are scaled down to this norm; null: no clipping.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory, but slower.")
-    torch_compile: bool = Field(False, description=COMPILE_HELP)
+    gradient_checkpointing: GradientCheckpointing = False
+    torch_compile: TorchCompile = False
 
     def without_effect(self) -> set[str]:
         return set() if self.torch_compile else {"torch_compile"}

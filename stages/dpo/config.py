@@ -15,7 +15,9 @@ from stages.config import (
     ModelField,
     ModelInput,
     OptimizerSettings,
+    Schedule,
     TrainingStepConfig,
+    WarmupFraction,
     check_trainable,
 )
 from stages.corpora.comparisons import load_comparisons
@@ -31,8 +33,8 @@ class DPOOptimizer(OptimizerSettings):
     auto_rows: ClassVar[int] = AUTO_ROWS["dpo"]
 
     learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate; TRL's default. Very small models need more.")
-    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Learning rate schedule after warmup.")
-    warmup_fraction: float = Field(0.1, ge=0, lt=1, description="Share of the optimizer steps used for linear warmup.")
+    schedule: Schedule = "linear"
+    warmup_fraction: WarmupFraction = 0.1
     batch_size: int = Field(32, ge=1, description="Pairs per optimizer step, summed over processes.")
     microbatch_size: Microbatch = Field(
         "auto",

@@ -10,18 +10,22 @@ from pydantic import Field, model_validator
 
 from stages.config import (
     AUTO_ROWS,
-    COMPILE_HELP,
-    OPTIMIZER_HELP,
+    AdamBeta1,
+    AdamBeta2,
+    AdamEpsilon,
     CheckpointedStepConfig,
     DataField,
     DataSource,
+    FinalFraction,
     GenerationSettings,
+    GradientCheckpointing,
     LoraSettings,
     Microbatch,
     ModelField,
     ModelInput,
     Optimizer,
     Strict,
+    TorchCompile,
     as_written,
     check_trainable,
     is_changed,
@@ -45,22 +49,22 @@ class PPOOptimizer(Strict):
     learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate of the policy.")
     value_learning_rate: float | None = Field(None, gt=0, description="Peak learning rate of the value network; null: the policy's.")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Learning rate schedule after warmup, over iterations.")
-    final_learning_rate_fraction: float = Field(0.0, ge=0, le=1, description="Final learning rate as a share of the peak.")
+    final_learning_rate_fraction: FinalFraction = 0.0
     warmup_iterations: int = Field(0, ge=0, description="Number of first iterations in which the learning rate rises linearly to its peak.")
     warmup_start_fraction: float = Field(0.1, ge=0, le=1, description="Learning rate of the first warmup iteration as a share of the peak.")
-    optimizer: Optimizer = Field("adamw", description=OPTIMIZER_HELP)
+    optimizer: Optimizer = "adamw"
     adam_style: Literal["torch", "tensorflow"] = Field(
         "torch", description="tensorflow: epsilon outside the bias correction, as in the papers' original code (smaller first steps)."
     )
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Adam: decay of the mean of the gradients.")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Adam: decay of the mean of the squared gradients.")
-    adam_epsilon: float = Field(1e-5, gt=0, description="Adam: added to the denominator.")
+    adam_beta1: AdamBeta1 = 0.9
+    adam_beta2: AdamBeta2 = 0.999
+    adam_epsilon: AdamEpsilon = 1e-5
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW (only with adam_style: torch); 0: none.")
     max_grad_norm: float | None = Field(
         1.0, gt=0, description="Larger gradients of a network are scaled down to this norm; null: no clipping."
     )
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory, but slower.")
-    torch_compile: bool = Field(False, description=COMPILE_HELP)
+    gradient_checkpointing: GradientCheckpointing = False
+    torch_compile: TorchCompile = False
 
     def without_effect(self) -> set[str]:
         return set() if self.torch_compile else {"torch_compile"}

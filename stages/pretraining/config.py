@@ -7,13 +7,18 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from stages.config import (
+    AdamBeta2,
     DataInput,
     DataSource,
+    FinalFraction,
+    LearningRate,
     ModelField,
     ModelInput,
     OptimizerSettings,
     Strict,
     TrainingStepConfig,
+    WarmupFraction,
+    WeightDecay,
     check_origin,
     check_trainable,
     ref_shorthand,
@@ -32,11 +37,11 @@ class TokenizerSettings(Strict):
 class PretrainingOptimizer(OptimizerSettings):
     """Like ``OptimizerSettings``, with the usual schedule and weight decay of pretraining."""
 
-    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
-    final_learning_rate_fraction: float = Field(0.1, ge=0, le=1, description="Final learning rate as a share of the peak.")
-    warmup_fraction: float = Field(0.02, ge=0, lt=1, description="Share of the optimizer steps used for linear warmup.")
-    weight_decay: float = Field(0.1, ge=0)
-    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    learning_rate: LearningRate = 1e-3
+    final_learning_rate_fraction: FinalFraction = 0.1
+    warmup_fraction: WarmupFraction = 0.02
+    weight_decay: WeightDecay = 0.1
+    adam_beta2: AdamBeta2 = 0.95
 
 
 class PretrainingConfig(TrainingStepConfig):

@@ -12,7 +12,9 @@ from stages.config import (
     DataField,
     DataInput,
     DataSource,
+    FinalFraction,
     GenerationSettings,
+    LearningRate,
     Microbatch,
     ModelField,
     ModelInput,
@@ -39,8 +41,8 @@ class RewardModelOptimizer(OptimizerSettings):
 
     auto_rows: ClassVar[int] = AUTO_ROWS["reward_model"]
 
-    learning_rate: float = Field(9e-6, gt=0, description="Peak learning rate.")
-    final_learning_rate_fraction: float = Field(0.1, ge=0, le=1, description="Final learning rate as a share of the peak.")
+    learning_rate: LearningRate = 9e-6
+    final_learning_rate_fraction: FinalFraction = 0.1
     batch_size: int = Field(64, ge=1, description="Prompts per optimizer step, summed over processes.")
     microbatch_size: Microbatch = Field(
         "auto",

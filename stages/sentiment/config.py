@@ -10,11 +10,15 @@ from stages.config import (
     DataField,
     DataInput,
     DataSource,
+    Epochs,
+    LearningRate,
     ModelField,
     ModelInput,
     OptimizerSettings,
+    Schedule,
     Strict,
     TrainingStepConfig,
+    WeightDecay,
     check_origin,
     check_trainable,
 )
@@ -43,10 +47,10 @@ class MaskedSettings(Strict):
 class SentimentOptimizer(OptimizerSettings):
     """Like ``OptimizerSettings``, with the usual values for fine-tuning an encoder."""
 
-    learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate.")
-    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Learning rate schedule after warmup.")
-    epochs: float = Field(2.0, gt=0, description="How often all training rows are used; may be a fraction.")
-    weight_decay: float = Field(0.01, ge=0)
+    learning_rate: LearningRate = 2e-5
+    schedule: Schedule = "linear"
+    epochs: Epochs = 2.0
+    weight_decay: WeightDecay = 0.01
 
 
 class SentimentConfig(TrainingStepConfig):

@@ -10,11 +10,13 @@ from stages.config import (
     DataField,
     DataInput,
     DataSource,
+    LearningRate,
     ModelField,
     ModelInput,
     OptimizerSettings,
     Strict,
     TrainingStepConfig,
+    WarmupFraction,
     check_trainable,
 )
 from stages.corpora.curation import Curation, Curator
@@ -35,8 +37,8 @@ if TYPE_CHECKING:
 class SFTOptimizer(OptimizerSettings):
     """Like ``OptimizerSettings``, with a short warmup."""
 
-    learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate.")
-    warmup_fraction: float = Field(0.03, ge=0, lt=1, description="Share of the optimizer steps used for linear warmup.")
+    learning_rate: LearningRate = 2e-5
+    warmup_fraction: WarmupFraction = 0.03
 
 
 class SFTPretrainingMix(Strict):
