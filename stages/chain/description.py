@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from stages.config import DataSource, ModelInput, StepConfig
 from stages.corpora.files import fingerprint, read_rows
 from stages.errors import StagesError
+from stages.json_types import with_values
 from stages.recipe.schema import STAGES, config_class, data_inputs, model_inputs
 
 if TYPE_CHECKING:
@@ -122,15 +123,11 @@ def _changes(block: BaseModel, before: str) -> Iterator[tuple[str, object]]:
         if isinstance(value, BaseModel) and default is not None and not isinstance(value, ModelInput):
             yield from _changes(value, f"{path}.")
         else:
-            yield path, value.model_dump(mode="json", exclude_defaults=True) if isinstance(value, BaseModel) else _plain(value)
+            yield path, with_values(value, _plain)
 
 
 def _plain(value: object) -> object:
-    """Convert blocks inside lists and dicts to their recipe form."""
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+    """Convert a block to its recipe form."""
     return value.model_dump(mode="json", exclude_defaults=True) if isinstance(value, BaseModel) else value
 
 

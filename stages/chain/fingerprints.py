@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from stages.config import DataSource, ModelInput, Strict
 from stages.corpora.files import fingerprint
 from stages.errors import some_of
-from stages.json_types import JsonObject, json_object
+from stages.json_types import JsonObject, by_path, json_object
 from stages.process.packages import source_of
 from stages.recipe.functions import addresses
 from stages.recipe.schema import STAGES, RecipeStep, data_inputs, former_names
@@ -180,7 +180,7 @@ def why(old: FingerprintParts, new: FingerprintParts) -> str:
     changes = []
     if old.get("stage") != new["stage"]:
         changes.append(f"stage changed ({old.get('stage')} -> {new['stage']})")
-    before, after = _flat(old.get("settings", {})), _flat(new["settings"])
+    before, after = by_path(old.get("settings", {})), by_path(new["settings"])
     settings = [key for key in sorted({*before, *after}) if before.get(key, _ABSENT) != after.get(key, _ABSENT)]
     names = former_names(new["stage"])
     shown = [f"{names.get(key, key)} ({_word(before, key)} -> {_word(after, key)})" for key in settings]
@@ -198,15 +198,6 @@ def why(old: FingerprintParts, new: FingerprintParts) -> str:
 
 
 _ABSENT = object()
-
-
-def _flat(value: object, prefix: str = "") -> JsonObject:
-    """Flatten nested settings: field path -> value."""
-    if isinstance(value, dict) and value:
-        return {path: leaf for key, item in value.items() for path, leaf in _flat(item, f"{prefix}.{key}" if prefix else key).items()}
-    if isinstance(value, list) and value:
-        return {path: leaf for index, item in enumerate(value) for path, leaf in _flat(item, f"{prefix}[{index}]").items()}
-    return {prefix: value}
 
 
 def _word(settings: Mapping[str, object], key: str) -> str:

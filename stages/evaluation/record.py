@@ -9,18 +9,14 @@ alpaca_eval/<name>.json     a candidate's completions in AlpacaEval's format
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar, cast
 
 from stages.corpora.conversations.messages import columns_beside
 from stages.corpora.prompts import plain_text
 from stages.evaluation.answers import Answers, Question
 from stages.evaluation.judging import Judged
-from stages.json_types import JsonObject
-
-Content = TypeVar("Content")
+from stages.json_types import JsonObject, finite
 
 
 def write_evaluation(folder: Path, content: Mapping[str, object]) -> None:
@@ -28,19 +24,6 @@ def write_evaluation(folder: Path, content: Mapping[str, object]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False)
     (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
-
-
-def finite(content: Content) -> Content:
-    """``content`` with None in place of NaN and infinity."""
-    return cast(Content, _finite(content))  # the structure stays
-
-
-def _finite(value: object) -> object:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def write_completions(folder: Path, questions: Sequence[Question], answers: Mapping[str, Answers], judged: Sequence[Judged]) -> None:

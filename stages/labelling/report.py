@@ -12,9 +12,10 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from itertools import combinations
 from statistics import median
-from typing import TypedDict, cast
+from typing import TypedDict
 
 from stages.corpora.labels import LabelAnswer
+from stages.json_types import finite
 from stages.labelling.store import Labels, screen
 from stages.stats.agreement import cohens_kappa, krippendorff_alpha
 from stages.stats.intervals import share_interval
@@ -177,15 +178,7 @@ def quality(labels: Labels, now: datetime | None = None) -> Quality:
         "reward_model": _reward_model(labels, used),
         "annotators": [_annotator(labels, name, used) for name in sorted(labels.answers)],
     }
-    return cast(Quality, _finite(content))  # the structure stays
-
-
-def _finite(value: object) -> object:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list) else value
+    return finite(content)
 
 
 def _reasons(given: Iterable[str | None]) -> Reasons:

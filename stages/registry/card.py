@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from stages.config import HUB
 from stages.errors import RegistryError
 from stages.hub.ids import is_hub_id
-from stages.json_types import JsonObject
+from stages.json_types import JsonObject, with_values
 from stages.registry.inherited_licence import licence_of
 from stages.registry.record import CardRow, StoredEvaluation, imported_from, written_once
 
@@ -248,11 +248,7 @@ def _sources(value: object) -> Iterator[JsonObject]:
 
 def _without_folders(value: object) -> object:
     """Settings without local folders, which mean nothing to other users."""
-    if isinstance(value, dict):
-        return {key: _without_folders(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_folders(item) for item in value]
-    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
+    return with_values(value, lambda item: Path(item).name if isinstance(item, str) and item.startswith("/") else item)
 
 
 def _hub_data(step: Mapping[str, object]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stages.errors import some_of
-from stages.json_types import JsonObject
+from stages.json_types import JsonObject, by_path
 from stages.report import training
 from stages.report.circumstances import command, facts, packages
 from stages.report.figures import SERIES, Figure
@@ -100,21 +100,12 @@ def differing_settings(runs: Sequence[RunFolder]) -> list[list[str]]:
             continue
         flat = []
         for run, step in zip(runs, steps, strict=True):
-            flat.append({**_flat(step.config), "seed of the run": run.summary.get("seed")} if step is not None else {})
+            flat.append({**by_path(step.config), "seed of the run": run.summary.get("seed")} if step is not None else {})
         for key in dict.fromkeys(key for settings in flat for key in settings):
             values = [_word(settings, key) for settings in flat]
             if len(set(values)) > 1:
                 rows.append([name, key, *values])
     return rows
-
-
-def _flat(value: object, prefix: str = "") -> JsonObject:
-    """Nested settings as a flat dict: field path -> value."""
-    if isinstance(value, dict) and value:
-        return {path: leaf for key, item in value.items() for path, leaf in _flat(item, f"{prefix}.{key}" if prefix else str(key)).items()}
-    if isinstance(value, list) and value:
-        return {path: leaf for index, item in enumerate(value) for path, leaf in _flat(item, f"{prefix}[{index}]").items()}
-    return {prefix: value}
 
 
 def _word(settings: JsonObject, key: str) -> str:

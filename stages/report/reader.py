@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from stages.corpora.conversations.messages import transcript
+from stages.json_types import finite
 from stages.report import curves
 from stages.report.run_folder import Row, StepFolder, thinned
 
@@ -124,23 +125,13 @@ def as_json(value: object) -> str:
 
     Unpaired surrogates, which UTF-8 cannot encode, are escaped.
     """
-    text = json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    text = json.dumps(finite(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def _size(row: str) -> int:
     """Bytes of a row and of the comma after it."""
     return len(row.encode()) + 1
-
-
-def _finite(value: object) -> object:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return value
 
 
 # Keys of a row: n number of the prompt, p prompt, c completions by candidate, o candidates whose completion has no end token,

@@ -13,14 +13,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TypeVar, cast
+from typing import cast
 
 from stages.errors import HubError, RegistryError
+from stages.json_types import Content, with_values
 from stages.registry.contents import UNSAFE_SUFFIXES, digest_of
 from stages.registry.ledger import ROLES, Registry
 from stages.registry.record import CardRow, Lineage, Manifest, ModelRecord, StoredEvaluation, written_once
 
-Content = TypeVar("Content")
 FORMAT = 1
 DESCRIPTION = "tristage.json"
 CARD = "README.md"
@@ -184,17 +184,11 @@ def _is_plain(path: str) -> bool:
 
 def without_local_paths(content: Content) -> Content:
     """``content`` with each local path cut to its last part, because the folders mean nothing on another machine."""
-    return cast(Content, _without_local_paths(content))  # it keeps the structure
+    return with_values(content, _last_part)
 
 
-def _without_local_paths(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _without_local_paths(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_local_paths(item) for item in value]
-    if isinstance(value, str) and LOCAL_PATH.fullmatch(value):
-        return PurePosixPath(value).name
-    return value
+def _last_part(value: object) -> object:
+    return PurePosixPath(value).name if isinstance(value, str) and LOCAL_PATH.fullmatch(value) else value
 
 
 def local_paths(value: object) -> Iterator[str]:
