@@ -7,7 +7,6 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.config import ModelInput
 from stages.json_types import JsonObject
 from stages.registry.ledger import Registry
 from stages.registry.references import ResolvedModel
@@ -44,8 +43,7 @@ class Model:
         dtype = dtype or torch.float32
         # <root>/models/<name>/<version>/model, where the name may contain slashes. An adapter's base is in its record.
         record = Registry(self.path.parents[self.ref.count("/") + 3]).get(self.ref)
-        given = ModelInput(ref=self.ref)
-        source = ResolvedModel(self.ref, "registry", str(self.path), record.digest, given, record=record)
+        source = ResolvedModel.of_record(record)
         tokenizer = load_tokenizer(source)
         if self.role in ("reward_model", "value_model"):
             return (RewardModel if self.role == "reward_model" else ValueModel).from_pretrained(source, dtype=dtype), tokenizer

@@ -25,12 +25,12 @@ def resolve(model: Reference, registry: Registry, made: Mapping[str, ModelRecord
     if model.kind == "step":
         record = (made or {})[model.target]
         assert record is not None, f"step {model.target} must run before its model is read"
-        return _resolved(model.input, record)
+        return ResolvedModel.of_record(record, model.input)
     if model.kind == "registry":
         record = registry.get(model.target)
         if problems := registry.verify(record.ref):
             raise RegistryError(f"{record.ref} is damaged: {'; '.join(problems)}. Remove it and run its recipe again")
-        return _resolved(model.input, record)
+        return ResolvedModel.of_record(record, model.input)
     base = resolve(model.base, registry) if model.base is not None else None
     below = f" on {base.digest}" if base is not None else ""
     if model.kind == "folder":
@@ -58,7 +58,3 @@ def _folder_digest(folder: Path, model: ModelInput) -> str:
     base = find_base(adapter)
     below = _folder_digest(Path(base.path), base.input) if base.kind == "folder" else base.digest
     return digest_of({"adapter": own, "base": below})
-
-
-def _resolved(model: ModelInput, record: ModelRecord) -> ResolvedModel:
-    return ResolvedModel(model.ref, "registry", str(record.path), record.digest, model, record)

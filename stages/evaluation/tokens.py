@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stages.config import ModelInput
 from stages.errors import ModelError
 from stages.evaluation.answers import Answers, Asked, Sample, with_candidate
 from stages.evaluation.config import EvaluationConfig
@@ -139,8 +138,7 @@ def value_network(context: StepContext) -> ResolvedModel:
     twins = [other for other in context.registry.versions(f"{record.name}-value") if other.manifest["fingerprint_parts"] == parts]
     if not twins:
         raise ModelError(f"token_details.value: {record.ref} published no value network; set publish_value: true in its ppo step")
-    value = twins[-1]
-    return ResolvedModel(value.ref, "registry", str(value.path), value.digest, ModelInput(ref=value.ref), value)
+    return ResolvedModel.of_record(twins[-1])
 
 
 @dataclass(frozen=True)

@@ -193,8 +193,7 @@ def _is_generative(model: ResolvedModel) -> bool:
 def _unread(reference: Reference, registry: Registry) -> ResolvedModel:
     """The referenced model without its digest, because a plan does not read weights."""
     if reference.kind == "registry":
-        record = registry.get(reference.target)
-        return ResolvedModel(reference.input.ref, "registry", str(record.path), record.digest, reference.input, record)
+        return ResolvedModel.of_record(registry.get(reference.target), reference.input)
     return ResolvedModel(reference.input.ref, reference.kind, reference.target, "", reference.input)
 
 

@@ -20,6 +20,12 @@ class ResolvedModel:
     record: ModelRecord | None = None
     base: ResolvedModel | None = None  # for an adapter whose own files do not name it, e.g. one that is about to be published
 
+    @classmethod
+    def of_record(cls, record: ModelRecord, options: ModelInput | None = None) -> ResolvedModel:
+        """A version of the registry. ``options``: the model input that names it; None: its reference, with the default options."""
+        given = options or ModelInput(ref=record.ref)
+        return cls(given.ref, "registry", str(record.path), record.digest, given, record)
+
     def with_quantization(self, other: ModelInput) -> ResolvedModel:
         """The same model with the loading options of ``other``: quantization and attention."""
         fields = {"quantization": other.quantization, "double_quantization": other.double_quantization, "attention": other.attention}

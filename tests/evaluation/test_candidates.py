@@ -274,7 +274,6 @@ def test_kl_reference_must_be_a_model_without_few_shot_or_best_of(config) -> Non
 def test_value_network_of_a_ppo_step_is_recorded(step_context, tiny_llama_folder, tmp_path) -> None:
     import shutil
 
-    from stages.config import ModelInput
     from stages.evaluation.tokens import value_network
     from stages.models.heads import ValueModel
     from stages.registry.references import ResolvedModel
@@ -294,14 +293,11 @@ def test_value_network_of_a_ppo_step_is_recorded(step_context, tiny_llama_folder
         if version == 1:
             context.registry.publish("r/aligned-value", lambda folder: value.save(folder), role="value_model", fingerprint_parts=parts)
 
-    def resolved(record: Any) -> ResolvedModel:
-        return ResolvedModel(record.ref, "registry", str(record.path), record.digest, ModelInput(ref=record.ref), record)
-
-    context.models["token_details.value"] = resolved(records[1])
+    context.models["token_details.value"] = ResolvedModel.of_record(records[1])
     assert value_network(context).ref == "r/aligned-value@1"
     context.models["token_details.value"] = value_network(context)
     assert value_network(context).ref == "r/aligned-value@1"  # named itself
-    context.models["token_details.value"] = resolved(records[2])
+    context.models["token_details.value"] = ResolvedModel.of_record(records[2])
     with pytest.raises(ModelError, match="r/aligned@2 published no value network; set publish_value: true"):
         value_network(context)
 

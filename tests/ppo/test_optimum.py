@@ -101,7 +101,7 @@ def test_ppo_converges_to_the_optimal_policy(ppo_config, step_context, resolve_f
     reward = payoffs(reference)
     best = reference * (reward / KL_COEF).exp()
     best /= best.sum()
-    trained = probabilities(ResolvedModel(made.ref, "registry", str(made.path), made.digest, context.models["policy"].input, made))
+    trained = probabilities(ResolvedModel.of_record(made, context.models["policy"].input))
     objective = {
         name: expected_reward(policy, reward) - KL_COEF * kl(policy, reference)
         for name, policy in (("start", reference), ("best", best), ("found", trained))

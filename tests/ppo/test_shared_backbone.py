@@ -41,9 +41,7 @@ def disturb(model: Any, seed: int) -> None:
 
 
 def resolved(record: Any, quantization: str) -> ResolvedModel:
-    return ResolvedModel(
-        record.ref, "registry", str(record.path), record.digest, ModelInput(ref=record.ref, quantization=quantization), record
-    )
+    return ResolvedModel.of_record(record, ModelInput(ref=record.ref, quantization=quantization))
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import pytest
 from typer.testing import CliRunner
 
 from stages.cli import app
-from stages.config import ModelInput
 from stages.errors import ModelError, RecipeError, RegistryError
 from stages.process import redaction
 from stages.recipe.schema import load_recipe
@@ -250,14 +249,14 @@ def test_base_of_an_adapter_is_only_searched_in_its_registry() -> None:
 
     registry = Registry("home/registry")
     base = published("safe/base")
-    resolved = ResolvedModel(base.ref, "registry", str(base.path), base.digest, ModelInput(ref=base.ref), base)
+    resolved = ResolvedModel.of_record(base)
 
     def adapter(folder: Path) -> None:
         (folder / "adapter_config.json").write_text("{}")
         (folder / "adapter_model.safetensors").write_bytes(b"adapter")
 
     record = registry.publish("safe/adapter", adapter, role="language_model", base=resolved)
-    base_found = find_base(ResolvedModel(record.ref, "registry", str(record.path), record.digest, ModelInput(ref=record.ref), record))
+    base_found = find_base(ResolvedModel.of_record(record))
     assert base_found.record == base
 
 

@@ -366,12 +366,11 @@ def test_leftover_whose_owner_has_just_finished_does_not_block(tmp_path: Path, m
 
 
 def test_a_base_removed_while_its_adapter_is_trained_is_noticed(tmp_path: Path) -> None:
-    from stages.config import ModelInput
     from stages.registry.references import ResolvedModel
 
     registry = Registry(tmp_path)
     base = registry.publish("fault/base", fill, role="language_model")
-    resolved = ResolvedModel(base.ref, "registry", str(base.path), base.digest, ModelInput(ref=base.ref), base)
+    resolved = ResolvedModel.of_record(base)
 
     def adapter(folder: Path) -> None:
         (folder / "adapter_config.json").write_text("{}")

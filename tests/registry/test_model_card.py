@@ -33,10 +33,6 @@ def publish(registry: Registry, name: str, save: Any, parents: list[ResolvedMode
     )
 
 
-def resolved(record: ModelRecord) -> ResolvedModel:
-    return ResolvedModel(record.ref, "registry", str(record.path), record.digest, ModelInput(ref=record.ref), record)
-
-
 @pytest.fixture
 def base(registry: Registry, tiny_llama_folder: Path) -> ModelRecord:
     import shutil
@@ -110,7 +106,7 @@ def test_the_licence_is_that_of_the_first_model_also_when_its_folder_is_gone(reg
     pretrained, judge = outside(tmp_path / "pretrained", custom), outside(tmp_path / "judge", "---\nlicense: mit\n---\n")
     sft = made_from(registry, "sft", [pretrained], model=pretrained.digest)
     inputs = {"policy": sft.digest, "reward[0].model": judge.digest}
-    aligned = made_from(registry, "aligned", [resolved(sft), judge], **inputs)
+    aligned = made_from(registry, "aligned", [ResolvedModel.of_record(sft), judge], **inputs)
     (tmp_path / "pretrained" / "README.md").unlink()
     text = model_card(aligned, registry, merged=True)
     data = ModelCard(text).data
@@ -150,7 +146,7 @@ def test_an_imported_model_has_the_licence_of_its_source(registry) -> None:
     fill = lambda folder: (folder / "model.safetensors").write_bytes(b"imported")  # noqa: E731
     origin = {"imported": {"library": "TRL", "head": None, "notes": [], "licence": {"license": "llama3"}}}
     record = registry.publish("old/policy", fill, role="language_model", extra=origin)
-    later = made_from(registry, "sft", [resolved(record)], model=record.digest)
+    later = made_from(registry, "sft", [ResolvedModel.of_record(record)], model=record.digest)
     assert ModelCard(model_card(later, registry, merged=True)).data.license == "llama3"
 
 
@@ -160,7 +156,7 @@ def test_the_card_of_an_adapter_says_how_to_load_it(registry, base, tmp_path) ->
     from stages.models.loading import load_language_model, load_tokenizer
     from stages.models.saving import save_model
 
-    source = resolved(base)
+    source = ResolvedModel.of_record(base)
     tokenizer = load_tokenizer(source)
     model = load_language_model(source, dtype=torch.float32, lora=LoraSettings(r=2), tokenizer=tokenizer)
     adapter = publish(registry, "adapter", lambda folder: save_model(model, tokenizer, folder), [source], base=source)
@@ -188,7 +184,7 @@ def test_the_code_in_the_card_of_an_adapter_loads_what_was_trained(
     from stages.models.loading import load_language_model, load_tokenizer
     from stages.models.saving import save_model
 
-    source = replace(resolved(base), input=ModelInput(ref=base.ref, quantization=quantization))
+    source = replace(ResolvedModel.of_record(base), input=ModelInput(ref=base.ref, quantization=quantization))
     tokenizer = load_tokenizer(source)
     tokenizer.add_tokens([f"<{number}>" for number in range(tokens)])
     model = load_language_model(source, dtype=torch.float32, lora=LoraSettings(r=2, **lora), tokenizer=tokenizer)

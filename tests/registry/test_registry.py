@@ -40,8 +40,7 @@ def publish(registry: Registry, name: str = "quickstart/sft", fill: Any = model_
     return registry.publish(name, fill, role="language_model", **fields)
 
 
-def resolved(record: ModelRecord) -> ResolvedModel:
-    return ResolvedModel(record.ref, "registry", str(record.path), record.digest, ModelInput(ref=record.ref), record)
+resolved = ResolvedModel.of_record
 
 
 def test_version_can_be_read_by_name_number_or_digest(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from stages.config import ModelInput
 from stages.errors import ModelError
 from stages.models.adapters.exporting import export_merged
 from stages.registry.references import ResolvedModel
@@ -40,10 +39,6 @@ def step(pairs: str, **fields: Any) -> RewardModelConfig:
     return RewardModelConfig.model_validate({**given, "generative": generative, **fields})
 
 
-def of_record(record: Any) -> ResolvedModel:
-    return ResolvedModel(record.ref, "registry", str(record.path), record.digest, ModelInput(ref=record.ref), record)
-
-
 def source_of(model: ResolvedModel, **fields: Any) -> RewardSource:
     return load_source(RewardInput.model_validate({"model": model.ref, **fields}), model, **CPU)
 
@@ -65,7 +60,7 @@ def test_untrained_language_model_scores_by_log_odds(pairs, tiny_llama_folder, r
     assert made.model.role == "generative_reward_model"
     asked = json.loads((made.model.path / "reward_question.json").read_text())
     assert asked["answers"] == ["y", "n"] and asked["question"] == QUESTION
-    torch.testing.assert_close(source_of(of_record(made.model)).score(PROMPTS, COMPLETIONS), expected, rtol=0, atol=0)
+    torch.testing.assert_close(source_of(ResolvedModel.of_record(made.model)).score(PROMPTS, COMPLETIONS), expected, rtol=0, atol=0)
     # another question is another model
     other = run(step(pairs, generative={"question": "{completion} ok?"}), step_context("test/other", models={"model": folder}))
     assert other.model.digest != made.model.digest
@@ -78,7 +73,7 @@ def test_untrained_language_model_scores_by_log_odds(pairs, tiny_llama_folder, r
         ({"answers": ["a", "b"]}, "already has a question and the answers 'y' and 'n'. Remove answers and question"),
     ):
         with pytest.raises(ModelError, match=message):
-            source_of(of_record(made.model), **fields)
+            source_of(ResolvedModel.of_record(made.model), **fields)
 
 
 def test_the_server_answers_with_its_digest(pairs, tiny_llama_folder, resolve_folder, step_context) -> None:
@@ -87,8 +82,8 @@ def test_the_server_answers_with_its_digest(pairs, tiny_llama_folder, resolve_fo
     from stages.serving import Scorer, make_app
 
     record = run(step(pairs), step_context("test/asked", models={"model": resolve_folder(tiny_llama_folder)})).model
-    source = source_of(of_record(record))
-    client = TestClient(make_app(Scorer(source, of_record(record))))  # type: ignore[arg-type]
+    source = source_of(ResolvedModel.of_record(record))
+    client = TestClient(make_app(Scorer(source, ResolvedModel.of_record(record))))  # type: ignore[arg-type]
     answer = client.post("/get_reward", json={"prompts": PROMPTS, "completions": COMPLETIONS}).json()
     assert answer["rewards"] == pytest.approx(source.score(PROMPTS, COMPLETIONS).tolist()) and answer["digest"] == record.digest
     assert client.post("/score", json={"text_1": PROMPTS, "text_2": COMPLETIONS}).json()["data"][1]["score"] == answer["rewards"][1]
@@ -107,7 +102,7 @@ def test_training_moves_the_log_odds_towards_the_preferences(
     assert made.metrics["comparisons"] == 8 and made.model.is_adapter == (lora is not None)
     context.registry.export(made.model.ref, tmp_path / "out", merge=export_merged)
     reread = source_of(resolve_folder(tmp_path / "out")).score(PROMPTS, COMPLETIONS)
-    torch.testing.assert_close(source_of(of_record(made.model)).score(PROMPTS, COMPLETIONS), reread, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(source_of(ResolvedModel.of_record(made.model)).score(PROMPTS, COMPLETIONS), reread, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

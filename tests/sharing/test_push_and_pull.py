@@ -46,8 +46,7 @@ def rights(server: Any) -> None:
     server.moves_on = False
 
 
-def resolved(record: ModelRecord) -> ResolvedModel:
-    return ResolvedModel(record.ref, "registry", str(record.path), record.digest, ModelInput(ref=record.ref), record)
+resolved = ResolvedModel.of_record
 
 
 @pytest.fixture(scope="module")

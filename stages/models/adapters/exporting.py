@@ -45,7 +45,4 @@ def _guess_role(adapter: ResolvedModel) -> str:
 
 def export_merged(record: ModelRecord, folder: Path) -> None:
     """Save the registry's adapter version ``record`` as a full model for ``from_pretrained``."""
-    adapter = ResolvedModel(
-        ref=record.ref, kind="registry", path=str(record.path), digest=record.digest, input=ModelInput(ref=record.ref), record=record
-    )
-    save_merged(adapter, folder)
+    save_merged(ResolvedModel.of_record(record), folder)
