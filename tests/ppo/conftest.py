@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,14 @@ PROMPTS = [
 @pytest.fixture(autouse=True)
 def _reward_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    """A file of twelve prompts."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{word} {n}"}) + "\n" for n in range(4) for word in ("film", "a plot", "the music")))
+    return str(path)
 
 
 @pytest.fixture

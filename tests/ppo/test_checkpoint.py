@@ -64,13 +64,6 @@ def terminate() -> None:
 
 
 @pytest.fixture
-def prompts(tmp_path: Path) -> str:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"{word} {n}"}) + "\n" for n in range(4) for word in ("film", "a plot", "the music")))
-    return str(path)
-
-
-@pytest.fixture
 def six_iterations(ppo_config, prompts, tmp_path) -> Callable[[str], Any]:
     """The config of a run of six iterations of four minibatches each."""
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"the film number {n} was warm"}) + "\n" for n in range(40)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,13 +98,6 @@ def test_whitening_is_off_by_default(ppo_config) -> None:
 def test_contradictions_are_refused(ppo_config, fields, message) -> None:
     with pytest.raises(ValidationError, match=message):
         ppo_config(**fields)
-
-
-@pytest.fixture
-def prompts(tmp_path: Path) -> str:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"film {number}"}) + "\n" for number in range(12)))
-    return str(path)
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 2}], ids=["full", "lora"])

@@ -19,12 +19,6 @@ from stages.ppo.update.targets import targets
 from tests.ppo.conftest import make_updater
 
 
-def prompts_file(folder: Path) -> str:
-    path = folder / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"{word} {n}"}) + "\n" for n in range(4) for word in ("film", "a plot", "the music")))
-    return str(path)
-
-
 @pytest.fixture
 def gpt2_context(tmp_path: Path, tiny_tokenizer: Any, resolve_folder: Any, step_context: Any) -> Any:
     """A policy whose config has dropout 0.1 on residuals, attention and embeddings."""
@@ -198,12 +192,14 @@ def test_a_shared_head_begins_with_values_of_zero(ppo_config, ppo_context, make_
 
 
 @pytest.mark.detail("P19")
-def test_a_coefficient_of_zero_is_plain_ppo_to_the_bit(ppo_config, step_context, resolve_folder, tiny_llama_folder, tmp_path) -> None:
+def test_a_coefficient_of_zero_is_plain_ppo_to_the_bit(
+    ppo_config, step_context, resolve_folder, tiny_llama_folder, tmp_path, prompts
+) -> None:
     from safetensors.torch import load_file
 
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("the acting was warm and the film was a joy\n" * 20)
-    models, data = {"policy": resolve_folder(tiny_llama_folder)}, prompts_file(tmp_path)
+    models, data = {"policy": resolve_folder(tiny_llama_folder)}, prompts
     mix = {"data": str(corpus), "coef": 0.0, "examples_per_episode": 1, "block_size": 8}
     made = []
     for name, fields in (("plain", {}), ("off", {"pretraining_mix": mix}), ("on", {"pretraining_mix": {**mix, "coef": 1.0}})):
@@ -215,7 +211,7 @@ def test_a_coefficient_of_zero_is_plain_ppo_to_the_bit(ppo_config, step_context,
 
 
 @pytest.mark.detail("P20")
-def test_pretraining_mix_halves_the_loss_increase(ppo_config, step_context, resolve_folder, tiny_llama_folder, tmp_path) -> None:
+def test_pretraining_mix_halves_the_loss_increase(ppo_config, step_context, resolve_folder, tiny_llama_folder, tmp_path, prompts) -> None:
     """A small alignment tax: a reward makes a model forget a text that it knows. With PPO-ptx, it forgets less than half as much."""
     from stages.models.loading import load_language_model, load_tokenizer
     from stages.models.passes.likelihood import measure_likelihood
@@ -240,7 +236,7 @@ def test_pretraining_mix_halves_the_loss_increase(ppo_config, step_context, reso
         return measure_likelihood(trained, rows, pad_token_id=1, batch_size=1, device=torch.device("cpu"), dtype=torch.float32).loss
 
     before = loss(tmp_path / "base")
-    models, data = {"policy": resolve_folder(tmp_path / "base")}, prompts_file(tmp_path)
+    models, data = {"policy": resolve_folder(tmp_path / "base")}, prompts
     settings = {
         "data": data,
         "reward": [{"function": "letters_reward:vowels"}],
@@ -386,7 +382,7 @@ def test_the_metrics_of_the_papers_are_there_without_padding(ppo_config, ppo_con
 
 @pytest.mark.detail("P37")
 def test_a_policy_s_samples_become_labels_of_the_next_reward_model(
-    ppo_config, step_context, resolve_folder, tiny_llama_folder, reward_folder, tmp_path
+    ppo_config, step_context, resolve_folder, tiny_llama_folder, reward_folder, tmp_path, prompts
 ) -> None:
     """Reward model 1 -> policy 1 -> comparisons -> reward model 2: the lineage in the registry shows these steps."""
     from dataclasses import replace
@@ -396,12 +392,12 @@ def test_a_policy_s_samples_become_labels_of_the_next_reward_model(
     from stages.reward_model.run import run as train_reward_model
 
     first = replace(resolve_folder(reward_folder), digest="sha256:reward-model-1", ref="reward-model-1")
-    data = prompts_file(tmp_path)
+    data = prompts
     context = step_context("test/policy", models={"policy": resolve_folder(tiny_llama_folder), "reward[0].model": first})
     policy = run(ppo_config(data=data, total_episodes=12, value=None, reward=[{"model": "reward-model-1"}]), context).model
     comparisons = tmp_path / "comparisons.jsonl"
     comparisons.write_text("".join(json.dumps({"prompt": f"p {n}", "chosen": "a joy", "rejected": "dull"}) + "\n" for n in range(8)))
-    made = ResolvedModel(policy.ref, "registry", str(policy.path), policy.digest, context.models["policy"].input, policy)
+    made = ResolvedModel.of_record(policy, context.models["policy"].input)
     context = step_context("test/second", models={"model": first, "collect.policies[0].model": made})
     collect = {
         "policies": [policy.ref],

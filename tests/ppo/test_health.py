@@ -238,18 +238,12 @@ def test_hacking_needs_a_rising_score() -> None:
     assert observed(falls).summary() == []  # both fall: the run gets worse, but this is not reward hacking
 
 
-def prompts(tmp_path: Any) -> str:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"{word} {number}"}) + "\n" for number in range(4) for word in ("film", "a plot", "joy")))
-    return str(path)
-
-
-def test_alarms_reach_metrics_summary_and_terminal(ppo_config, ppo_context, tmp_path, monkeypatch) -> None:
+def test_alarms_reach_metrics_summary_and_terminal(ppo_config, ppo_context, tmp_path, monkeypatch, prompts) -> None:
     (tmp_path / "flat_rewards.py").write_text("def flat(p, c): return [1.0 for _ in c]\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     said: list[str] = []
     monkeypatch.setattr(ppo_context.runtime.console, "print", lambda *parts, **_: said.append(" ".join(map(str, parts))))
-    config = ppo_config(data=prompts(tmp_path), reward=[{"function": "flat_rewards:flat"}], total_episodes=48)
+    config = ppo_config(data=prompts, reward=[{"function": "flat_rewards:flat"}], total_episodes=48)
     metrics = run(config, ppo_context).metrics
     assert [alarm["name"] for alarm in metrics["alarms"]] == ["flat_reward"] and metrics["alarms"][0]["iterations"] == 2
     lines = [json.loads(line) for line in (ppo_context.folder / "metrics.jsonl").read_text().splitlines()]
@@ -258,9 +252,9 @@ def test_alarms_reach_metrics_summary_and_terminal(ppo_config, ppo_context, tmp_
     assert "alarms: flat_reward" in said[-1]
 
 
-def test_an_alarm_may_end_the_run(ppo_config, ppo_context, tmp_path) -> None:
-    config = ppo_config(data=prompts(tmp_path), total_episodes=48, health={"kl_limit": 1e-5, "stop_on": ["exploding_kl"]})
-    with pytest.raises(TrainingError, match=r"iteration 1: stopped on exploding_kl .health.stop_on.: the KL .* checkpoint is kept in"):
+def test_an_alarm_may_end_the_run(ppo_config, ppo_context, prompts) -> None:
+    config = ppo_config(data=prompts, total_episodes=48, health={"kl_limit": 1e-5, "stop_on": ["exploding_kl"]})
+    with pytest.raises(TrainingError, match=r"iteration 2: stopped on exploding_kl .health.stop_on.: the KL .* checkpoint is kept in"):
         run(config, ppo_context)
     assert list((ppo_context.checkpoint_folder / "ppo").glob("checkpoint-*/checkpoint.json"))
 

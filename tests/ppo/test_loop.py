@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,15 +15,6 @@ from safetensors.torch import load_file
 from stages.errors import DataError, RecipeError, TrainingError
 from stages.ppo.loop import cut_message, run
 from stages.ppo.update.targets import targets
-
-
-@pytest.fixture
-def prompts(tmp_path: Path) -> str:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(
-        "".join(json.dumps({"prompt": f"{word} {number}"}) + "\n" for number in range(4) for word in ("film", "a plot", "the music"))
-    )
-    return str(path)
 
 
 def weights(result: Any) -> dict[str, torch.Tensor]:
@@ -68,7 +58,7 @@ def test_lora_publishes_an_adapter_on_the_policy(ppo_config, ppo_context, prompt
     from stages.models.loading import load_language_model
     from stages.registry.references import ResolvedModel
 
-    source = ResolvedModel("x", "registry", str(result.model.path), result.model.digest, ppo_context.models["policy"].input, result.model)
+    source = ResolvedModel.of_record(result.model)
     assert load_language_model(source, dtype=torch.float32) is not None
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,17 +42,11 @@ def test_only_managed_modules_in_use_move_to_the_device() -> None:
         assert off.modules[0].seen == []
 
 
-def prompts(folder: Path) -> str:
-    path = folder / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"film {number}"}) + "\n" for number in range(12)))
-    return str(path)
-
-
 def weights(result: Any) -> dict[str, torch.Tensor]:
     return load_file(next(result.model.path.glob("*.safetensors")))
 
 
-def test_offloading_changes_only_the_device(ppo_config, step_context, resolve_folder, tiny_llama_folder, tmp_path, monkeypatch) -> None:
+def test_offloading_changes_only_the_device(ppo_config, step_context, resolve_folder, tiny_llama_folder, monkeypatch, prompts) -> None:
     models = {"policy": resolve_folder(tiny_llama_folder)}
     awake: list[int] = []
     original = Offload.awake
@@ -65,8 +57,7 @@ def test_offloading_changes_only_the_device(ppo_config, step_context, resolve_fo
 
     monkeypatch.setattr(Offload, "awake", counted)
     results = [
-        weights(run(ppo_config(data=prompts(tmp_path), offload=offload), step_context(f"test/{offload}", 3, models)))
-        for offload in (False, True)
+        weights(run(ppo_config(data=prompts, offload=offload), step_context(f"test/{offload}", 3, models))) for offload in (False, True)
     ]
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
     assert max(awake) == 2  # reference and value network while the rollout is measured
