@@ -64,7 +64,8 @@ def plan(
     """
     from stages.chain import planning
     from stages.chain.pins import pinned, resolve_commits
-    from stages.memory_plan.plan import advice_lines, memory_table, plan_memory
+    from stages.memory_plan.plan import plan_memory
+    from stages.memory_plan.table import advice_lines, memory_table
     from stages.recipe.schema import load_recipe
     from stages.recipe.settings import preset_settings, settings_of_step, settings_table
 

@@ -8,13 +8,8 @@ I Ouyang et al. 2022 (2203.02155); H Huang et al. 2024 (2403.17031), its code vw
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypedDict
-
-from stages.json_types import JsonObject
-from stages.recipe.source import RecipeSource, Steps, nearest, parse_path
 
 
 @dataclass(frozen=True)
@@ -51,9 +46,6 @@ class Preset:
 
 UNSAID = "the paper does not mention it"
 NO_CLIP = ours(None, "no paper mentions gradient clipping, and neither LMHP nor N+ clips")
-
-# Ziegler et al. 2019
-
 _Z_REWARD: Settings = {
     "loss": Value("best_of", "Z 2; LMHP label_types.py PickBest"),
     "training.epochs": Value(1.0, "LMHP train_reward.py: every label once"),
@@ -183,9 +175,6 @@ _SUMMARIES: _ZieglerTask = {
     "reward_rate": 2.5e-5,
     "reward_batch": 16,
 }
-
-# Stiennon et al. 2020
-
 _TLDR_FIT: Settings = {
     "prompt_fit.max_tokens": Value(512, "S B.2; N+ tldr_dataset.py"),
     "prompt_fit.after": Value("POST: ", "N+ tldr_dataset.py format_str, truncate_field"),
@@ -252,8 +241,6 @@ def _stiennon(sft_rate: float, reward_rate: float, rate: float, batch: int) -> P
     return Preset("Stiennon et al. 2020", {"sft": sft, "reward_model": reward, "ppo": ppo})
 
 
-# Ouyang et al. 2022
-
 _I_ADAM: Settings = {
     "training.adam_beta1": Value(0.9, "I C"),
     "training.adam_beta2": Value(0.95, "I C"),
@@ -267,8 +254,6 @@ _I_COSINE: Settings = {
     "training.adam_epsilon": ours(1e-8, UNSAID),
 }
 _PRETRAINING_DATA = "texts of the pretraining distribution"
-
-
 _I_REWARD: Settings = {
     **_I_ADAM,
     **_I_COSINE,
@@ -376,9 +361,6 @@ _I_SIZES: dict[str, _Size] = {
     "6b": {"sft_rate": 9.65e-6, "init_rate": 1.04e-5, "sft_batch": 32, "value_rate": 9e-6},
     "175b": {"sft_rate": 5.03e-6, "init_rate": 2.45e-6, "sft_batch": 8, "value_rate": 5e-6},
 }
-
-# Huang et al. 2024
-
 _H_ADAM: Settings = {
     "training.learning_rate": Value(3e-6, "H; N+ Args.lr"),
     "training.adam_epsilon": Value(1e-5, "N+ Args.eps"),
@@ -451,7 +433,6 @@ _HUANG = Preset(
         },
     },
 )
-
 PRESETS: dict[str, Preset] = {
     "ziegler2019": _STYLE,
     "ziegler2019/style": _STYLE,
@@ -466,89 +447,3 @@ PRESETS: dict[str, Preset] = {
     **{f"instructgpt2022/{name}-init": _instructgpt_init(size) for name, size in _I_SIZES.items()},
     "huang2024": _HUANG,
 }
-
-
-# Applying a preset
-
-
-@dataclass(frozen=True)
-class Applied:
-    """A preset as applied to a step: the values that it sets, by field path, and a note on what it cannot set."""
-
-    name: str
-    values: Settings
-    note: str | None
-
-
-def apply_preset(content: Mapping[str, object], path: Steps, source: RecipeSource) -> tuple[JsonObject, Applied | None]:
-    """Return (the step's content with preset values added, the applied preset).
-
-    Raises RecipeError for an unknown preset or missing field.
-    """
-    name, stage = content.get("preset"), content.get("stage")
-    if name is None:
-        return dict(content), None
-    if not isinstance(name, str) or name not in PRESETS:
-        raise source.error((*path, "preset"), f"got {name!r}, which is not a preset; {nearest(name, PRESETS)}")
-    preset = PRESETS[name]
-    if not isinstance(stage, str) or stage not in preset.stages:
-        reason = preset.missing.get(str(stage), f"only for {', '.join(preset.stages)}")
-        raise source.error((*path, "preset"), f"{name!r} has nothing for the stage {stage}: {reason}")
-    merged = copy.deepcopy(dict(content))
-    values = _scaled(preset.stages[stage], merged)
-    filled = {field_path: value for field_path, value in values.items() if _fill(merged, parse_path(field_path), value.value)}
-    for field_path, purpose in preset.required.get(stage, {}).items():
-        keys = parse_path(field_path)
-        if _lacks(merged, keys):
-            block = keys[0]
-            raise source.error(path, f"the preset {name!r} needs {field_path}: {purpose}. Or set {block}: null to do without it")
-    return merged, Applied(name, filled, preset.notes.get(stage))
-
-
-def _scaled(settings: Settings, content: Mapping[str, object]) -> Settings:
-    """Fit the settings to the recipe's batch sizes: keep the number of minibatches."""
-    scaled = dict(settings)
-    if "rollout_batch_size" in settings:
-        rollout, minibatch = settings["rollout_batch_size"].value, settings["minibatch_size"].value
-        assert isinstance(rollout, int) and isinstance(minibatch, int)
-        num_minibatches = rollout // minibatch
-        given, small = content.get("rollout_batch_size"), content.get("minibatch_size")
-        if isinstance(given, int) and small is None:
-            parts = max(count for count in range(1, num_minibatches + 1) if given % count == 0) if given > 0 else 1
-            scaled["minibatch_size"] = _because(settings["minibatch_size"], given // parts, f"{parts} minibatches")
-        elif isinstance(small, int) and given is None:
-            scaled["rollout_batch_size"] = _because(
-                settings["rollout_batch_size"], small * num_minibatches, f"{num_minibatches} minibatches"
-            )
-    return scaled
-
-
-def _because(value: Value, scaled: int, reason: str) -> Value:
-    return Value(scaled, f"{value.source}, scaled to the recipe's batch: {reason}", value.published)
-
-
-def _fill(content: JsonObject, path: Steps, value: object) -> bool:
-    """Set ``value`` at ``path`` unless the recipe sets it. A block set to null counts as set."""
-    node = content
-    for key in map(str, path[:-1]):
-        below = node.setdefault(key, {})
-        if not isinstance(below, dict):
-            return False
-        node = below
-    last = str(path[-1])
-    if last in node:
-        return False
-    node[last] = copy.deepcopy(value)
-    return True
-
-
-def _lacks(content: Mapping[str, object], path: Steps) -> bool:
-    """Whether the recipe does not set ``path``. A block set to null counts as set."""
-    node: object = content
-    for key in path:
-        if not isinstance(node, dict):
-            return False
-        if key not in node:
-            return True
-        node = node[key]
-    return False

@@ -21,7 +21,7 @@ from stages.json_types import JsonObject
 from stages.process.redaction import find_secret
 from stages.process.trackers import Tracker, check_trackers
 from stages.recipe.functions import addresses, check_function
-from stages.recipe.presets import Applied, apply_preset
+from stages.recipe.preset_defaults import Applied, apply_preset
 from stages.recipe.source import RecipeSource, Steps, find_recipe, named, nearest, parse_path, read, show
 from stages.recipe.validation import Block, validate
 from stages.registry.ledger import Registry

@@ -126,7 +126,7 @@ def planned_and_measured(setup: dict[str, Any], work: Path) -> tuple[float, floa
     from stages.memory.estimate import Machine
     from stages.memory.fake_passes import LiveBytes
     from stages.memory.lengths import Counter
-    from stages.memory_plan.plan import _folder, _loaded, _views
+    from stages.memory_plan.views import folder_of, loaded, views_of
     from stages.recipe.schema import STAGES, load_recipe
     from stages.registry.ledger import Registry
 
@@ -146,8 +146,8 @@ def planned_and_measured(setup: dict[str, Any], work: Path) -> tuple[float, floa
         registry = Registry(home / "registry")
         step = load_recipe(home / "recipe.yaml", [], registry).steps[0]
         planner = importlib.import_module(str(STAGES[stage].memory))
-        models = _loaded(_views(step, {}, {}, registry)[0], step.config)
-        lengths = planner.lengths_of(step.config, Counter(_folder(step, registry, {})))
+        models = loaded(views_of(step, {}, {}, registry)[0], step.config)
+        lengths = planner.lengths_of(step.config, Counter(folder_of(step, registry, {})))
         planned = planner.estimate(step.config, models, lengths, Machine("cpu", 8 << 30, 4, "this machine"), 1)
         context, _ = _context(step, home, registry)
         with LiveBytes(counts_inputs=True) as live:

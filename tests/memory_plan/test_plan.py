@@ -13,7 +13,9 @@ from stages.cli import app
 from stages.errors import ModelError
 from stages.memory import counting, fake_passes
 from stages.memory.estimate import Machine
-from stages.memory_plan.plan import PROCESS, StepMemory, advice_lines, plan_memory
+from stages.memory_plan.advice import PROCESS, StepMemory
+from stages.memory_plan.plan import plan_memory
+from stages.memory_plan.table import advice_lines
 from stages.recipe.schema import load_recipe
 from stages.registry.ledger import Registry
 
