@@ -376,10 +376,10 @@ def details_of(questions: Sequence[Question], samples: Sequence[Sample]) -> Deta
 
 
 def _tasks(config: EvaluationConfig, context: StepContext, candidate: LoadedModel) -> dict[str, dict[str, float]]:
-    runtime = context.runtime
-    shares = {"process_index": runtime.process_index, "num_processes": runtime.num_processes, "batch_size": config.generation.batch_size}
+    size = config.generation.batch_size
     measured = {
-        name: measure_task(candidate.model, candidate.tokenizer, task.load(), task, **shares) for name, task in config.tasks.items()
+        name: measure_task(candidate.model, candidate.tokenizer, task.load(), task, batch_size=size, runtime=context.runtime)
+        for name, task in config.tasks.items()
     }
     return {name: result.as_json() for name, result in measured.items()}
 

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate.utils import gather_object
 
 from stages.corpora.templates import encode_plain_pair
 from stages.evaluation.config import TaskInput
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
     from stages.corpora.choices import Question
     from stages.model_types import TransformersModel
+    from stages.process.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,14 @@ def measure_task(
     task: TaskInput,
     *,
     batch_size: int,
-    process_index: int = 0,
-    num_processes: int = 1,
+    runtime: Runtime,
 ) -> TaskResult:
     """Score ``questions``, distributed over the processes. Every process returns the same result."""
-    own = list(range(process_index, len(questions), num_processes))
-    scores = score_choices(model, tokenizer, [questions[row] for row in own], task.normalize, batch_size=batch_size)
-    made = list(zip(own, scores, strict=True))
-    gathered = sorted(made if num_processes == 1 else gather_object(made))
-    return task_result([row for _, row in gathered], [question.answer for question in questions])
+
+    def work(own: list[int]) -> list[list[float]]:
+        return score_choices(model, tokenizer, [questions[row] for row in own], task.normalize, batch_size=batch_size)
+
+    return task_result(runtime.distribute(len(questions), work), [question.answer for question in questions])
 
 
 def task_result(scores: Sequence[Sequence[float]], answers: Sequence[int]) -> TaskResult:

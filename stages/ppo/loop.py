@@ -341,15 +341,7 @@ class PPORun:
     def _log_iteration(self, rollout: Rollout, result: UpdateResult) -> dict[str, float]:
         """Log the iteration, raise alarms and update the KL coefficient. This completes the iteration."""
         state, iteration = self.state, self.state.iteration
-        metrics = iteration_metrics(
-            rollout,
-            result,
-            kl_coef=self.controller.value,
-            samples_per_prompt=self.config.samples_per_prompt,
-            importance_cap=self.config.importance_cap,
-            matmul_peak=self.matmul_peak,
-            penalizes_missing_eos=self.config.missing_eos != "none",
-        )
+        metrics = iteration_metrics(rollout, result, self.config, kl_coef=self.controller.value, matmul_peak=self.matmul_peak)
         metrics[LEARNING_RATE] = self.optimizers["policy"].param_groups[0]["lr"]
         self._say_cuts(metrics)
         alarms = self.health.observe(metrics)

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from stages.corpora.choices import Question
 from stages.evaluation.config import TaskInput
 from stages.evaluation.tasks import encode_choice, measure_task, score_choices, task_result, task_table
+from stages.process.runtime import Runtime
 
 QUESTIONS = [
     Question("the acting was", ["warm", "dull and weak", "a"], 0),
@@ -89,7 +90,8 @@ def test_model_trained_on_the_answers_scores_one(model, tiny_tokenizer) -> None:
         sum(pupil(ids, labels=ids).loss for ids in texts).backward()
         optimizer.step()
     questions = [Question("the music was", ["a fine film", "a joy"], 1), Question("the story was", ["a fine film", "a joy"], 0)]
-    result = measure_task(pupil.eval(), tiny_tokenizer, questions, TaskInput(data="unused", normalize="tokens"), batch_size=4)
+    task, runtime = TaskInput(data="unused", normalize="tokens"), Runtime(quiet=True)
+    result = measure_task(pupil.eval(), tiny_tokenizer, questions, task, batch_size=4, runtime=runtime)
     assert result.accuracy == 1 and result.probability > 0.55
 
 

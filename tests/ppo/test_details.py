@@ -354,7 +354,7 @@ def test_the_metrics_of_the_papers_are_there_without_padding(ppo_config, ppo_con
     rollout = make_rollout(roles, config)
     target = targets(rollout, config, kl_coef=0.1)
     rollout.seconds["update"] = 1.0
-    metrics = iteration_metrics(rollout, make_updater(roles, config).update(rollout, kl_coef=0.1, seed=0), kl_coef=0.1)
+    metrics = iteration_metrics(rollout, make_updater(roles, config).update(rollout, kl_coef=0.1, seed=0), config, kl_coef=0.1)
     mask = rollout.response_mask
     model = load_roles(config, ppo_context).policy.model  # as it was before the update
     with torch.no_grad():

@@ -166,7 +166,7 @@ def test_each_phase_of_an_iteration_has_its_peak_of_gpu_memory(ppo_config, ppo_c
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: next(peaks))
     rollout = make_rollout(roles, config)
     rollout.seconds["update"] = 1.0
-    metrics = iteration_metrics(rollout, UpdateResult({}, 1, 1), kl_coef=0.1)
+    metrics = iteration_metrics(rollout, UpdateResult({}, 1, 1), config, kl_coef=0.1)
     memory = {name: value for name, value in metrics.items() if name.startswith("memory/")}
     assert memory == {"memory/generation_gpu_gib": 5.0, "memory/scoring_gpu_gib": 1.0, "memory/measuring_gpu_gib": 3.0}
 
@@ -182,6 +182,6 @@ def test_scores_by_ending_are_means_after_the_penalties(ppo_config, ppo_context,
     rollout.scores[:] = torch.where(rollout.stopped, torch.tensor(3.0), torch.tensor(-4.0))
     rollout.scores[0] = 5.0
     expected = {"responses/stopped_score": 4.0, "responses/unstopped_score": -4.0}
-    metrics = iteration_metrics(rollout, UpdateResult({}, 1, 1), kl_coef=0.1, penalizes_missing_eos=True)
+    metrics = iteration_metrics(rollout, UpdateResult({}, 1, 1), ppo_config(missing_eos="replace"), kl_coef=0.1)
     assert {name: value for name, value in metrics.items() if name.endswith("stopped_score")} == expected
-    assert expected.keys().isdisjoint(iteration_metrics(rollout, UpdateResult({}, 1, 1), kl_coef=0.1))
+    assert expected.keys().isdisjoint(iteration_metrics(rollout, UpdateResult({}, 1, 1), ppo_config(missing_eos="none"), kl_coef=0.1))

@@ -15,6 +15,7 @@ from stages.stats.comparing import repeated_ngrams
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from stages.ppo.config import PPOStepConfig
     from stages.ppo.health import RaisedAlarm
     from stages.ppo.records.history import RunHistory
     from stages.ppo.rollout.rollout import Rollout
@@ -35,23 +36,18 @@ def group_metrics(scores: Tensor, samples_per_prompt: int) -> dict[str, float]:
 def iteration_metrics(
     rollout: Rollout,
     result: UpdateResult,
+    config: PPOStepConfig,
     *,
     kl_coef: float,
-    samples_per_prompt: int = 1,
-    importance_cap: float = math.inf,
     matmul_peak: float = math.inf,
-    penalizes_missing_eos: bool = False,
 ) -> dict[str, float]:
-    """Metrics of one iteration. KL is summed over tokens and averaged over episodes, in nats. ``matmul_peak`` is in flops per second.
-
-    ``importance_cap``: maximum importance weight of a token that another engine sampled.
-    """
+    """Metrics of one iteration. KL is summed over tokens and averaged over episodes, in nats. ``matmul_peak`` is in flops per second."""
     sequence_kl = rollout.kl.sum(dim=1)
     lengths = rollout.lengths.float()
     return {
         metric_names.SCORE_MEAN: float(rollout.scores.mean()),
         metric_names.SCORE_STD: float(rollout.scores.std(correction=0)),
-        **group_metrics(rollout.scores, samples_per_prompt),
+        **group_metrics(rollout.scores, config.samples_per_prompt),
         **_means(metric_names.reward_name, rollout.parts),
         **_means(metric_names.monitor_name, rollout.monitors),
         metric_names.TOTAL_MEAN: float((rollout.scores - kl_coef * sequence_kl).mean()),
@@ -62,11 +58,11 @@ def iteration_metrics(
         metric_names.LENGTH_MEAN: float(lengths.mean()),
         metric_names.LENGTH_MAX: float(lengths.max()),
         metric_names.STOPPED_SHARE: float(rollout.stopped.float().mean()),
-        **(_scores_by_ending(rollout) if penalizes_missing_eos else {}),
+        **(_scores_by_ending(rollout) if config.missing_eos != "none" else {}),
         metric_names.REPETITION: repeated_ngrams([rollout.response(row) for row in range(len(rollout.prompts))], 4),
         metric_names.DISTINCT_SHARE: len(set(rollout.completions)) / len(rollout.completions),
         metric_names.SAMPLING_GAP: rollout.sampling_gap,
-        **_importance_metrics(rollout, importance_cap),
+        **_importance_metrics(rollout, config.importance_cap),
         **speed_metrics(
             rollout.seconds,
             episodes=len(rollout.prompts),
