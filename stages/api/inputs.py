@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import reprlib
 import shutil
 import tempfile
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from stages.api.functions import address_of, shown_name
 from stages.api.results import Model
 from stages.errors import DataError, ModelError, RecipeError
+from stages.process.storage import write_file
 from stages.registry.contents import digest_folder
 
 if TYPE_CHECKING:
@@ -180,9 +180,7 @@ def _store(content: bytes, folder: Path, suffix: str) -> str:
     path = folder / f"rows-{hashlib.sha256(content).hexdigest()[:16]}.{suffix}"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_bytes(content)
-        partial.replace(path)
+        write_file(path, content)
     return str(path)
 
 

@@ -16,7 +16,6 @@ import os
 import platform
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -42,7 +41,7 @@ from stages.process.gpus import peak_gpu_memory, visible_gpus
 from stages.process.hardware import cpu_name
 from stages.process.logs import without_repeats
 from stages.process.runtime import AutoPrecision, Runtime
-from stages.process.storage import make_home, write_json
+from stages.process.storage import make_home, point_to, write_json
 from stages.recipe.schema import STAGES, Recipe, RecipeStep, imported
 from stages.registry.contents import remembered_hashes
 from stages.registry.manifests import installed_packages
@@ -108,7 +107,7 @@ class _Run:
     def start(self) -> None:
         self._write_summary()
         if self.runtime.is_main:
-            _point(self.folder.parent / "latest", self.folder.name)
+            point_to(self.folder.parent / "latest", self.folder.name)
         self.runtime.console.print(plan_table(self.plans, self.recipe.name))
 
     def do(self, step: RecipeStep, planned: StepPlan) -> None:
@@ -382,13 +381,6 @@ def _free_memory() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _point(link: Path, target: str) -> None:
-    """Atomically make ``link`` a symbolic link to ``target``."""
-    partial = link.with_name(f".{link.name}.{uuid.uuid4().hex}")
-    partial.symlink_to(target)
-    os.replace(partial, link)
 
 
 def _shown(path: Path) -> str:

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 
 from stages.errors import HubError
 from stages.hub.models import is_read
-from stages.hub.repositories import Kind, content_ids, folder_of
+from stages.hub.repositories import Kind, content_ids, folder_of, write_in_cache
 
 FOLDER = "contents"  # in the cache folder of a repository: <commit>.json, path -> id of the content
 DOCUMENTS = ("CHANGELOG", "COPYING", "LICENSE", "NOTICE", "README", "USE_POLICY")
@@ -48,15 +45,5 @@ def _ids(kind: Kind, identifier: str, commit: str) -> dict[str, str | None]:
         ids = content_ids(kind, identifier, commit)
     except HubError:
         return {}
-    _keep(path, ids)
+    write_in_cache(path, json.dumps(ids))
     return ids
-
-
-def _keep(path: Path, ids: dict[str, str | None]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{uuid.uuid4().hex}")
-        partial.write_text(json.dumps(ids), encoding="utf-8")
-        os.replace(partial, path)
-    except OSError:
-        pass  # a read-only cache can still be used

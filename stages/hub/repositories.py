@@ -71,7 +71,8 @@ def look_up(kind: Kind, identifier: str, revision: str | None = None) -> Reposit
     info = _asked(kind, identifier, revision, lambda: api.repo_info(identifier, repo_type=kind, revision=revision, timeout=TIMEOUT))
     commit = str(info.sha)
     if revision != commit:
-        _remember(kind, identifier, revision or "main", commit)
+        # A download by commit does not record which commit a revision names, but offline use needs it.
+        write_in_cache(folder_of(kind, identifier) / "refs" / (revision or "main"), commit)
     assert isinstance(info, ModelInfo | DatasetInfo), f"{kind} {identifier}: {type(info).__name__}"
     files = tuple(sorted(sibling.rfilename for sibling in info.siblings or ()))
     if files and info.gated:
@@ -228,13 +229,12 @@ def folder_of(kind: Kind, identifier: str) -> Path:
     return Path(constants.HF_HUB_CACHE) / "--".join([f"{kind}s", *identifier.split("/")])
 
 
-def _remember(kind: Kind, identifier: str, revision: str, commit: str) -> None:
-    """Record in the cache which commit ``revision`` names. A download by commit does not record it, but offline use needs it."""
-    path = folder_of(kind, identifier) / "refs" / revision
+def write_in_cache(path: Path, text: str) -> None:
+    """Write a file in the local cache, if that can be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{uuid.uuid4().hex}")
-        partial.write_text(commit, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     except OSError:
         pass  # a read-only cache can still be used

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,7 +17,7 @@ from stages.corpora.labels import GOLD, SETTINGS, TASKS, LabelTask, is_labelling
 from stages.errors import DataError
 from stages.labelling.config import People, Questions, load_instructions, load_questions
 from stages.labelling.tasks import file_tasks, read_gold
-from stages.process.storage import sync, write_json
+from stages.process.storage import sync, write_file, write_json
 
 SCORES = "scores.json"  # scores of a reward model: {"model": ref, "digest": ..., "scores": {task: [...]}}
 
@@ -108,18 +106,8 @@ def publish_scores(folder: Path, ref: str, digest: str, scores: dict[str, list[f
     write_json(folder / SCORES, {"model": ref, "digest": digest, "scores": scores})
 
 
-def point_latest(folder: Path) -> None:
-    """Make the link ``latest`` next to a step's folder point to this folder."""
-    partial = folder.parent / f".latest.{uuid.uuid4().hex}"
-    partial.symlink_to(folder.name)
-    os.replace(partial, folder.parent / "latest")
-
-
 def _write(path: Path, tasks: Sequence[LabelTask]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(task.as_line() + "\n" for task in tasks), encoding="utf-8")
-    sync(partial)
-    os.replace(partial, path)
+    write_file(path, "".join(task.as_line() + "\n" for task in tasks))
     sync(path.parent)
 
 

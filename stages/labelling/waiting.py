@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from stages.corpora.labels import ANSWERS, GOLD, latest, read_answers, read_tasks
 from stages.errors import Waiting
 from stages.labelling.config import People
-from stages.labelling.publishing import point_latest, publish_settings, read_settings
+from stages.labelling.publishing import publish_settings, read_settings
 from stages.labelling.report import quality
 from stages.labelling.store import read_labels
 from stages.process.environment import continue_command, default_home
-from stages.process.storage import write_json
+from stages.process.storage import point_to, write_json
 
 if TYPE_CHECKING:
     from stages.labelling.report import Quality
@@ -40,7 +40,7 @@ def ask_people(folder: Path, people: People, context: StepContext) -> None:
 
     def publish() -> None:
         publish_settings(folder, context.name, context.seed, people)
-        point_latest(folder)
+        point_to(folder.parent / "latest", folder.name)
         if people.simulate is not None and num_ranked(folder) < read_settings(folder).target:
             from stages.labelling.simulated import simulate
 

@@ -47,19 +47,30 @@ def make_home(folder: Path) -> None:
         ) from error
 
 
-def write_json(path: Path, content: object) -> None:
-    """Write JSON atomically: a reader, or a crash, sees either the old or the new file."""
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file (a text in UTF-8) atomically: a reader, or a crash, sees either the old or the new file."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, ensure_ascii=False)
-            file.write("\n")
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON as ``write_file`` does."""
+    write_file(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def point_to(link: Path, target: str) -> None:
+    """Atomically make ``link`` a symbolic link to ``target``."""
+    partial = link.with_name(f".{link.name}.{uuid.uuid4().hex}")
+    partial.symlink_to(target)
+    os.replace(partial, link)
 
 
 def read_json(path: Path) -> dict[str, Any]:

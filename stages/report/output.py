@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import uuid
 from pathlib import Path
 
 from stages.errors import StorageError
+from stages.process.storage import write_file
 
 GENERATOR = "tristage"
 """The generator that a page names. It distinguishes a report from other files."""
@@ -36,12 +36,9 @@ def _is_report(path: Path) -> bool:
 def write_page(html: str, path: Path) -> int:
     """Write a page atomically and return its size in bytes. Raises StorageError."""
     content = html.encode()
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
+        write_file(path, content)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise StorageError(
             f"the page cannot be written to {path}: {error.strerror or error}; free some space, or choose another file "
             "(stages report RUN --out FILE)"

@@ -24,6 +24,7 @@ from stages.errors import RecipeError, StagesError
 from stages.json_types import JsonObject
 from stages.process.ending import explain, lost_the_others
 from stages.process.runtime import Runtime
+from stages.process.storage import write_file
 from stages.process.tables import Table
 from stages.recipe.schema import Recipe, RecipeStep, load_recipe
 from stages.recipe.source import nearest
@@ -223,9 +224,8 @@ def _earlier_runs(folder: Path) -> dict[str, str]:
 
 def _write_rows(result: SweepResult) -> None:
     result.folder.mkdir(parents=True, exist_ok=True)
-    partial = result.folder / ".results.jsonl"
-    partial.write_text("".join(json.dumps(run.as_json(), ensure_ascii=False) + "\n" for run in result.runs), encoding="utf-8")
-    partial.replace(result.folder / "results.jsonl")
+    lines = [json.dumps(run.as_json(), ensure_ascii=False) + "\n" for run in result.runs]
+    write_file(result.folder / "results.jsonl", "".join(lines))
 
 
 def _write_table(result: SweepResult) -> None:
