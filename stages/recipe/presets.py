@@ -102,7 +102,7 @@ _Z_MISSING = {"sft": "Ziegler et al. start from a pretrained model without fine-
 
 
 class _ZieglerTask(TypedDict):
-    """Settings that the summarisation tasks of Ziegler et al. have in common."""
+    """Settings of a kind of task in Ziegler et al."""
 
     length: int
     stop: str
@@ -115,55 +115,40 @@ class _ZieglerTask(TypedDict):
     reward_batch: int
 
 
-def _ziegler(
-    *,
-    length: int,
-    stop: str,
-    after: int,
-    temperature: float,
-    kl_coef: float,
-    adaptive: bool,
-    whiten: bool,
-    batch: int,
-    rate: float,
-    reward_rate: float,
-    reward_batch: int,
-) -> Preset:
+def _ziegler(task: _ZieglerTask, *, temperature: float, kl_coef: float) -> Preset:
     launch = "LMHP launch.py"
     samples = {
         "normalization.generation.temperature": Value(temperature, launch),
-        "normalization.generation.max_new_tokens": Value(length, launch),
+        "normalization.generation.max_new_tokens": Value(task["length"], launch),
     }
-    training = {"training.learning_rate": Value(reward_rate, launch), "training.batch_size": Value(reward_batch, launch)}
+    training = {"training.learning_rate": Value(task["reward_rate"], launch), "training.batch_size": Value(task["reward_batch"], launch)}
     ppo = {
-        "rollout_batch_size": Value(batch, launch),
-        "minibatch_size": Value(batch, "LMHP train_policy.py nminibatches = 1"),
-        "kl.coef": Value(kl_coef, launch + (" (adapted from there)" if adaptive else "")),
-        "kl.target": Value(6.0 if adaptive else None, launch),
+        "rollout_batch_size": Value(task["batch"], launch),
+        "minibatch_size": Value(task["batch"], "LMHP train_policy.py nminibatches = 1"),
+        "kl.coef": Value(kl_coef, launch + (" (adapted from there)" if task["adaptive"] else "")),
+        "kl.target": Value(6.0 if task["adaptive"] else None, launch),
         "kl.horizon": Value(10_000, "LMHP train_policy.py"),
-        "whiten.rewards": Value(whiten, launch if not whiten else "LMHP train_policy.py"),
-        "generation.max_new_tokens": Value(length, f"{launch} response_length"),
+        "whiten.rewards": Value(task["whiten"], "LMHP train_policy.py" if task["whiten"] else launch),
+        "generation.max_new_tokens": Value(task["length"], f"{launch} response_length"),
         "generation.temperature": Value(temperature, launch),
-        "generation.stop": Value([stop], f"{launch} truncate_token"),
-        "generation.stop_after": Value(after, f"{launch} truncate_after"),
-        "training.learning_rate": Value(rate, launch),
+        "generation.stop": Value([task["stop"]], f"{launch} truncate_token"),
+        "generation.stop_after": Value(task["after"], f"{launch} truncate_after"),
+        "training.learning_rate": Value(task["rate"], launch),
     }
     return Preset("Ziegler et al. 2019", {"reward_model": _Z_REWARD | samples | training, "ppo": _Z_PPO | ppo}, _Z_MISSING, notes=_Z_NOTES)
 
 
-_STYLE = _ziegler(
-    length=24,
-    stop=".",
-    after=16,
-    temperature=0.7,
-    kl_coef=0.15,
-    adaptive=True,
-    whiten=True,
-    batch=512,
-    rate=1e-5,
-    reward_rate=5e-5,
-    reward_batch=32,
-)
+_STYLE: _ZieglerTask = {
+    "length": 24,
+    "stop": ".",
+    "after": 16,
+    "adaptive": True,
+    "whiten": True,
+    "batch": 512,
+    "rate": 1e-5,
+    "reward_rate": 5e-5,
+    "reward_batch": 32,
+}
 _SUMMARIES: _ZieglerTask = {
     "length": 75,
     "stop": "\n",
@@ -434,10 +419,9 @@ _HUANG = Preset(
     },
 )
 PRESETS: dict[str, Preset] = {
-    "ziegler2019": _STYLE,
-    "ziegler2019/style": _STYLE,
-    "ziegler2019/tldr": _ziegler(temperature=0.7, kl_coef=0.03, **_SUMMARIES),
-    "ziegler2019/cnndm": _ziegler(temperature=0.5, kl_coef=0.01, **_SUMMARIES),
+    **dict.fromkeys(("ziegler2019", "ziegler2019/style"), _ziegler(_STYLE, temperature=0.7, kl_coef=0.15)),
+    "ziegler2019/tldr": _ziegler(_SUMMARIES, temperature=0.7, kl_coef=0.03),
+    "ziegler2019/cnndm": _ziegler(_SUMMARIES, temperature=0.5, kl_coef=0.01),
     "stiennon2020": _stiennon(6.35e-5, 1.5e-5, 1.5e-5, 512),
     "stiennon2020/1.3b": _stiennon(6.35e-5, 1.5e-5, 1.5e-5, 512),
     "stiennon2020/6.7b": _stiennon(2.83e-5, 5e-6, 7e-6, 256),
