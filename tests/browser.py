@@ -43,3 +43,10 @@ def chromium(profile: Path, *, window: str) -> Iterator[Any]:
         yield driver
     finally:
         driver.quit()
+
+
+def luminance(color: str) -> float:
+    """The relative luminance of WCAG of a colour such as ``rgb(255, 0, 0)``."""
+    channels = [int(value) / 255 for value in color.partition("(")[2].rstrip(")").split(",")[:3]]
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -18,7 +18,7 @@ from stages.labelling.access import link
 from stages.labelling.config import People
 from stages.labelling.publishing import publish_settings
 from stages.labelling.server import Served
-from tests.browser import chromium, needs_browser
+from tests.browser import chromium, luminance, needs_browser
 
 pytestmark = needs_browser
 NUM_TASKS = int(os.environ.get("LABEL_BROWSER_TASKS", "12"))  # 40 in the long version: LABEL_BROWSER_TASKS=40 pytest ...
@@ -331,12 +331,6 @@ def test_every_control_has_a_name_and_the_keyboard_reaches_all(served) -> None:
         if name in reached
     ]
     assert len(order) == 10 and [reached.index(name) for name in order] == sorted(reached.index(name) for name in order), reached
-
-
-def luminance(color: str) -> float:
-    channels = [int(value) / 255 for value in color.partition("(")[2].rstrip(")").split(",")[:3]]
-    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def contrast(browser: Any, selector: str) -> float:

@@ -15,29 +15,14 @@ from stages.ppo.loop import run
 from stages.ppo.roles import load_roles
 from stages.ppo.rollout.rollout import Rollout
 from stages.ppo.update.targets import all_targets, targets
+from tests.ppo.test_rollout import hand_made as two_episodes
 
 ROOT = math.sqrt(0.5)
 
 
 def hand_made() -> Rollout:
     """Two completions of one prompt, with a KL of 0.5, -1 and 0, 1, -1 nats per token."""
-    mask = torch.tensor([[True, True, False], [True, True, True]])
-    tensors = {
-        "response_ids": torch.zeros(2, 3, dtype=torch.long),
-        "response_mask": mask,
-        "stopped": torch.ones(2, dtype=torch.bool),
-        "rollout_logprobs": torch.tensor([[-1.0, -2.0, 9.0], [-1.0, -1.0, -3.0]]),
-        "sampler_logprobs": torch.zeros(2, 3),
-        "reference_logprobs": torch.tensor([[-1.5, -1.0, 0.0], [-1.0, -2.0, -2.0]]),
-        "values": torch.zeros(2, 3),
-        "bootstrap_values": torch.zeros(2),
-        "bootstrap_mask": torch.zeros(2, dtype=torch.bool),
-        "scores": torch.tensor([10.0, -4.0]),
-        "raw_scores": torch.tensor([10.0, -4.0]),
-        "token_scores": torch.zeros(2, 3),
-    }
-    names = {"prompts": ["a", "a"], "prompt_ids": [[1], [1]], "completions": ["x", "y"], "parts": {}, "monitors": {}, "seconds": {}}
-    return Rollout(**names, **tensors, sampling_gap=0.0)  # type: ignore[arg-type]
+    return two_episodes(prompts=["a", "a"], prompt_ids=[[1], [1]], stopped=torch.ones(2, dtype=torch.bool), values=torch.zeros(2, 3))
 
 
 def two(**fields: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 from stages.report.comparison import write_comparison
 from stages.report.page import write_report
 from stages.report.run_folder import read_run
-from tests.browser import chromium, needs_browser
+from tests.browser import chromium, luminance, needs_browser
 
 pytestmark = needs_browser
 
@@ -179,11 +179,6 @@ def test_no_element_is_wider_than_the_page(opened, width: int) -> None:
 
 def contrast(browser: Any, selector: str) -> float:
     """WCAG contrast of an element's text with the page behind it."""
-
-    def luminance(color: str) -> float:
-        channels = [int(value) / 255 for value in color.partition("(")[2].rstrip(")").split(",")[:3]]
-        linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
     def color(element: Any, name: str) -> float:
         return luminance(element.value_of_css_property(name))
