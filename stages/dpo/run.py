@@ -17,7 +17,7 @@ from stages.dpo.trainer import load_reference, make_trainer
 from stages.json_types import JsonObject
 from stages.metric_names import HELDOUT_LOG_ACCURACY, HELDOUT_LOG_MARGIN, NUM_COMPARISONS, NUM_PAIRS, curation_names, heldout_names
 from stages.models.adapters.activation import without_new_adapter
-from stages.models.adapters.attaching import refuse_output_adapter
+from stages.models.adapters.checks import refuse_output_adapter
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.step import Publication, StepContext, StepResult
 from stages.tokens.positions import row_length

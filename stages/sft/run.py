@@ -19,7 +19,7 @@ from stages.corpora.templates import count_tokens, set_template
 from stages.errors import DataError
 from stages.json_types import JsonObject
 from stages.metric_names import HELDOUT_LOG_LOSS, HELDOUT_LOSS_AFTER, HELDOUT_LOSS_BEFORE, NUM_DEMONSTRATIONS, curation_names
-from stages.models.adapters.attaching import refuse_output_adapter
+from stages.models.adapters.checks import refuse_output_adapter
 from stages.models.layers.dropout import set_residual_dropout
 from stages.models.loaded import LoadedModel
 from stages.models.loading import load_language_model, load_tokenizer
