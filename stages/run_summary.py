@@ -9,11 +9,11 @@ from stages.process.gpus import Gpu
 
 
 class Interval(TypedDict):
-    """A mean with its 95 % interval."""
+    """A mean with its 95 % interval; None if a single prompt shows no spread."""
 
     mean: float
-    ci_low: float
-    ci_high: float
+    ci_low: float | None
+    ci_high: float | None
 
 
 class TextMeasures(TypedDict):

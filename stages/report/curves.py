@@ -117,7 +117,9 @@ def _draw_best_of_n(axes: Axes, judge: str, name: str, curve: Sequence[BestOfPoi
     """Draw the best-of-n curve of a candidate with its interval. Returns the rows of the table: judge, candidate, KL, mean score."""
     kls, scores = [point["kl"] for point in curve], [point["scores"][judge] for point in curve]
     means = [score["mean"] for score in scores]
-    lows, highs = [score["ci_low"] for score in scores], [score["ci_high"] for score in scores]
+    # Without an interval (one prompt), the band has no width.
+    lows = [score["mean"] if score["ci_low"] is None else score["ci_low"] for score in scores]
+    highs = [score["mean"] if score["ci_high"] is None else score["ci_high"] for score in scores]
     axes.fill_between(kls, lows, highs, color=color, alpha=0.15, linewidth=0)
     axes.plot(kls, means, "-", color=color)
     axes.plot(kls, means, "o", color=color, markersize=3)

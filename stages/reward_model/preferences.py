@@ -16,7 +16,7 @@ from stages.errors import DataError
 from stages.rl.ranking import ranking_loss, ranking_pairs
 from stages.stats.classification import calibration_bins, expected_calibration_error
 from stages.stats.comparing import prompt_means
-from stages.stats.intervals import bootstrap_interval, wilson_interval
+from stages.stats.intervals import share_interval, wilson_interval
 
 MARGINS = (0.25, 0.5, 1.0, 2.0)  # edges of the margin bins
 EQUAL_LENGTH = 0.1  # relative difference below which lengths count as equal
@@ -120,7 +120,7 @@ def agreement(scores: Tensor, comparisons: Sequence[EncodedComparison], *, gain:
     low, high = wilson_interval(int(correct.sum()), len(correct))
     prompts_of_pairs = prompt_index[better]
     by_prompt = prompt_means(correct.double().tolist(), prompts_of_pairs.tolist())  # pairs of one prompt are not independent
-    clustered_low, clustered_high = bootstrap_interval(by_prompt)
+    clustered_low, clustered_high = share_interval(by_prompt)
     return {
         "accuracy": float(correct.double().mean()),
         "ci_low": low,

@@ -54,10 +54,12 @@ def share_interval(values: Sequence[float], share: float | None = None) -> tuple
 
 
 def bootstrap_interval(values: Sequence[float], *, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean of ``values`` [N] over resampled prompts (Efron 1979). For differences: the paired bootstrap."""
+    """95 % percentile interval of the mean of ``values`` [N] over resampled prompts (Efron 1979); NaN for fewer than two, which show no
+    spread. For differences: the paired bootstrap.
+    """
     import torch  # imported here so that a report, which needs only Wilson's interval, starts fast
 
-    if not values:
+    if len(values) < 2:
         return math.nan, math.nan
     data = torch.tensor(list(values), dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)

@@ -88,6 +88,17 @@ def test_reward_against_kl_shows_ppo_iterations_on_a_square_root_axis(run_folder
     assert sum(watched[0]) > sum(watched[1])
 
 
+def test_reward_against_kl_of_a_single_prompt_has_no_intervals(run_folder: Path) -> None:
+    evaluation = read_run(run_folder).evaluations[0].evaluation
+    assert evaluation is not None
+    for point in evaluation["best_of_n"]["best"]:
+        for score in point["scores"].values():
+            score["ci_low"] = score["ci_high"] = None
+    figure = frontier(evaluation, series_of(list(evaluation["candidates"])))
+    assert figure is not None
+    assert [text for _, name, _, text in figure.rows if name.startswith("best of") and "to" in text] == []
+
+
 def test_square_root_axis_has_ticks_that_do_not_overlap() -> None:
     from matplotlib.figure import Figure
 

@@ -118,6 +118,13 @@ class Fixed(torch.nn.Module):
         return input_ids[:, 0] * self.scale
 
 
+def test_interval_over_prompts_has_a_width_even_if_all_pairs_are_right() -> None:
+    measured = measure(Fixed(), [EncodedComparison([[4], [2]], [0, 1])] * 2, pad_token_id=0, batch_size=2)
+    # Wilson's interval of n successes in n trials begins at n / (n + 1.96^2).
+    assert measured["accuracy_by_prompt_ci_low"] == pytest.approx(2 / (2 + 3.8415), abs=1e-4)
+    assert measured["accuracy_by_prompt_ci_high"] == pytest.approx(1.0)
+
+
 def test_measures_by_hand() -> None:
     # scores 2.0, 1.0 (right, margin 1.0); 1.0, 1.5, 0.5 with ranks 0, 1, 2: wrong by 0.5, right by 0.5, right by 1.0
     items = [EncodedComparison([[4], [2]], [0, 1]), EncodedComparison([[2], [3], [1]], [0, 1, 2])]
