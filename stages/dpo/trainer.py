@@ -82,8 +82,10 @@ class TokenizedDPOTrainer(reproducible(DPOTrainer)):  # type: ignore[misc]
             loss: torch.Tensor = super().compute_loss(model, inputs, return_outputs)
         if num_items_in_batch is None:
             return loss
-        chosen, rejected = (half.sum() for half in inputs["completion_mask"][:, 1:].chunk(2))
-        self.count_pass(pairs=own, tokens=chosen + rejected, chosen=chosen, rejected=rejected)
+        halves = inputs["completion_mask"][:, 1:].chunk(2)
+        counts = torch.stack([own, *(half.sum() for half in halves)])
+        pairs, chosen, rejected = self.accelerator.gather(counts[None]).sum(dim=0)  # on all processes, as TRL's metrics
+        self.count_pass(pairs=pairs, tokens=chosen + rejected, chosen=chosen, rejected=rejected)
         return loss * own / num_items_in_batch * self.args.world_size  # DDP takes the mean over processes
 
     def _reference_logprobs(self, inputs: Batch) -> dict[str, torch.Tensor]:
@@ -122,8 +124,9 @@ class TokenizedDPOTrainer(reproducible(DPOTrainer)):  # type: ignore[misc]
 
 
 def pairs_in(batch: Batch) -> torch.Tensor:
-    """Number of counted pairs, a scalar on the device of the batch. Every counted completion has at least an end token."""
-    return batch["completion_mask"].any(dim=1).sum() // 2
+    """Number of counted pairs, a scalar on the device of the batch. One of the two texts may be empty."""
+    chosen, rejected = batch["completion_mask"].any(dim=1).chunk(2)
+    return (chosen | rejected).sum()
 
 
 def make_trainer(

@@ -16,7 +16,7 @@ from stages.dpo.config import DPOStepConfig
 from stages.dpo.measuring import completion_logprobs, measure
 from stages.dpo.pairs import Pair, pairs_of
 from stages.dpo.run import run
-from stages.dpo.trainer import make_trainer
+from stages.dpo.trainer import make_trainer, pairs_in
 from stages.errors import DataError
 from stages.models.loading import load_language_model, load_tokenizer
 
@@ -51,6 +51,12 @@ def test_label_smoothing_is_refused_where_the_loss_would_ignore_it(loss: str) ->
     assert config(loss="robust", label_smoothing=0.1).label_smoothing == 0.1
     with pytest.raises(ValidationError, match=f"label_smoothing=0.1 requires loss: robust; loss: {loss} has no label smoothing"):
         config(loss=loss, label_smoothing=0.1)
+
+
+def test_pair_with_an_empty_text_counts() -> None:
+    # the better texts of two pairs, of which one is empty, then the worse ones; and a pair that a blank pass does not count
+    assert pairs_in({"completion_mask": torch.tensor([[0, 0], [0, 1], [0, 1], [0, 1]])}) == 2
+    assert pairs_in({"completion_mask": torch.zeros(2, 2, dtype=torch.long)}) == 0
 
 
 def test_a_ranked_list_becomes_its_pairs() -> None:

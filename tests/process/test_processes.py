@@ -192,10 +192,9 @@ def pair(workdir: Path) -> Path:
 
 
 def logs(home: Path, step: str) -> list[dict[str, float]]:
-    """The logged metrics without times, and without those that TRL's DPOTrainer averages per forward pass."""
+    """The logged metrics without times."""
     lines = (home / "runs" / "pair" / "latest" / step / "metrics.jsonl").read_text().splitlines()
-    left_out = "time/" if step != "direct" else ("train/logits/", "train/logps/", "train/rewards/", "train/entropy", "train/mean_token")
-    return [{name: value for name, value in json.loads(line).items() if not name.startswith(left_out)} for line in lines]
+    return [{name: value for name, value in json.loads(line).items() if not name.startswith("time/")} for line in lines]
 
 
 def weights(home: Path, step: str) -> dict[str, torch.Tensor]:
