@@ -11,8 +11,22 @@ from stages.errors import TrainingError
 from stages.ppo.data import load_pretraining_rows
 from stages.ppo.roles import load_roles
 from stages.ppo.update.targets import targets
+from stages.ppo.update.totals import means, value_metrics
 from stages.training.checkpoints import trainable
 from tests.ppo.conftest import make_updater
+
+
+def test_explained_variance_of_an_iteration_ignores_minibatches_with_equal_returns() -> None:
+    # two states with the returns 0 and 2 and a mean squared error of 0.5; two with the returns 1 and 1 and an error of 0.1
+    sums = [
+        {"states": 2, "value_loss": 0, "values": 0, "error": error, "returns": 2, "returns_squared": squared}
+        for error, squared in ((1, 4), (0.2, 2))
+    ]
+    first, second = (value_metrics(one) for one in sums)
+    assert second["value/explained_variance"] == pytest.approx(1 - 0.1 / 1e-8)
+    made = means([first, second])
+    assert made["value/explained_variance"] == pytest.approx(1 - (0.5 + 0.1) / (1 + 0))
+    assert made["value/returns_variance"] == pytest.approx((1 + 0) / 2)
 
 
 def gradients(roles: Any) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +27,8 @@ SUMS = (
     "pretraining_loss",
 )
 """The sums of every process, in the order in which they are reduced."""
+LEAST_VARIANCE = 1e-8
+"""The variance of equal returns, by which an error is divided."""
 
 
 @dataclass
@@ -100,5 +103,17 @@ def value_metrics(sums: dict[str, float]) -> dict[str, float]:
         metric_names.RETURNS_MEAN: mean["returns"],
         metric_names.RETURNS_VARIANCE: variance,
         # 1 - error / variance: 1 is perfect, 0 no better than the mean, below 0 worse.
-        metric_names.EXPLAINED_VARIANCE: 1 - mean["error"] / max(variance, 1e-8),
+        metric_names.EXPLAINED_VARIANCE: 1 - mean["error"] / max(variance, LEAST_VARIANCE),
     }
+
+
+def means(minibatches: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over minibatches. The explained variance is that of their summed errors and variances: that of a minibatch with almost equal
+    returns is a large negative number.
+    """
+    made = {name: sum(one[name] for one in minibatches) / len(minibatches) for name in minibatches[0]}
+    if metric_names.EXPLAINED_VARIANCE in made:
+        variances = [max(one[metric_names.RETURNS_VARIANCE], LEAST_VARIANCE) for one in minibatches]
+        explained = sum(one[metric_names.EXPLAINED_VARIANCE] * variance for one, variance in zip(minibatches, variances, strict=True))
+        made[metric_names.EXPLAINED_VARIANCE] = explained / sum(variances)
+    return made

@@ -28,7 +28,7 @@ from stages.ppo.rollout.rollout import Rollout
 from stages.ppo.update.gradients import Gradients
 from stages.ppo.update.optimizers import WeightAverage
 from stages.ppo.update.targets import Targets, all_targets, targets
-from stages.ppo.update.totals import policy_metrics, value_metrics
+from stages.ppo.update.totals import means, policy_metrics, value_metrics
 from stages.training.checkpoints import trainable
 
 
@@ -120,7 +120,7 @@ class Updater(Gradients):
                 break
         if train_policy and config.ema.cadence == "iteration":
             self._update_average()
-        metrics = {name: sum(item[name] for item in collected) / len(collected) for name in collected[0]}
+        metrics = means(collected)
         metrics[RATIO_FIRST_DEVIATION] = collected[0][RATIO_MAX_DEVIATION]
         metrics[LOG_RATIO_FIRST_RMS] = math.sqrt(2 * collected[0][APPROX_KL])
         metrics[RATIO_MAX_DEVIATION] = max(item[RATIO_MAX_DEVIATION] for item in collected)
