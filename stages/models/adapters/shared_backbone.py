@@ -137,6 +137,7 @@ class SharedBackbone:
 
         def save(folder: Path) -> None:
             from peft import get_peft_model_state_dict
+            from peft.utils.other import ModulesToSaveWrapper
 
             body = f"{module_name(plain_model(self.model), transformer_of(self.model))}."
             weights = get_peft_model_state_dict(self.model, adapter_name=name, save_embedding_layers=False)
@@ -151,6 +152,9 @@ class SharedBackbone:
                 config.target_modules, config.exclude_modules = set(names), None  # type: ignore[assignment]  # peft uses sets
                 config.rank_pattern = by_module(config.rank_pattern or {}, names)
                 config.alpha_pattern = by_module(config.alpha_pattern or {}, names)
+            copies = [path for path, part in plain_model(self.model).named_modules() if isinstance(part, ModulesToSaveWrapper)]
+            copied = [path.removeprefix(body) for path in copies if any(key.startswith(f"{BEFORE}{path}.") for key in own)]
+            config.modules_to_save = copied or None
             if isinstance(config.trainable_token_indices, dict):
                 rows = config.trainable_token_indices.items()
                 config.trainable_token_indices = {key.removeprefix(body): value for key, value in rows if key.startswith(body)}

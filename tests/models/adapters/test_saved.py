@@ -360,6 +360,40 @@ def test_an_update_and_rows_of_one_embedding_are_refused_on_a_shared_backbone(
         shared.new_adapter("default", shared.frozen(as_resolved(tmp_path / "rows")))
 
 
+@pytest.mark.parametrize("copies", [["norm", "lm_head"], ["model.embed_tokens", "lm_head"]])
+def test_a_value_network_on_a_shared_backbone_is_saved_with_its_full_modules(
+    copies: list[str], tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """Modules have other full names in a language model and in the transformer of a value network.
+
+    peft loads the saved adapter, too, unless a name is the end of another one: it takes input_layernorm for norm.
+    """
+    from peft import PeftModel
+    from transformers import AutoModel
+
+    from stages.models.heads import ValueModel
+
+    source, lora = as_resolved(tiny_llama_folder), LoraSettings(r=2, target_modules=["q_proj"], modules_to_save=copies)
+    backbone = SharedBackbone(source, dtype=torch.float32, device=torch.device("cpu"), lora=lora)
+    value = backbone.value_model(source, with_head=False)
+    with torch.no_grad():
+        value.score_head.weight.normal_()
+        for name, parameter in backbone.named_parameters("value"):
+            if "modules_to_save" in name:
+                parameter.mul_(1.5)
+    expected = value.score_tokens(IDS, torch.ones_like(IDS)).detach()
+    value.save(tmp_path / "value", tiny_tokenizer)
+    saved = ResolvedModel("value", "folder", str(tmp_path / "value"), "", ModelInput(ref="value"), base=source)
+    again = ValueModel.from_pretrained(saved, dtype=torch.float32).score_tokens(IDS, torch.ones_like(IDS))
+    torch.testing.assert_close(again.detach(), expected, rtol=1e-4, atol=1e-4)
+    if "norm" in copies:
+        return
+    by_peft = PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_llama_folder), str(tmp_path / "value"))
+    with torch.no_grad():
+        hidden = by_peft(input_ids=IDS).last_hidden_state
+    torch.testing.assert_close(value.score_head(hidden)[..., 0], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_policy_with_new_tokens_trains_their_rows_apart_from_its_value_network(tiny_llama_folder: Path, tmp_path: Path) -> None:
     from stages.models.heads import ValueModel
 
