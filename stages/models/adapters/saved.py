@@ -216,7 +216,11 @@ def _fitted_config(
         asked = [renamed(name) if "." in name else name for name in names]
         return [name for name in asked if any(module.endswith(name) for module in modules)]
 
-    config.modules_to_save = present(config.modules_to_save or ()) or None
+    stored = [
+        module_of(name) for name in weights if ".lora_" not in name
+    ]  # an adapter of a bare transformer may name a head without weights
+    copies = [name for name in present(config.modules_to_save or ()) if any(is_inside(module, [name]) for module in stored)]
+    config.modules_to_save = copies or None
     if isinstance(config.trainable_token_indices, dict):
         rows = {(renamed(name) if "." in name else name): indices for name, indices in config.trainable_token_indices.items()}
         config.trainable_token_indices = {name: rows[name] for name in present(rows)} or None

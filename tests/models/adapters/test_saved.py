@@ -360,6 +360,19 @@ def test_an_update_and_rows_of_one_embedding_are_refused_on_a_shared_backbone(
         shared.new_adapter("default", shared.frozen(as_resolved(tmp_path / "rows")))
 
 
+def test_a_reward_model_that_names_the_output_layer_it_does_not_have_shares_a_backbone(
+    tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """The settings of a policy are often used for its reward model, too."""
+    lora = LoraSettings(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    alone = RewardModel.from_language_model(str(tiny_llama_folder), dtype=torch.float32, lora=lora, trainable=False)
+    alone.save(tmp_path / "reward", tiny_tokenizer)
+    shared = backbone_of(as_resolved(tiny_llama_folder)).reward_model(as_resolved(tmp_path / "reward"))
+    with torch.no_grad():
+        expected, scores = (one.score_tokens(IDS, torch.ones_like(IDS)) for one in (alone, shared))
+    torch.testing.assert_close(scores, expected)
+
+
 @pytest.mark.parametrize("copies", [["norm", "lm_head"], ["model.embed_tokens", "lm_head"]])
 def test_a_value_network_on_a_shared_backbone_is_saved_with_its_full_modules(
     copies: list[str], tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path
@@ -391,7 +404,7 @@ def test_a_value_network_on_a_shared_backbone_is_saved_with_its_full_modules(
     by_peft = PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_llama_folder), str(tmp_path / "value"))
     with torch.no_grad():
         hidden = by_peft(input_ids=IDS).last_hidden_state
-    torch.testing.assert_close(value.score_head(hidden)[..., 0], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(value.score_head(hidden).view_as(expected), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_policy_with_new_tokens_trains_their_rows_apart_from_its_value_network(tiny_llama_folder: Path, tmp_path: Path) -> None:
