@@ -24,6 +24,7 @@ from stages.rewards.config import RewardInput
 from stages.rewards.details import NOTHING, Details, Judgement, Spans
 from stages.rewards.generative import load_generative
 from stages.rewards.source import RewardSource
+from stages.tokens.continuation import beginning_ids
 from stages.tokens.positions import readable_length
 
 if TYPE_CHECKING:
@@ -86,10 +87,11 @@ class RewardModelSource(RewardSource):
     def judge_texts(self, texts: Sequence[str]) -> Judgement:
         """Scores [N] of full texts, and which of them were cut. No chat template is applied.
 
-        The end token is added to a text that does not end with it.
+        A text gets the tokens that begin every text, such as ``<s>``, and the end token, unless it has them already.
         """
-        end = self.tokenizer.eos_token_id
+        begin, end = beginning_ids(self.tokenizer), self.tokenizer.eos_token_id
         rows = [list(self.tokenizer(text, verbose=False)["input_ids"]) for text in texts]
+        rows = [ids[len(begin) :] if begin and ids[: 2 * len(begin)] == begin * 2 else ids for ids in rows]
         rows = [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in rows]
         kept = [self._kept(ids) for ids in rows]
         cut = torch.tensor([len(ids) > len(short) for ids, short in zip(rows, kept, strict=True)], dtype=torch.bool)

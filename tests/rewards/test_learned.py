@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from stages.models.heads import RewardModel
 from stages.rewards.batching import similar_length_batches
 from stages.rewards.config import RewardInput
-from stages.rewards.learned import RewardModelSpans, score_rows
+from stages.rewards.learned import RewardModelSource, RewardModelSpans, score_rows
 
 
 def test_rows_of_similar_length_share_a_batch() -> None:
@@ -28,6 +29,18 @@ def test_scores_are_those_of_every_text_alone(tiny_llama_folder) -> None:
         alone = [float(model.score(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long))) for row in rows]
         together = score_rows(rows, model, 0, 4)
     torch.testing.assert_close(together, torch.tensor(alone))
+
+
+def test_a_text_with_its_first_token_gets_no_second_one(tiny_llama_folder) -> None:
+    """OpenRLHF applies its chat template before it sends a text, and many templates write ``<s>``."""
+    model = RewardModel.from_language_model(str(tiny_llama_folder), dtype=torch.float32, trainable=False)
+    first = model.tokenizer.pad_token_id
+    model.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|pad|> $A", special_tokens=[("<|pad|>", first)])
+    ids = [first, *model.tokenizer("the film", add_special_tokens=False)["input_ids"], model.tokenizer.eos_token_id]
+    scores = (
+        RewardModelSource(RewardInput.model_validate({"model": "preference"}), model).judge_texts(["the film", "<|pad|>the film"]).scores
+    )
+    torch.testing.assert_close(scores, model.score(torch.tensor([ids]), torch.ones(1, len(ids))).detach().repeat(2))
 
 
 def test_token_scores_are_the_same_after_memory_ran_out(tiny_llama_folder, tiny_tokenizer, monkeypatch) -> None:
