@@ -197,7 +197,11 @@ def test_template_arguments_that_nothing_would_use_are_refused(served, name: str
             {"completions": ["a"], "messages": [TURNS[:2]]},
             "entry 1: messages ends with an assistant turn; send the last reply in",
         ),
-        ("get_reward", {"completions": ["a", "b"], "messages": [TURNS, "x"]}, "entry 2: messages is str; expected a list of messages"),
+        (
+            "get_reward",
+            {"completions": ["a", "b"], "messages": [TURNS, "x"]},
+            "entry 2: messages is str ('x'); expected a list of messages",
+        ),
         ("pooling", {"input": [[1, 2]]}, "expected a list of texts"),
         ("score", {"text_1": ["a", "b"], "text_2": ["c"]}, "text_1 has 2 texts and text_2 1"),
         ("pooling", [1], "expected a JSON object"),
