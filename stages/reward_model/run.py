@@ -17,7 +17,7 @@ from stages.corpora.curation import Curator
 from stages.corpora.encoding.fitting import fit_prompt
 from stages.corpora.templates import check_rendering, count_tokens, encode_prompt
 from stages.engines.opening import step_sampler
-from stages.errors import ModelError, TrainingError
+from stages.errors import DataError, ModelError, TrainingError
 from stages.json_types import JsonObject
 from stages.metric_names import (
     HELDOUT_ACCURACY_BEFORE,
@@ -164,6 +164,11 @@ def _load_data(config: RewardModelConfig, context: StepContext, tokenizer: PreTr
     texts = [item for item, rows in zip(validation, encoded, strict=True) if rows.pairs[0]]
     for which, counts in (("", lost), ("held-out ", lost_heldout)):
         say_lost(context, which, counts, max_length)
+    if config.num_seeds > 1 and len(heldout) < 2:
+        raise DataError(
+            f"num_seeds={config.num_seeds} needs two held-out comparisons, one to select the best model and one to measure it, but there "
+            f"is {len(heldout)}. Add validation data, or set num_seeds: 1"
+        )
     halves = (heldout, heldout, texts) if config.num_seeds == 1 else (heldout[::2], heldout[1::2], texts[1::2])
     return _Data(comparisons, train, heldout, *halves, lost, lost_heldout, left_out)
 

@@ -224,6 +224,14 @@ def test_calibration_is_computed_without_the_gain() -> None:
         assert stretched[name] == pytest.approx(plain[name], rel=1e-5)
 
 
+def test_selection_of_a_seed_needs_two_held_out_comparisons(comparisons, step_context, sft, tmp_path) -> None:
+    one = tmp_path / "one.jsonl"
+    one.write_text(Path(comparisons).read_text().split("\n")[0] + "\n")
+    settings = config(comparisons, num_seeds=2, data={"train": comparisons, "validation": str(one)})
+    with pytest.raises(DataError, match="num_seeds=2 needs two held-out comparisons, one to select .* but there is 1"):
+        run(settings, step_context(models=sft))
+
+
 @pytest.mark.detail("D11", "R8")
 @pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["full", "lora"])
 def test_the_best_of_several_seeds_is_kept_and_measured_on_other_comparisons(comparisons, step_context, sft, lora) -> None:
