@@ -155,8 +155,7 @@ def selection_callback(selector: Selector, trainer: StepTrainer) -> TrainerCallb
         every = 0
 
         def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-            per_epoch = state.max_steps / max(state.num_train_epochs, 1e-9)
-            self.every = max(1, round(per_epoch * selector.selection.every_epochs))
+            self.every = max(1, round(trainer.steps_per_epoch * selector.selection.every_epochs))
             selector.resume(state.global_step)
 
         def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:

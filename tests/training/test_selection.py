@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 from stages.sft.config import SFTStepConfig
 from stages.sft.run import run
-from stages.training.selection import Selector, Tried, best_of
+from stages.training.selection import Selector, Tried, best_of, selection_callback
 from stages.training.selection_config import Selection
 
 REWARDS = """
@@ -116,3 +117,15 @@ def test_a_reward_model_is_an_input_of_the_step(demonstrations) -> None:
     step = config(demonstrations, "fewest_e", selection={"reward": [{"model": "preference"}]})
     assert list(step.model_inputs()) == ["model", "selection.reward[0].model"]
     assert Selection.model_validate({"reward": [{"function": "a:b"}]}).every_epochs == 1.0
+
+
+def test_a_run_of_a_fraction_of_epochs_is_evaluated_after_each_epoch_and_at_the_end() -> None:
+    tried: list[int] = []
+    selector: Any = SimpleNamespace(selection=SimpleNamespace(every_epochs=1.0), resume=lambda step: None, try_out=tried.append)
+    trainer: Any = SimpleNamespace(is_deepspeed_enabled=False, steps_per_epoch=10)
+    callback = selection_callback(selector, trainer)
+    state: Any = SimpleNamespace(max_steps=25, num_train_epochs=3, global_step=0)  # as the Trainer rounds 2.5 epochs
+    callback.on_train_begin(None, state, None)
+    for state.global_step in range(1, 26):
+        callback.on_step_end(None, state, None)
+    assert tried == [10, 20, 25]
