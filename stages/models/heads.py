@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoModelForSequenceClassification
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import cached_file
@@ -53,7 +54,8 @@ class ScalarHead(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         # A number in bf16 has 8 bits: values between 2 and 4 would be 1/64 apart.
         with torch.autocast(input.device.type, enabled=False):
-            return super().forward(input.float()).squeeze(-1)
+            # DeepSpeed casts all weights.
+            return functional.linear(input.float(), self.weight.float(), self.bias.float()).squeeze(-1)
 
 
 class ScalarModel(nn.Module):

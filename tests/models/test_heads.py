@@ -230,6 +230,9 @@ def test_the_head_computes_in_full_precision_under_autocast(reward_model: Reward
         hidden = reward_model.backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
     expected = [sum(a * b for a, b in zip(state, weight.tolist(), strict=True)) + 0.7 for state in hidden.tolist()]
     torch.testing.assert_close(scores, torch.tensor(expected))
+    with torch.no_grad():
+        reward_model.score_head.bfloat16()  # as DeepSpeed does
+        torch.testing.assert_close(reward_model.score_head(hidden), torch.tensor(expected), rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
