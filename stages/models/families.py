@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+from collections import Counter
 from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -141,9 +142,11 @@ def unfit_products(model: nn.Module) -> list[str]:
 
     The products of state-space mixers (Mamba, Jamba, Bamba, Falcon-H1), because fused kernels read their weights. Modules whose weight the
     family's code reads itself (Gemma 3n, LongCat, MobileBERT): a wrapper around the module would be ignored silently. Linear classes that
-    return more than their product, such as the routers of Llama 4 and PhiMoE.
+    return more than their product, such as the routers of Llama 4 and PhiMoE. Modules of several layers with one weight (Zamba), because
+    each of their adapters would be merged into it.
     """
     names = []
+    users = Counter(id(module.weight) for module in model.modules() if isinstance(module, nn.Linear))
     returns_more: dict[type[nn.Module], bool] = {}
     for name, module in model.named_modules():
         family: Any = type(module)  # Any, because mypy takes classes of modules for unhashable
@@ -158,7 +161,7 @@ def unfit_products(model: nn.Module) -> list[str]:
             if kind not in returns_more:
                 returns_more[kind] = _returns_more(child)
             # Mixers always call in_proj as a module.
-            if own in inside or (is_mixer and own != "in_proj") or returns_more[kind]:
+            if own in inside or (is_mixer and own != "in_proj") or returns_more[kind] or users[id(child.weight)] > 1:
                 names.append(f"{name}.{own}" if name else own)
     return names
 

@@ -66,7 +66,7 @@ def _mixes(model: PreTrainedModel) -> bool:
     parameters = inspect.signature(family_of(decoder).forward).parameters
     if "input_ids" in parameters and "position_ids" not in parameters:
         return True
-    count = model.config.get_text_config().num_hidden_layers
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     layers = next((part for part in decoder.modules() if isinstance(part, nn.ModuleList) and len(part) == count), None)
     usual = getattr(masking_utils, "find_packed_sequence_indices", None)
     if layers is None or usual is None:

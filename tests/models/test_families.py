@@ -72,6 +72,18 @@ def test_bidirectional_policy_is_refused_before_its_weights_are_read(tmp_path: P
 
 
 SMALL = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+SHARED = [*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"feed_forward.{name}_proj" for name in ("gate", "up", "down"))]
+ZAMBA = transformers.ZambaConfig(
+    **{**SMALL, "num_hidden_layers": 2},
+    layer_types=["hybrid", "hybrid"],
+    n_mamba_heads=2,
+    mamba_d_state=4,
+    mamba_dt_rank=4,
+    use_mamba_kernels=False,
+    attention_head_dim=32,
+    attention_hidden_size=64,
+    num_key_value_heads=2,
+)
 EXPERTS = {**SMALL, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 2}
 
 
@@ -97,13 +109,14 @@ EXPERTS = {**SMALL, "num_key_value_heads": 2, "num_local_experts": 2, "num_exper
             ),
             ["model.layers.0.altup.correction_coefs", "model.layers.0.altup.prediction_coefs"],
         ),
+        (ZAMBA, [f"model.layers.{layer}.shared_transf.{part}" for layer in (0, 1) for part in SHARED]),
         (transformers.MobileBertConfig(vocab_size=40, num_hidden_layers=0), ["cls.predictions.dense", "cls.predictions.decoder"]),
     ],
 )
 def test_linear_modules_that_a_family_uses_in_its_own_way(config: Any, unfit: list[str]) -> None:
     auto = transformers.AutoModelForCausalLM if type(config) in transformers.AutoModelForCausalLM._model_mapping else None
     model = (auto or transformers.AutoModelForMaskedLM).from_config(config)
-    assert [name for name in unfit_products(model) if "router" in name or "altup" in name or "cls" in name] == unfit
+    assert [name for name in unfit_products(model) if "router" in name or "altup" in name or "cls" in name or "shared" in name] == unfit
     assert unfit or not unfit_products(model)
 
 

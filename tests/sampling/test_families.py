@@ -82,6 +82,7 @@ SIZES = {
 }
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 MLA = {"num_key_value_heads": 4}
+BLT = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 48}
 FAMILIES: dict[str, dict[str, Any]] = {
     # a cache that is written in place
     "llama": {},
@@ -143,6 +144,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    # no number of layers, so no cache can be made
+    "blt": {
+        "encoder_hash_byte_group_vocab": 97,
+        "encoder_hash_byte_group_size": [3, 4],
+        "patcher_config": BLT,
+        "encoder_config": {**BLT, "hidden_size_global": 64},
+        "decoder_config": {**BLT, "hidden_size_global": 64},
+        "global_config": {**BLT, "hidden_size": 64},
+    },
 }
 VARIANTS = {
     **{kind: (kind, fields) for kind, fields in FAMILIES.items()},

@@ -62,11 +62,11 @@ def has_dropout(model: nn.Module) -> bool:
 
 
 def _layers(model: TransformersModel) -> nn.ModuleList:
-    num_layers = model.config.get_text_config().num_hidden_layers
+    num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return module
-    raise ModelError(f"residual_dropout: {type(model).__name__} has no list of {num_layers} layers; remove residual_dropout")
+    raise ModelError(f"residual_dropout: {type(model).__name__} has no list of all its layers; remove residual_dropout")
 
 
 def _drop(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:

@@ -67,7 +67,8 @@ def _sizes(decoder: TransformersModel) -> tuple[float, float, int, bool]:
             trained, frozen = trained + own[0], frozen + own[1]
     width = 0
     # Layers may have heads of different widths (Gemma 4); then transformers refuses to read the width from the config itself.
-    for layer in getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers:
+    count = getattr(config, "num_hidden_layers", 0)  # BLT has none; its attention is not counted
+    for layer in (getattr(config, "per_layer_config", None) or [config] * count) if count else ():
         heads, head_width = (getattr(layer, name, None) for name in ("num_attention_heads", "head_dim"))
         width += heads * head_width if isinstance(heads, int) and isinstance(head_width, int) else config.hidden_size
     recomputes = decoder.training and any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
