@@ -25,7 +25,6 @@ from typing import Any
 
 HERE = Path(__file__).resolve()
 CASES = HERE.parents[1] / "conformance" / "cases.py"
-REQUIREMENTS = ("torch==2.13.0", "trl==1.12.0", "transformers==5.24.0", "accelerate==1.15.0", "datasets>=5,<6", "pandas")
 WHY = {
     "whiten-P8": "the variance is unbiased (the default of masked_var); the papers use the biased variance",
     "scale-P9": "the variance is unbiased, as for P8",
@@ -262,17 +261,6 @@ def compare_with_trl() -> list[dict[str, Any]]:
 # Functions that run in this environment
 
 
-def trl_python(folder: Path) -> Path:
-    """The Python of TRL's environment. Makes the environment if it does not exist."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        print(f"making an environment with trl 1.12.0 in {folder} (only the first time)", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", REQUIREMENTS[0]], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS], check=True)
-    return python
-
-
 def short(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(short, value)) + "]"
@@ -290,6 +278,8 @@ def main() -> None:
     if options.answer:
         print(json.dumps(compare_with_trl()))
         return
+    from ppo_speed import trl_python  # TRL's environment does not need it
+
     python = trl_python(options.trl_env.absolute())
     done = subprocess.run([str(python), str(HERE), "--answer"], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -30,8 +30,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ppo_speed_trl import resident_mib
+
 REPOSITORY = Path(__file__).resolve().parents[2]
-TRL_REQUIREMENTS = ("torch==2.13.0", "trl==1.12.0", "transformers==5.24.0", "accelerate==1.15.0", "datasets>=5,<6")
+TRL_REQUIREMENTS = ("torch==2.13.0", "trl==1.12.0", "transformers==5.24.0", "accelerate==1.15.0", "datasets>=5,<6", "pandas")
 SETTINGS = {"batch": 64, "microbatch": 16, "epochs": 4, "new_tokens": 48, "prompt_tokens": 32, "kl_coef": 0.05, "learning_rate": 3e-4}
 
 
@@ -183,14 +185,6 @@ def ours(workload: dict[str, Any], seed: int, value: str) -> dict[str, Any]:
         "phases": phases,
         "length": statistics.mean(line["responses/length_mean"] for line in lines),
     }
-
-
-def resident_mib(field: str) -> float:
-    """VmRSS (now) or VmHWM (peak) of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 1024
-    raise LookupError(field)
 
 
 # Comparison

@@ -39,4 +39,5 @@ def main() -> None:
     print(json.dumps({**vars(measured), "idle_mib": idle, "peak_mib": resident_mib("VmHWM")}))
 
 
-main()
+if __name__ == "__main__":
+    main()
