@@ -90,6 +90,12 @@ def save_llama(folder: Path, tokenizer: Any, **shape: float) -> Path:
     return folder
 
 
+def write_model(folder: Path, weights: bytes = b"weights") -> None:
+    """The files of a model that only the registry reads."""
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(weights)
+
+
 @pytest.fixture(scope="session")
 def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
     """A random two-layer Llama (hidden size 32) saved with its tokenizer, for from_pretrained."""

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from stages.cli import app
+from tests.conftest import write_model
 
 PRETRAINING = {
     "stage": "pretraining",
@@ -692,11 +693,7 @@ def workdir(tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyP
     for name, rows in ROWS.items():
         (tmp_path / f"{name}.jsonl").write_text(lines(rows))
 
-    def fill(folder: Path) -> None:
-        (folder / "config.json").write_text("{}")
-        (folder / "model.safetensors").write_bytes(b"weights")
-
-    Registry(tmp_path / "outputs" / "registry").publish("kept/model", fill, role="language_model")
+    Registry(tmp_path / "outputs" / "registry").publish("kept/model", write_model, role="language_model")
     return tmp_path
 
 

@@ -11,6 +11,7 @@ from stages.chain.description import changed_settings, data_lines, describe, thr
 from stages.config import DataSource
 from stages.corpora.files import fingerprint
 from stages.registry.ledger import Registry
+from tests.conftest import write_model
 
 
 def step(**fields: Any) -> dict[str, Any]:
@@ -57,10 +58,6 @@ def test_data_is_shown_by_path_and_rows(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_nested_metrics_are_shown_by_dotted_name(tmp_path: Path) -> None:
-    def save(folder: Path) -> None:
-        (folder / "config.json").write_text("{}")
-        (folder / "model.safetensors").write_bytes(b"w")
-
     metrics = {"accuracy": 0.66667, "by_length": {"short": 0.5}, "histogram": [1, 2], "steps": 10}
-    record = Registry(tmp_path).publish("a/b", save, role="language_model", metrics=metrics, recipe_step=step())
+    record = Registry(tmp_path).publish("a/b", write_model, role="language_model", metrics=metrics, recipe_step=step())
     assert describe(record)["metrics"] == ["accuracy  0.667", "by_length.short  0.5", "steps  10"]

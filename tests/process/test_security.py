@@ -20,6 +20,7 @@ from stages.process import redaction
 from stages.recipe.schema import load_recipe
 from stages.registry.ledger import Registry
 from stages.registry.references import ResolvedModel
+from tests.conftest import write_model
 
 HF_TOKEN = "hf_" + "AbCdEfGhIjKlMnOpQrStUvWxYz012345"
 PASSWORD = "correct horse battery"
@@ -178,13 +179,8 @@ def test_file_in_the_working_folder_does_not_shadow_a_package() -> None:
 # Paths
 
 
-def fill(folder: Path) -> None:
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(b"weights")
-
-
 def published(name: str = "safe/model") -> Any:
-    return Registry("home/registry").publish(name, fill, role="language_model")
+    return Registry("home/registry").publish(name, write_model, role="language_model")
 
 
 ESCAPES = ["../escape", "/tmp/escape", "a/../../b", "..", "a/..", "a//b", "a\\..\\b", "a\0b", "~", "a/b/c", ".hidden/x"]
@@ -192,7 +188,7 @@ ESCAPES = ["../escape", "/tmp/escape", "a/../../b", "..", "a/..", "a//b", "a\\..
 
 @pytest.mark.parametrize("name", ESCAPES)
 def test_names_cannot_leave_the_home_folder(name: str) -> None:
-    for use in (lambda registry: registry.publish(name, fill, role="language_model"), lambda registry: registry.get(name)):
+    for use in (lambda registry: registry.publish(name, write_model, role="language_model"), lambda registry: registry.get(name)):
         with pytest.raises(RegistryError):
             use(Registry("home/registry"))
     assert not list(Path.cwd().rglob("*.safetensors"))

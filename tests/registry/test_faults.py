@@ -22,6 +22,7 @@ from stages.errors import RegistryError, StorageError
 from stages.process.storage import storage_error, write_json
 from stages.registry import ledger as registry_module
 from stages.registry.ledger import Registry
+from tests.conftest import write_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -218,20 +219,15 @@ def test_version_of_a_newer_tristage_is_not_changed(recipe: Path, tmp_path: Path
 # Leftovers and clocks
 
 
-def fill(folder: Path, weights: bytes = b"weights") -> None:
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(weights)
-
-
 def test_locks_and_leftovers_of_dead_processes_do_not_block(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "registry")
-    registry.publish("fault/model", fill, role="language_model")
+    registry.publish("fault/model", write_model, role="language_model")
     (registry.root / "lock").write_text("4711")
     for name in ("0123", "4567"):
         (registry.root / "tmp" / name / "model").mkdir(parents=True)
     (registry.root / "tmp" / "0123.lock").write_text("4711")  # its process has ended, which released the lock
     (registry.root / "models" / "fault" / "model" / "last_version").write_text("")  # a crash during the write
-    assert registry.publish("fault/model", fill, role="language_model").version == 2
+    assert registry.publish("fault/model", write_model, role="language_model").version == 2
     assert list((registry.root / "tmp").iterdir()) == []
 
 
@@ -253,10 +249,10 @@ def test_a_clock_that_jumps_back_does_not_bring_an_old_version_back(tmp_path: Pa
 
     monkeypatch.setattr(registry_module, "datetime", Clock)
     registry = Registry(tmp_path)
-    first = registry.publish("fault/model", fill, role="language_model", fingerprint="f")
+    first = registry.publish("fault/model", write_model, role="language_model", fingerprint="f")
     (first.path / "model.safetensors").write_bytes(b"damaged")
     now -= timedelta(days=4000)
-    second = registry.publish("fault/model", fill, role="language_model", fingerprint="f")
+    second = registry.publish("fault/model", write_model, role="language_model", fingerprint="f")
     assert registry.get("fault/model") == registry.find_fingerprint("f", "fault/model") == second
     assert second.manifest["created"] < first.manifest["created"]
 
@@ -337,7 +333,7 @@ def test_eight_processes_publish_read_and_remove_at_once(tmp_path: Path) -> None
 def test_version_removed_during_listing_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = Registry(tmp_path)
     for _ in range(2):
-        registry.publish("base", fill, role="language_model")
+        registry.publish("base", write_model, role="language_model")
     scandir = os.scandir
 
     def scandir_of_what_is_gone(path: Any = ".") -> Any:
@@ -351,7 +347,7 @@ def test_version_removed_during_listing_is_skipped(tmp_path: Path, monkeypatch: 
 
 def test_leftover_whose_owner_has_just_finished_does_not_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = Registry(tmp_path)
-    registry.publish("fault/base", fill, role="language_model")
+    registry.publish("fault/base", write_model, role="language_model")
     lock = tmp_path / "tmp" / "leftover.lock"
     lock.touch()
     flock = fcntl.flock
@@ -362,14 +358,14 @@ def test_leftover_whose_owner_has_just_finished_does_not_block(tmp_path: Path, m
         flock(file, how)
 
     monkeypatch.setattr(fcntl, "flock", flock_while_the_owner_ends)
-    assert registry.publish("fault/base", fill, role="language_model").version == 2
+    assert registry.publish("fault/base", write_model, role="language_model").version == 2
 
 
 def test_a_base_removed_while_its_adapter_is_trained_is_noticed(tmp_path: Path) -> None:
     from stages.registry.references import ResolvedModel
 
     registry = Registry(tmp_path)
-    base = registry.publish("fault/base", fill, role="language_model")
+    base = registry.publish("fault/base", write_model, role="language_model")
     resolved = ResolvedModel.of_record(base)
 
     def adapter(folder: Path) -> None:
