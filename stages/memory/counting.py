@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, partial
 from hashlib import sha256
 from importlib.metadata import version
@@ -21,7 +21,7 @@ from typing import Any
 
 from stages.errors import ModelError, StagesError
 from stages.memory.decoding import DecodingMemory, LayerStates
-from stages.memory.passes import PassKind, PassMemory, Polynomial
+from stages.memory.passes import PassKind, PassMemory, Polynomial, Task
 from stages.memory.weights import AdapterWeights, ModelWeights, Quantizable
 from stages.process.storage import read_json, write_json
 
@@ -68,12 +68,12 @@ def pass_memory(kind: PassKind) -> PassMemory | None:
     return None if fields is None else PassMemory(_polynomial(fields["kept"]), _polynomial(fields["peak"]))
 
 
-def model_weights(config: str, vocabulary: int) -> ModelWeights | None:
+def model_weights(config: str, vocabulary: int, task: Task = "CAUSAL_LM") -> ModelWeights | None:
     """The weights of a model; None if they cannot be counted. The log (or ``uncounted``) then says why, once.
 
-    ``config``: the transformers config as JSON.
+    ``config``: the transformers config as JSON. ``task``: the class of the model.
     """
-    kind = _plain_kind(config, vocabulary)
+    kind = replace(_plain_kind(config, vocabulary), task=task)
 
     def count() -> ModelWeights:
         from stages.memory.fake_weights import weights_of

@@ -269,7 +269,7 @@ def _adapted_model(kind: PassKind, layers: int) -> TransformersModel:
     model.requires_grad_(False)
     task = "FEATURE_EXTRACTION" if kind.adapter.is_everywhere else kind.task
     with torch.device("meta"):
-        adapted = attach_lora(model, kind.adapter.settings, task=task, base="count")
+        adapted = attach_lora(model, kind.adapter.settings, task=task, base="count", new_rows=kind.trained_rows)
     if kind.adapter.is_everywhere:
         return adapted
     inner = plain_model(adapted)

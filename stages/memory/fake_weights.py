@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from stages.errors import ModelError
 from stages.memory.fake_passes import WHOLE, are_alike, config_of, full_model, quantize, text_config_of
-from stages.memory.passes import Adapter, PassKind
+from stages.memory.passes import Adapter, PassKind, Task
 from stages.memory.weights import SMALL, AdapterWeights, ModelWeights, Quantizable
 from stages.models.adapters.activation import activate, adapted, is_part_of
 from stages.models.adapters.attaching import add_adapter, attach_lora
+from stages.models.adapters.variants import Started
 from stages.models.families import quantized_modules
 from stages.models.loading import as_resolved
 from stages.sampling.support import plain_model
@@ -28,16 +31,22 @@ NAME = "count"  # of the adapter
 
 
 def weights_of(kind: PassKind) -> ModelWeights:
-    """The weights of the causal language model of ``kind``; of an encoder those of its transformer. Raises the errors of the model's code.
+    """The weights of the model of ``kind``; of an encoder those of its transformer, or of a classifier. Raises the errors of the model's
+    code.
 
     Linear modules that bitsandbytes does not quantize count as other weights.
     """
     family = config_of(kind).model_type
     is_causal = family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and family not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    model = plain_model(full_model(replace(kind, task="CAUSAL_LM" if is_causal else "FEATURE_EXTRACTION")))
-    sizes = [_size_of(module) for module in quantized_modules(model)]
+    if kind.task == "CAUSAL_LM" and not is_causal:
+        kind = replace(kind, task="FEATURE_EXTRACTION")
+    model = plain_model(full_model(kind))
+    transformer = model.base_model
+    assert isinstance(transformer, PreTrainedModel)
+    quantized = quantized_modules(transformer if kind.task == "SEQ_CLS" else model)  # the head of a classifier is not quantized
+    sizes = [_size_of(module) for module in quantized]
     linear = sum(rows * columns for rows, columns in sizes)
-    inner = sum(parameter.numel() for parameter in model.base_model.parameters())
+    inner = sum(parameter.numel() for parameter in transformer.parameters())
     everything = sum(parameter.numel() for parameter in model.parameters())
     return ModelWeights(linear, inner - linear, everything - inner, Quantizable.of(sizes))
 
@@ -58,8 +67,9 @@ def adapter_of(kind: PassKind) -> AdapterWeights:
     if layers <= WHOLE or kind.adapter.may_differ_by_layer or not are_alike(kind, layers):
         return _adapter_with(kind, layers)
     two, three = (_adapter_with(kind, number) for number in (2, 3))
-    weights, small = (less + (layers - 2) * (more - less) for less, more in ((two.weights, three.weights), (two.small, three.small)))
-    return replace(two, weights=weights, small=small)
+    numbers = ((getattr(two, name), getattr(three, name)) for name in ("weights", "small", "start"))
+    weights, small, start = (less + (layers - 2) * (more - less) for less, more in numbers)
+    return replace(two, weights=weights, small=small, start=start)
 
 
 def _adapter_with(kind: PassKind, layers: int) -> AdapterWeights:
@@ -70,13 +80,14 @@ def _adapter_with(kind: PassKind, layers: int) -> AdapterWeights:
     model.requires_grad_(False)
     try:
         with torch.device("meta"):
-            model = attach_lora(model, kind.adapter.settings, task=kind.task, base="count", name=NAME)
+            model = attach_lora(model, kind.adapter.settings, task=kind.task, base="count", name=NAME, new_rows=kind.trained_rows)
     except ModelError as error:
         return AdapterWeights(0, unfit=str(error))
     own = [parameter.numel() for name, parameter in model.named_parameters() if is_part_of(name, NAME) and parameter.requires_grad]
     output = plain_model(adapted(model)).get_output_embeddings()
     of_output = [] if output is None else [one.numel() for name, one in output.named_parameters() if is_part_of(name, NAME)]
-    return AdapterWeights(sum(own), sum(of_output), sum(number for number in own if number < SMALL))
+    start = sum(buffer.numel() for module in model.modules() if isinstance(module, Started) for buffer in module.buffers())
+    return AdapterWeights(sum(own), sum(of_output), sum(number for number in own if number < SMALL), start)
 
 
 def stacks_of(kind: PassKind) -> dict[str, str]:
@@ -98,7 +109,8 @@ def stacks_of(kind: PassKind) -> dict[str, str]:
                 if form not in names:
                     names[form] = f"{NAME}-{len(names)}"
                     with torch.device("meta"):
-                        model = _with_form(model, form, names[form], kind, is_shared=len(kind.stacks) > 1)
+                        rows = () if below else kind.trained_rows
+                        model = _with_form(model, form, names[form], kind.task, rows, is_shared=len(kind.stacks) > 1)
                 if names[form] in model.peft_config:
                     below.append(names[form])
     except ModelError as error:
@@ -106,8 +118,10 @@ def stacks_of(kind: PassKind) -> dict[str, str]:
     return {"unfit": ""}
 
 
-def _with_form(model: TransformersModel, form: str, name: str, kind: PassKind, *, is_shared: bool) -> TransformersModel:
+def _with_form(
+    model: TransformersModel, form: str, name: str, task: Task, new_rows: Collection[int], *, is_shared: bool
+) -> TransformersModel:
     if not form.startswith("["):
         return add_adapter(model, as_resolved(form), name, is_shared=is_shared)
     step, content = json.loads(form)
-    return attach_lora(model, Adapter(content).settings, task=kind.task, base=step, name=name)
+    return attach_lora(model, Adapter(content).settings, task=task, base=step, name=name, new_rows=new_rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Protocol
@@ -56,7 +56,7 @@ class View:
     """A model that a step reads: its sizes and its loading options.
 
     ``adapters``: (identifier, weights) of each of its adapters. ``forms``: the same adapters, as in PassKind.stacks.
-    ``generative``: it is a generative reward model.
+    ``generative``: it is a generative reward model. ``was_quantized``: one of its adapters was trained on quantized weights.
     """
 
     shape: Shape
@@ -66,6 +66,12 @@ class View:
     quantization: str = "none"
     double: bool = True
     generative: bool = False
+    was_quantized: bool = False
+
+    @property
+    def as_classifier(self) -> View:
+        """The model loaded as a classifier."""
+        return replace(self, shape=replace(self.shape, task="SEQ_CLS"))
 
     def frozen(self, compute: int, *, output: bool = True) -> Memory:
         """Memory of the model loaded without training."""
@@ -76,6 +82,16 @@ class View:
         )
 
 
+def loading(models: Collection[View], step: Memory, compute: int, machine: Machine) -> Phase:
+    """The largest merge of adapters while the models of a step are loaded; it is in fp32. On a GPU, only dequantized weights are merged.
+
+    ``step``: what the step needs. Its gradients and moments do not exist yet.
+    """
+    merged = [view for view in models if view.adapters and view.quantization == "none" and (machine.kind == "cpu" or view.was_quantized)]
+    weights = max((view.shape.weights for view in merged), default=0)
+    return Phase(awake=(FP32 - compute) * weights, absent=step.gradients + step.optimizer)
+
+
 def new_adapter(view: View, lora: LoraSettings, optimizer: str, *, task: Task = "CAUSAL_LM", trains_output: bool = True) -> Memory:
     """A new adapter on ``view``, its gradients and moments. ``task``: the class that it is added to.
 
@@ -83,7 +99,7 @@ def new_adapter(view: View, lora: LoraSettings, optimizer: str, *, task: Task = 
     """
     adapter = view.shape.adapter(_adapter_of(lora), task)
     weights = adapter.weights - (0 if trains_output else adapter.output)
-    return replace(trained(weights, optimizer, small=adapter.small), adapters=FP32 * adapter.weights)
+    return replace(trained(weights, optimizer, small=adapter.small), adapters=FP32 * (adapter.weights + adapter.start))
 
 
 def _adapter_of(lora: LoraSettings) -> Adapter:
@@ -95,9 +111,9 @@ def _adapter_of(lora: LoraSettings) -> Adapter:
 def trained_model(config: TrainingStepConfig, view: View, machine: Machine, *, task: Task = "CAUSAL_LM") -> Memory:
     """A model trained by a Trainer: full weights in fp32, or an adapter on frozen weights. ``task``: the class that the step loads.
 
-    Only a language model has an output layer. Raises ModelError if the adapter does not fit the model.
+    A bare transformer has no output layer. Raises ModelError if the adapter does not fit the model.
     """
-    shape, output, optimizer = view.shape, task == "CAUSAL_LM", config.training.optimizer
+    shape, output, optimizer = view.shape, task != "FEATURE_EXTRACTION", config.training.optimizer
     if config.lora is not None:
         below = view.frozen(dtype_bytes(config.precision, machine), output=output)
         return below + new_adapter(view, config.lora, optimizer, task=task)
@@ -123,6 +139,8 @@ def training_phase(
     """
     shape, compute = view.shape, dtype_bytes(config.precision, machine)
     adapter, checkpointing = Adapter.of(config.lora), config.training.gradient_checkpointing
+    if adapter and shape.new_rows and logits:
+        logits += compute * shape.vocabulary * shape.hidden  # the output layer with the trained rows; the layers below count the embedding
     counted = pass_memory(
         PassKind(
             config=shape.config,
@@ -136,6 +154,7 @@ def training_phase(
             quantization=view.quantization if adapter else "none",
             masked=masked,
             task="CAUSAL_LM" if adapter is None or adapter.is_everywhere else task,
+            new_rows=shape.new_rows if adapter else 0,
         )
     )
     if counted is None:

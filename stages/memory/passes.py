@@ -56,7 +56,8 @@ class PassKind:
     ``config``: the transformers config as JSON. ``weights`` and ``compute``: bytes per weight, and per value of the compute dtype.
     ``adapter``: the adapter that is trained; None: all weights are trained. ``trains``: with a backward pass. ``masked``: rows have
     padding, so attention gets a mask. ``task``: the class that the adapter is added to, whose module names its settings use.
-    ``stacks``: the unmerged adapters of each role on the same weights, lowest first (see ``planned_form``, or a folder).
+    ``stacks``: the unmerged adapters of each role on the same weights, lowest first (see ``planned_form``, or a folder). ``new_rows``: the
+    last rows of the embedding that an adapter trains.
     """
 
     config: str
@@ -71,6 +72,12 @@ class PassKind:
     masked: bool = False
     task: Task = "CAUSAL_LM"
     stacks: tuple[tuple[str, ...], ...] = ()
+    new_rows: int = 0
+
+    @property
+    def trained_rows(self) -> range:
+        """The token ids of ``new_rows``."""
+        return range(self.vocabulary - self.new_rows, self.vocabulary)
 
 
 def planned_form(name: str, adapter: Adapter) -> str:

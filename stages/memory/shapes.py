@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ from stages.memory.counting import adapter_weights, decoding_memory, model_weigh
 from stages.memory.decoding import DecodingMemory, LayerStates
 from stages.memory.passes import Adapter, PassKind, Task
 from stages.memory.weights import AdapterWeights, ModelWeights, Quantizable
+from stages.process.storage import read_json
 from stages.tokens.positions import model_length
 
 KNOWN_MODELS = Path(__file__).parent / "known_models.yaml"
@@ -40,6 +41,8 @@ class Shape:
     learned_positions: bool
     biases: str  # linear layers with a bias: all, qkv, none
     encoder: bool = False
+    task: Task = "CAUSAL_LM"  # the class whose weights are counted; for a classifier, its head is the output layer
+    new_rows: int = 0  # of ``vocabulary``: rows that the model does not have yet; with an adapter, they are the trained ones
     config: str = field(default="", repr=False)  # the transformers config as JSON
 
     @property
@@ -77,7 +80,9 @@ class Shape:
 
     def adapter(self, adapter: Adapter, task: Task = "CAUSAL_LM") -> AdapterWeights:
         """The weights of a new adapter. ``task``: the class that it is added to. Raises ModelError if it does not fit the model."""
-        kind = PassKind(self.config, self.vocabulary, "cpu", weights=4, compute=4, trains=True, adapter=adapter, task=task)
+        kind = PassKind(
+            self.config, self.vocabulary, "cpu", weights=4, compute=4, trains=True, adapter=adapter, task=task, new_rows=self.new_rows
+        )
         return adapter_weights(kind) or AdapterWeights(adapter.settings.r * sum(rows + columns for rows, columns in self._matrices))
 
     def decoding(self, device: str, weights: int, compute: int) -> DecodingMemory:
@@ -90,7 +95,7 @@ class Shape:
 
     @property
     def _weights(self) -> ModelWeights:
-        return model_weights(self.config, self.vocabulary) or self.formula
+        return model_weights(self.config, self.vocabulary, self.task) or self.formula
 
     @property
     def formula(self) -> ModelWeights:
@@ -200,6 +205,18 @@ def shape_of_folder(folder: Path) -> Shape | None:
         return shape_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return None
+
+
+def with_new_tokens(shape: Shape, folder: Path) -> Shape:
+    """``shape`` with rows for the tokens that the tokenizer in ``folder`` has and the model has not, as loading makes them.
+
+    The row of a pad token is not trained.
+    """
+    tokens = {token["content"]: token["id"] for token in read_json(folder / "tokenizer.json").get("added_tokens", ())}
+    size = max(shape.vocabulary, max(tokens.values(), default=-1) + 1)
+    pad = read_json(folder / "tokenizer_config.json").get("pad_token")
+    pad_id = tokens.get(pad["content"] if isinstance(pad, dict) else pad, -1)
+    return replace(shape, vocabulary=size, new_rows=size - shape.vocabulary - (pad_id >= shape.vocabulary))
 
 
 def shape_of_hub(identifier: str, revision: str | None = None) -> Shape | None:

@@ -33,8 +33,9 @@ class Quantizable:
 class ModelWeights:
     """Numbers of weights.
 
-    ``linear``: of the linear modules that bitsandbytes quantizes. ``output``: of the output layer, unless it is tied to the
-    embedding. ``other``: all others (embeddings, norms, biases, experts that are one tensor, towers for images and sounds).
+    ``linear``: of the linear modules that bitsandbytes quantizes. ``output``: of the output layer, unless it is tied to the embedding; of a
+    classifier, those of its head. ``other``: all others (embeddings, norms, biases, experts that are one tensor, towers for images and
+    sounds).
     """
 
     linear: int
@@ -47,11 +48,13 @@ class ModelWeights:
 class AdapterWeights:
     """Numbers of weights of an adapter.
 
-    ``weights``: all of them. ``output``: those in full copies of the output layer, which a value network does not train. ``small``: those
-    in tensors of fewer than SMALL weights. ``unfit``: why the adapter cannot be added to the model; empty if it can.
+    ``weights``: all that are trained. ``output``: those in full copies of the output layer, which a value network does not train.
+    ``small``: those in tensors of fewer than SMALL weights. ``start``: further ones that are not trained, with which PiSSA and OLoRA start.
+    ``unfit``: why the adapter cannot be added to the model; empty if it can.
     """
 
     weights: int
     output: int = 0
     small: int = 0
+    start: int = 0
     unfit: str = ""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stages.config import OptimizerSettings, StepConfig
 from stages.memory.counting import refuse_unfit_stacks
-from stages.memory.estimate import Machine, Memory, fillable, with_heap
+from stages.memory.estimate import Machine, Memory, dtype_bytes, fillable, with_heap
 from stages.memory.lengths import Counter, Lengths
-from stages.memory.models import View
+from stages.memory.models import View, loading
 from stages.memory.passes import Adapter, PassKind, Task, planned_form
 from stages.recipe.schema import STAGES
 
@@ -43,7 +43,9 @@ def memory_of(config: StepConfig, models: Mapping[str, View], lengths: Lengths, 
     heap = planner.heap(config)
 
     def needed(settings: StepConfig) -> Memory:
-        return with_heap(planner.estimate(settings, models, lengths, machine, processes), machine, heap)
+        memory = with_heap(planner.estimate(settings, models, lengths, machine, processes), machine, heap)
+        loaded = loading(models.values(), memory, dtype_bytes(settings.precision, machine), machine)
+        return replace(memory, awake=max(memory.awake, loaded.awake), passing=max(memory.passing, loaded.total))
 
     training = getattr(config, "training", None)
     if machine.kind == "cpu" or processes > 1 or not isinstance(training, OptimizerSettings) or training.microbatch_size != "auto":
@@ -85,6 +87,7 @@ def refuse_unfit_adapters(config: StepConfig, models: Mapping[str, View], device
         quantization=start.quantization,
         task=task,
         stacks=stacks,
+        new_rows=shape.new_rows,
     )
     folders = {form for stack in stacks for form in stack if not form.startswith("[")}
     refuse_unfit_stacks(kind, tuple(Path(folder).stat().st_mtime_ns for folder in sorted(folders)))

@@ -11,9 +11,9 @@ from pathlib import Path
 from stages.config import LoraSettings, ModelInput, StepConfig
 from stages.memory.models import View
 from stages.memory.passes import Adapter, planned_form
-from stages.memory.shapes import shape_of, shape_of_folder, shape_of_hub
+from stages.memory.shapes import shape_of, shape_of_folder, shape_of_hub, with_new_tokens
 from stages.memory_plan.steps import task_of
-from stages.models.adapters.stacks import Stack, stack_of, weights_of
+from stages.models.adapters.stacks import Stack, stack_of, trained_on, weights_of
 from stages.recipe.schema import RecipeStep, Reference, model_inputs
 from stages.registry.ledger import Registry
 from stages.registry.references import ResolvedModel
@@ -52,9 +52,16 @@ def _foreign(reference: Reference, registry: Registry) -> View | None:
     shape = shape_of_hub(base.path, base.input.revision) if base.kind == "hub" else shape_of_folder(Path(base.path))
     if shape is None:
         return None
-    adapters = tuple((adapter.digest or adapter.path, _weights_in(_adapter_folder(adapter))) for adapter in stack.adapters)
-    forms = tuple(str(_adapter_folder(adapter)) for adapter in stack.adapters if _is_here(adapter))
-    return View(shape, weights_of(base), adapters, forms, generative=_is_generative(model))
+    folders = [_folder_of(adapter) for adapter in stack.adapters]
+    with_tokenizer = [folder for folder in (_folder_of(base, "config.json"), *folders) if (folder / "tokenizer.json").exists()]
+    if with_tokenizer:
+        shape = with_new_tokens(shape, with_tokenizer[-1])
+    if stack.adapters:  # these have trained the new rows
+        shape = replace(shape, new_rows=0)
+    adapters = tuple((adapter.digest or adapter.path, _weights_in(folder)) for adapter, folder in zip(stack.adapters, folders, strict=True))
+    forms = tuple(str(_folder_of(adapter)) for adapter in stack.adapters if _is_here(adapter))
+    was_quantized = bool(stack.adapters) and trained_on(model).quantization != "none"
+    return View(shape, weights_of(base), adapters, forms, generative=_is_generative(model), was_quantized=was_quantized)
 
 
 def _is_generative(model: ResolvedModel) -> bool:
@@ -85,16 +92,16 @@ def _is_cached_adapter(model: ResolvedModel) -> bool:
 
 def _is_here(adapter: ResolvedModel) -> bool:
     """Whether the weights of an adapter can be read: those of the Hub are downloaded when a step needs them."""
-    return adapter.kind != "hub" or (_adapter_folder(adapter) / "adapter_model.safetensors").exists()
+    return adapter.kind != "hub" or (_folder_of(adapter) / "adapter_model.safetensors").exists()
 
 
-def _adapter_folder(adapter: ResolvedModel) -> Path:
-    """The folder of an adapter's files; for a Hub adapter, its folder in the cache."""
-    if adapter.kind != "hub":
-        return Path(adapter.path)
+def _folder_of(model: ResolvedModel, file: str = "adapter_config.json") -> Path:
+    """The folder of a model's files; for a Hub model, that of ``file`` in the cache."""
+    if model.kind != "hub":
+        return Path(model.path)
     from huggingface_hub import try_to_load_from_cache
 
-    return Path(str(try_to_load_from_cache(adapter.path, "adapter_config.json", revision=adapter.input.revision))).parent
+    return Path(str(try_to_load_from_cache(model.path, file, revision=model.input.revision))).parent
 
 
 def _weights_in(folder: Path) -> float:
@@ -117,17 +124,21 @@ def made_by(step: RecipeStep, views: Mapping[str, View]) -> View | None:
     config = step.config
     if getattr(config, "architecture", None) is not None:
         return _random_weights(config, views, step.name)
-    start = views.get("model", views.get("policy"))
+    trained = "model" if "model" in views else "policy"
+    start = views.get(trained)
     if start is None or step.stage == "evaluation":
         return None
     generative = getattr(config, "generative", None) is not None
     lora = getattr(config, "lora", None)
     adapter = Adapter.of(lora) if isinstance(lora, LoraSettings) else None
+    shape = replace(start.shape, new_rows=0)  # this step trains them
     if adapter is None:
-        return View(start.shape, step.name, generative=generative)
-    weights = start.shape.adapter(adapter, task_of(config)).weights
-    adapters, forms = (*start.adapters, (step.name, float(weights))), (*start.forms, planned_form(step.name, adapter))
-    return replace(start, adapters=adapters, forms=forms, generative=generative)
+        return View(shape, step.name, generative=generative)
+    new = start.shape.adapter(adapter, task_of(config))
+    published = (step.name, float(new.weights + new.start))  # the start becomes a part of the saved matrices
+    adapters, forms = (*start.adapters, published), (*start.forms, planned_form(step.name, adapter))
+    was_quantized = start.was_quantized or model_inputs(config)[trained].quantization != "none"
+    return replace(start, shape=shape, adapters=adapters, forms=forms, generative=generative, was_quantized=was_quantized)
 
 
 def loaded(views: Mapping[str, View], config: StepConfig) -> dict[str, View]:

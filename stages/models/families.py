@@ -178,7 +178,7 @@ def _read_directly(kind: type[nn.Module]) -> frozenset[str]:
     for one in kind.__mro__:
         if one is nn.Module:
             break
-        if one.__name__ in _READ_IN_OTHER_USES:
+        if one.__name__ in _READ_IN_OTHER_USES or one.__module__.startswith("peft."):  # the layers of peft stand for those of the family
             continue
         for name, method in vars(one).items():
             code = getattr(inspect.unwrap(method), "__code__", None) if inspect.isfunction(method) else None

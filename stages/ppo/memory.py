@@ -234,7 +234,7 @@ def _held_by_adapters(
     elif value is not None:
         held += value.frozen(compute, output=False) + new_adapter(value, config.lora, optimizer, task="FEATURE_EXTRACTION")
     if config.ema.decay is not None:
-        held += Memory(adapters=added.adapters)
+        held += Memory(adapters=added.gradients)  # as many weights as are trained
     reference, own = Memory(), []
     if (frozen := models.get("reference")) is not None:
         if shares(frozen):

@@ -32,7 +32,8 @@ def is_reward_model(judge: Judge) -> bool:
 
 def frozen_judge(judge: Judge, compute: int) -> Memory:
     """The loaded model of a source."""
-    return judge[1].frozen(compute, output=is_generative(judge))
+    source, view = judge
+    return view.as_classifier.frozen(compute) if source.label is not None else view.frozen(compute, output=is_generative(judge))
 
 
 def scoring_phase(judge: Judge, completions: int, prompt: int, new: int, compute: int, machine: Machine) -> Phase:

@@ -22,7 +22,8 @@ def estimate(config: SentimentConfig, models: Mapping[str, View], lengths: Lengt
     columns = min(config.max_length, lengths.text)
     rows = rows_per_pass(config, processes, columns, machine, lengths.examples)
     training = training_phase(config, view, rows, columns, machine, logits=0.0, masked=True, task="SEQ_CLS")
-    model, saved = trained_model(config, view, machine, task="SEQ_CLS"), saving(view.shape, output=False)
+    classifier = view.as_classifier
+    model, saved = trained_model(config, classifier, machine, task="SEQ_CLS"), saving(classifier.shape)
     step = trained_in_passes(model, training, saved, full_step=is_full_step(config, rows, processes))
     if config.masked is None:
         return step

@@ -84,6 +84,11 @@ SETUPS: dict[str, dict[str, Any]] = {
         "fields": {"training": {"gradient_checkpointing": True, "optimizer": "adamw_8bit"}},
     },
     "Llama, SFT, full": {"shape": "Llama", "stage": "sft"},
+    "Llama, SFT, LoRA with the start of PiSSA": {
+        "shape": "Llama",
+        "stage": "sft",
+        "fields": {"lora": {"r": 64, "init_lora_weights": "pissa"}},
+    },
     "GPT-NeoX, PPO, full, bf16": {"shape": "GPT-NeoX", "fields": {"precision": "bf16"}},
     "GPT-NeoX, PPO, LoRA, bf16": {"shape": "GPT-NeoX", "fields": {**LORA, "precision": "bf16"}, "learned": False},
     "GPT-NeoX, SFT, LoRA": {"shape": "GPT-NeoX", "stage": "sft", "fields": LORA},

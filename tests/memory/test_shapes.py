@@ -121,6 +121,19 @@ def test_known_models_have_the_shapes_of_transformers(name: str, listed: dict[st
     assert shape.linear_weights + shape.other_weights + output == weights_of(model)
 
 
+@pytest.mark.parametrize("family", ["distilbert", "bert", "roberta", "llama"])
+def test_a_classifier_has_the_weights_of_its_pooler_and_head(family: str) -> None:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 90}
+    if family == "distilbert":
+        sizes = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 2, "vocab_size": 90}
+    config = AutoConfig.for_model(family, **sizes)
+    own = shape_of(config.to_dict())
+    assert own is not None
+    assert replace(own, task="SEQ_CLS").weights == weights_of(AutoModelForSequenceClassification.from_config(config))
+
+
 def test_unknown_model_has_no_shape() -> None:
     assert shape_of_hub("nobody/ever-made-this") is None
     assert shape_of({"architectures": ["Mystery"]}) is None

@@ -241,6 +241,62 @@ def test_an_adapter_on_some_modules_by_hand(recipe: Any, tmp_path: Path, small: 
     assert memory.optimizer == 2 * memory.gradients
 
 
+def test_the_start_of_an_adapter_by_hand(recipe: Any, tmp_path: Path, small: Any) -> None:
+    """PiSSA keeps its initial matrices, which are not trained."""
+    lora = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": "pissa"}
+    memory = held(recipe, tmp_path, policy=small("policy"), lora=lora, ema_decay=0.9)
+    low_rank = 2 * 2 * 4 * (32 + 32)
+    assert memory.adapters == 4 * (low_rank + low_rank + low_rank)  # trained, initial, and the moving average of the trained ones
+    assert (memory.gradients, memory.optimizer) == (4 * low_rank, 8 * low_rank)
+
+
+def test_rows_of_new_tokens_by_hand(recipe: Any, tmp_path: Path, small: Any) -> None:
+    """The tokenizer has three tokens more than the model, of which one is for padding. Policy and value network train the rows of two."""
+    policy = Path(small("policy", tie_word_embeddings=False, vocab_size=300))
+    settings = {"policy": str(policy), "value": "policy", "lora": {"r": 4, "target_modules": ["q_proj"]}}
+    before = held(recipe, tmp_path, **settings)
+    tokenizer = json.loads((policy / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] += [{**tokenizer["added_tokens"][0], "id": 300 + n, "content": f"<{n}>"} for n in range(3)]
+    (policy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (policy / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<1>"}))
+    after = held(recipe, tmp_path, **settings)
+    assert after.weights - before.weights == 4 * 2 * 3 * 32  # embedding and output layer
+    assert after.adapters - before.adapters == 4 * 2 * (2 * 2 * 32)  # of both, for two networks
+    assert after.gradients - before.gradients == 4 * (2 * 2 * 32 + 2 * 32)  # the value network has no output layer
+    refused = recipe(**{**settings, "lora": {"target_modules": ["q_proj", "embed_tokens"]}})
+    with pytest.raises(ModelError, match="aligned: the tokenizer has 2 tokens without embedding rows, which cannot be trained with lora"):
+        planned(refused, tmp_path, 24)
+
+
+@pytest.mark.parametrize(("kind", "quantization", "extra"), [("cuda", "nf4", 2), ("cuda", "none", 0), ("cpu", "none", 2)])
+def test_adapters_are_merged_in_fp32_where_the_base_is_loaded(
+    recipe: Any, tmp_path: Path, small: Any, kind: str, quantization: str, extra: int
+) -> None:
+    """A GPU gets fp32 weights only if they were quantized. ``extra``: bytes per weight, besides the two of bf16."""
+    base, rows = small("base", hidden_size=512, intermediate_size=8192), tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    model = {"ref": base, "quantization": quantization}
+    sft = {"stage": "sft", "name": "sft", "model": model, "lora": {"r": 4, "target_modules": ["q_proj"]}, "data": {"train": str(rows)}}
+    compared = {
+        "stage": "evaluation",
+        "name": "compared",
+        "precision": "bf16",
+        "candidates": {"sft": "sft"},
+        "data": str(tmp_path / "prompts.jsonl"),
+        "judges": [{"function": "stages.corpora.world.gold:score_batch"}],
+        "generation": {"max_new_tokens": 1, "batch_size": 1},
+    }
+    recipe()
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"name": "planned", "steps": [sft, compared]}))
+    registry = Registry(tmp_path / "registry")
+    loaded = load_recipe(tmp_path / "recipe.yaml", [], registry)
+    memory = plan_memory(loaded, registry, Machine(kind, 24 * GIB, 2, "a machine"))[1].memory
+    assert memory is not None
+    weights = 2 * (4 * 512 * 512 + 3 * 512 * 8192) + 5 * 512 + 90 * 512
+    assert memory.weights == 2 * weights
+    assert memory.passing == extra * weights if extra else memory.passing < 0.1 * weights
+
+
 def test_an_adapter_that_does_not_fit_ends_the_plan_with_the_name_of_the_step(recipe: Any, tmp_path: Path, small: Any) -> None:
     path = recipe(policy=small("policy"), value="shared", lora={"target_modules": ["query_proj"]})
     result = CliRunner().invoke(app, ["plan", str(path), "--home", str(tmp_path), "--device-memory", "24"])
@@ -348,7 +404,7 @@ def test_rewards_have_their_own_weights_unless_they_share_the_backbone(recipe: A
         return float(memory.weights) / 4
 
     assert weights({"model": policy}) == layers
-    assert weights({"model": policy, "label": 0}) == 2 * layers
+    assert weights({"model": policy, "label": 0}) == 2 * layers + 2 * 32  # with a head of two classes
     assert weights({"model": policy, "answers": ["Yes", "No"]}) == 2 * layers  # tied: the output layer is the embedding
     other = small("bigger", hidden_size=64, tie_word_embeddings=False)
     assert weights({"model": other}) == layers + bigger
