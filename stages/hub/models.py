@@ -24,6 +24,12 @@ def check_model(repository: Repository) -> None:
             "peft adapter"
         )
     fetch(repository, config)
+    base = adapter_base(repository)
+    if base is not None and base[0].startswith("sha256:"):
+        raise HubError(
+            f"the model {repository.id!r} is an adapter that `stages models push` wrote, with its base in the folder bases/. Add both to "
+            f"the registry with `stages models pull {repository.id}`, and use the name that it prints"
+        )
     _check_weights(repository, names)
     if repository.is_cached and INDEX in names:
         index = json.loads(fetch(repository, INDEX).read_text(encoding="utf-8"))

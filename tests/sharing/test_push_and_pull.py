@@ -184,6 +184,34 @@ def test_an_adapter_names_its_base_in_the_repository(server, client, home) -> No
     assert 'model = PeftModel.from_pretrained(base, "org/adapter")' in card
 
 
+def test_a_pushed_adapter_is_pulled_before_a_recipe_uses_it(server, client, home, tmp_path) -> None:
+    assert client.run("models", "push", "recipe/adapter", "org/direct", "--home", str(home)).status == 0
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "recipe.yaml").write_text(
+        "name: direct\nsteps:\n  - {stage: sft, name: sft, model: org/direct, data: {train: rows.jsonl}}\n"
+    )
+    done = client.run("plan", str(tmp_path / "recipe.yaml"), "--home", str(tmp_path))
+    assert done.status == 2 and "recipe.yaml:3: steps[0].model: got 'org/direct'" in done.output
+    assert "`stages models pull org/direct`, and use the name that it prints" in done.output
+
+
+def test_an_adapter_whose_base_is_gone_from_the_hub_says_how_to_use_a_copy(server, client, tiny_llama_folder, tmp_path) -> None:
+    from stages.models.loading import load_language_model, load_tokenizer
+    from stages.models.saving import save_model
+
+    gone = ResolvedModel("org/gone", "hub", "org/gone", "hub:org/gone@main", ModelInput(ref="org/gone"))
+    tokenizer = load_tokenizer(str(tiny_llama_folder))
+    model = load_language_model(str(tiny_llama_folder), dtype=torch.float32, lora=LoraSettings(r=2))
+    registry = Registry(tmp_path / "registry")
+    registry.publish("a/b", lambda folder: save_model(model, tokenizer, folder), role="language_model", base=gone)
+    done = client.run("models", "export", "a/b", str(tmp_path / "merged"), "--home", str(tmp_path))
+    assert done.status == 2 and "the Hub has no model 'org/gone' that this account can read" in done.output
+    alone, home = str(tmp_path / "alone"), ("--home", str(tmp_path))
+    assert client.run("models", "export", "a/b", alone, "--adapter", *home).status == 0
+    done = client.run("models", "import", alone, "--as", "a/merged", "--base", str(tiny_llama_folder), *home)
+    assert done.status == 0 and "published a/merged@1 (language_model)" in done.output, done.output
+
+
 def test_another_lineage_is_not_overwritten(server, client, home, tmp_path) -> None:
     assert client.run("models", "push", "recipe/base", "org/line", "--home", str(home)).status == 0
     before = server.commit("model", "org/line")

@@ -37,14 +37,21 @@ def is_adapter(model: ResolvedModel) -> bool:
     if model.kind == "hub":
         from transformers.utils import cached_file
 
-        path = cached_file(
-            model.path,
-            ADAPTER_CONFIG,
-            revision=model.input.revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-        )
+        try:
+            path = cached_file(
+                model.path,
+                ADAPTER_CONFIG,
+                revision=model.input.revision,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+                _raise_exceptions_for_gated_repo=False,
+            )
+        except OSError as error:
+            at = f" at revision {model.input.revision!r}" if model.input.revision else ""
+            raise ModelError(
+                f"the Hub has no model {model.path!r}{at} that this account can read; it was removed or is private. For an adapter on it, "
+                "use a copy: `stages models export REF DIR --adapter`, then `stages models import DIR --as NAME --base COPY`"
+            ) from error
         return path is not None
     return (Path(model.path) / ADAPTER_CONFIG).exists()
 
