@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from rich.markup import escape
+
 from stages.chain.conversations import check_template_arguments, check_texts, tokenizer_digests
 from stages.chain.fingerprints import fingerprint_of, parts_of, why
 from stages.chain.fitness import ModelChecks
@@ -216,7 +218,7 @@ def plan_table(plans: list[StepPlan], recipe: str) -> Table:
     title = f"{recipe}: {len(plans)} step{'s' if len(plans) != 1 else ''}"
     table = Table("step", "stage", "action", "why", title=title, title_justify="left")
     for step in plans:
-        table.add_row(step.name, step.stage, f"[{ACTION_STYLES[step.action]}]{step.action}[/]", step.reason)
+        table.add_row(step.name, step.stage, f"[{ACTION_STYLES[step.action]}]{step.action}[/]", escape(step.reason))
     return table
 
 

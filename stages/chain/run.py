@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from rich.markup import escape
 from rich.text import Text
 
 from stages.chain.fingerprints import settings_of
@@ -122,10 +123,10 @@ class _Run:
             planned, result = self._run_alone(step, planned)
         self.made[step.name] = result.model
         if planned.action == "reuse":
-            self.runtime.console.print(f"[bold]{step.name}[/] reused: {planned.reason}")
+            self.runtime.console.print(f"[bold]{step.name}[/] reused: {escape(planned.reason)}", markup=True)
         else:
             outcome = f"published {result.model.ref} ({result.model.digest[:19]})" if result.model is not None else "done"
-            self.runtime.console.print(f"[bold]{step.name}[/] {outcome} after {time.monotonic() - began:.1f} s")
+            self.runtime.console.print(f"[bold]{step.name}[/] {outcome} after {time.monotonic() - began:.1f} s", markup=True)
         self._record(step, planned, result, time.monotonic() - began)
 
     def finish(self) -> RunSummary:
@@ -149,7 +150,7 @@ class _Run:
         else:
             self.runtime.console.print(f"The report: {_shown(written.path)}", style="bold", soft_wrap=True)
             for note in written.notes:
-                self.runtime.console.print(note, soft_wrap=True, markup=False)
+                self.runtime.console.print(note, soft_wrap=True)
 
     # One step
 
@@ -178,7 +179,7 @@ class _Run:
             planned = self.runtime.decide(lambda: plan_step(self.recipe, step, self.home, self.registry, self.made))
             if planned.action == "reuse":
                 return planned, self._reuse(step, planned)
-            self._print_heading(f"[bold]{step.name}[/] ({step.stage}): {planned.action}, {planned.reason}")
+            self._print_heading(f"[bold]{step.name}[/] ({step.stage}): {planned.action}, {escape(planned.reason)}")
             if self.runtime.is_main and planned.action == "run":
                 self._report_other_attempt(step, work)
             result = self._run_stage(step, planned, work)
@@ -191,7 +192,7 @@ class _Run:
     def _print_heading(self, heading: str) -> None:
         """Print a line across the terminal. A heading that is too long for it is wrapped, because a rule would cut it."""
         if Text.from_markup(heading).cell_len + len(" ─") > self.runtime.console.width:
-            self.runtime.console.print(heading)
+            self.runtime.console.print(heading, markup=True)
         else:
             self.runtime.console.rule(heading, align="left")
 
@@ -262,7 +263,7 @@ class _Run:
         """Print a line of a step, unless an earlier step of this run has printed the same line."""
         if line not in self._announced:
             self._announced.add(line)
-            self.runtime.console.print(f"{step.name}: {line}", markup=False)
+            self.runtime.console.print(f"{step.name}: {line}")
 
     def _circumstances(self, step: RecipeStep, seconds: float) -> JsonObject:
         """How this process computed a step: facts about the machine, which are no part of the step's fingerprint."""

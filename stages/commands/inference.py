@@ -107,7 +107,7 @@ def serve(
     runtime, registry = make_runtime(), registry_in(home)
     key = secret(api_key_variable) if api_key_variable is not None else None
     scorer = terminal.scorer(ref, registry, runtime, label=label, output=output)
-    serving.serve(scorer, host=host, port=port, key=key, say=lambda line: runtime.console.print(line, markup=False))
+    serving.serve(scorer, host=host, port=port, key=key, say=lambda line: runtime.console.print(line))
 
 
 @reports_errors
@@ -141,8 +141,8 @@ def chat(
         ]
         for speaker in speakers:
             if not speaker.converses:
-                console.print(f"{speaker.name} has no chat template: it continues each line separately.", style="yellow", markup=False)
-        console.print(terminal.HELP, style="dim", markup=False)
+                console.print(f"{speaker.name} has no chat template: it continues each line separately.", style="yellow")
+        console.print(terminal.HELP, style="dim")
 
         def say(who: str, text: str) -> None:
             console.print(Text.assemble((f"{who}  " if who else "", "bold"), text))

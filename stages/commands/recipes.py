@@ -43,7 +43,7 @@ def run(
     with stoppable(runtime):
         loaded = load_recipe(recipe, overrides or [], registry_in(home))
         for notice in loaded.notices():
-            runtime.console.print(notice, markup=False, soft_wrap=True)
+            runtime.console.print(notice, soft_wrap=True)
         chain.run(loaded, home_folder(home), runtime, command=continue_command())
     runtime.leave()
 
@@ -92,16 +92,16 @@ def plan(
     console = make_runtime().console
     console.print(planning.plan_table(plans, loaded.name))
     for notice in loaded.notices():
-        console.print(notice, markup=False, soft_wrap=True)
+        console.print(notice, soft_wrap=True)
     for message in commits.unreached:
-        console.print(f"Not checked: {message}", markup=False, soft_wrap=True)
+        console.print(f"Not checked: {message}", soft_wrap=True)
     unseen = [step.name for step in loaded.steps if planning.on_hub(step)]
     if unseen:
-        console.print(f"Not checked, because the data is on the Hub: the rows of {', '.join(unseen)}.", markup=False)
+        console.print(f"Not checked, because the data is on the Hub: the rows of {', '.join(unseen)}.")
     if memory:
         console.print(memory_table(memory, machine))
         for line in advice_lines(memory):
-            console.print(line, soft_wrap=True, markup=False)
+            console.print(line, soft_wrap=True)
     for step in loaded.steps:
         if shown[step.name]:
             console.print(settings_table(step, shown[step.name]))

@@ -131,7 +131,7 @@ def open_sampler(
     location = (
         _shared_folder(vllm, workplace.folder, loaded.model) / f"{shared_memory.PREFIX}{runtime.decide(lambda: secrets.token_hex(6))}"
     )
-    say = lambda line: runtime.console.print(line, style="yellow", markup=False)  # noqa: E731
+    say = lambda line: runtime.console.print(line, style="yellow")  # noqa: E731
     with ExitStack() as stack:
         if runtime.is_main and location.parent == shared_memory.FOLDER:
             stack.enter_context(shared_memory.claimed(location))
@@ -143,7 +143,7 @@ def open_sampler(
             if runtime.is_main:
                 started = _server_for(vllm.start, served, workplace.log, location, shared, stack)
                 if not started.is_running():
-                    runtime.console.print(f"starting a vLLM server (its log: {workplace.log})", markup=False)
+                    runtime.console.print(f"starting a vLLM server (its log: {workplace.log})")
             urls, key = runtime.decide(lambda: _started(started))
         servers = Servers(urls, vllm, key, say=say, started=started)
         sampler = VllmSampler(policy, loaded.tokenizer, vllm, servers, weights, runtime=runtime, dtype=loaded.dtype, folder=location)
@@ -207,7 +207,7 @@ def _plan_weights(
         if trains == "adapter" or quantization != "none" or (vllm.start is None and trains == "nothing"):
             raise
         if trains == "nothing":
-            runtime.console.print(f"vLLM serves {source.ref} with its adapters merged: {error}", markup=False)
+            runtime.console.print(f"vLLM serves {source.ref} with its adapters merged: {error}")
         if vllm.start is not None:
             _write_to_start(loaded, folder / "start", runtime)
         return Weights("full" if trains == "full" else "base"), replace(served, model=str(folder / "start"), revision=None)

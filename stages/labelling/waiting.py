@@ -63,7 +63,7 @@ def ask_people(folder: Path, people: People, context: StepContext) -> None:
 
             raise Waiting(f"{text}\nThen continue with: {continue_command()}   (or wait here with --wait)")
         if not is_announced:
-            runtime.console.print(f"{text} (waiting)", soft_wrap=True, markup=False)
+            runtime.console.print(f"{text} (waiting)", soft_wrap=True)
             is_announced = True
         time.sleep(POLL_SECONDS)
 

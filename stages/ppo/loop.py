@@ -144,7 +144,7 @@ class PPORun:
                 shard(module, add_up=True)
             except ModelError as error:
                 name = type(module).__name__
-                self.runtime.console.print(f"{self.config.name}: each process has a complete {name} for a reward: {error}", markup=False)
+                self.runtime.console.print(f"{self.config.name}: each process has a complete {name} for a reward: {error}")
 
     def resume(self) -> None:
         """Resume an interrupted run if there is one. Its logs are written again, so that they are complete."""
@@ -352,7 +352,7 @@ class PPORun:
         log(self.context, iteration, entry)
         for alarm in self.health.begun:
             line = f"{self.context.name}: iteration {iteration}: {alarm.name}: {alarm.message}"
-            self.runtime.console.print(line, style="yellow", markup=False)
+            self.runtime.console.print(line, style="yellow")
         for alarm in alarms:
             if alarm.name in self.config.health.stop_on:
                 said = f"{self.context.name}: iteration {iteration}: stopped on {alarm.name} (health.stop_on): {alarm.message}"
@@ -366,7 +366,7 @@ class PPORun:
             if name.endswith(f"_{CUT_SHARE}") and share and name not in self._said_cuts:
                 self._said_cuts.add(name)
                 said = f"{self.context.name}: iteration {self.state.iteration}: {cut_message(name, share)}"
-                self.runtime.console.print(said, style="yellow", markup=False)
+                self.runtime.console.print(said, style="yellow")
 
     # Checkpoints
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -22,6 +22,16 @@ WIDE = 80  # columns of a terminal that shows a bar
 FIRST_LINE, MOST_BETWEEN = 60.0, 600.0  # seconds: the pause between two lines in a log file doubles from the first to the second
 PATIENCE = 2.0  # seconds; shorter work needs no bar
 REFRESH = 0.2  # seconds between two updates of the bar of fast work
+
+
+class TextConsole(Console):
+    """A console that prints a text as it is. Rich would take brackets in names, paths and errors for styles, or fail at ``[/INST]``."""
+
+    def print(self, *objects: Any, markup: bool | None = None, **options: Any) -> None:
+        """As rich, but ``markup`` applies only to other objects than texts, such as tables, unless it is given."""
+        if markup is None and all(isinstance(one, str) for one in objects):
+            markup = False
+        super().print(*objects, markup=markup, **options)
 
 
 class ProgressBar:

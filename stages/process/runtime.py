@@ -16,11 +16,9 @@ from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Generic, NotRequired, TypedDict, TypeVar
 
-from rich.console import Console
-
 from stages.errors import LaunchError, StagesError
 from stages.process import logs
-from stages.process.console import ProgressBar, progress_bar
+from stages.process.console import ProgressBar, TextConsole, progress_bar
 from stages.process.environment import (
     launched_processes,
     launched_rank,
@@ -83,7 +81,7 @@ class Runtime:
         width = None if sys.stdout.isatty() else 140
         self.shards = takes_sharding_over()
         self.uses_deepspeed = uses_deepspeed()
-        self.console = Console(quiet=quiet or not self.is_main, width=width, highlight=False)
+        self.console = TextConsole(quiet=quiet or not self.is_main, width=width, highlight=False)
         self.stop = StopRequest()
         self.listeners: list[Callable[[str, int, dict[str, float]], None]] = []  # called with all logged metrics; only on rank zero
         self.waits_for_people = False  # wait for annotators instead of ending with status 75
@@ -107,7 +105,7 @@ class Runtime:
             )
         if state.device.type == "cuda":
             settings = set_up_gpu()
-            self.console.print(f"GPU: {', '.join(gpu_name(gpu) for gpu in visible_gpus()) or state.device}; {settings}", markup=False)
+            self.console.print(f"GPU: {', '.join(gpu_name(gpu) for gpu in visible_gpus()) or state.device}; {settings}")
         return state
 
     @property
@@ -177,7 +175,7 @@ class Runtime:
         """Print how this process computes on its CPU: one line, and a short line whenever the dtype changes."""
         if dtype not in self._said:
             machine = "" if self._said else f"{cpu_name()}; {describe_threads()}; "
-            self.console.print(f"CPU: {machine}{dtype}", markup=False, soft_wrap=True)
+            self.console.print(f"CPU: {machine}{dtype}", soft_wrap=True)
             self._said.add(dtype)
 
     def describe_compute(self, precision: str) -> Compute:
@@ -216,7 +214,7 @@ class Runtime:
     def say_model(self, name: str, model: nn.Module, dtype: torch.dtype) -> None:
         """On a GPU, log one line about a model that a step uses: dtype, attention and kernels."""
         if self.device.type == "cuda":
-            self.console.print(f"{name}: {describe_model(model, dtype)}", markup=False)
+            self.console.print(f"{name}: {describe_model(model, dtype)}")
 
     def measure_peak_memory(self) -> int:
         """Peak resident memory of this process in bytes. ``peak_gpu_memory`` gives that of its GPU."""

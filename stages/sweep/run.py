@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich.markup import escape
+
 from stages.chain import planning
 from stages.chain import run as chain
 from stages.chain.pins import Commits, pinned, resolve_commits
@@ -134,7 +136,7 @@ def plan_table(sweep: Sweep, home: Path) -> Table:
     for point, recipe in sweep.recipes:
         plans = planning.plan(pinned(recipe, resolve_commits(recipe, commits)), home)
         made = [plan.name for plan in plans if plan.action != "reuse"]
-        table.add_row(str(point), ", ".join(made) or "nothing", str(len(plans) - len(made)))
+        table.add_row(escape(str(point)), ", ".join(made) or "nothing", str(len(plans) - len(made)))
     return table
 
 
@@ -144,7 +146,7 @@ def run_sweep(sweep: Sweep, home: Path, runtime: Runtime, metrics: Sequence[str]
     earlier = runtime.decide(lambda: _earlier_runs(sweep.folder))
     commits = Commits()  # the same commits for all runs, even if the Hub changes meanwhile
     for number, (point, recipe) in enumerate(sweep.recipes, 1):
-        runtime.console.rule(f"[bold]run {number} of {len(sweep.recipes)}[/]: {point}", align="left", characters="=")
+        runtime.console.rule(f"[bold]run {number} of {len(sweep.recipes)}[/]: {escape(str(point))}", align="left", characters="=")
         result.runs.append(_run_point(point, recipe, home, runtime, metrics, earlier, commits))
         if runtime.is_main:
             _write_rows(result)
@@ -165,7 +167,7 @@ def _run_point(
     try:
         recipe = pinned(recipe, runtime.decide(lambda: resolve_commits(recipe, commits)))
     except StagesError as error:
-        runtime.console.print(f"failed: {error}", style="red", markup=False)
+        runtime.console.print(f"failed: {error}", style="red")
         return SweepRun(point, {}, str(error), {}, error.exit_status)
     finished = runtime.decide(lambda: _finished(recipe, home, earlier))
     if finished is not None:
@@ -178,7 +180,7 @@ def _run_point(
             if isinstance(error, Exception) and lost_the_others(error):
                 raise
             explained = explain(error, f"run {point}", home)
-            runtime.console.print(f"failed: {explained}", style="red", markup=False)
+            runtime.console.print(f"failed: {explained}", style="red")
             return SweepRun(point, {}, str(explained), {}, explained.exit_status)
     models = {step["name"]: f"{step['model']['ref']}@{step['version']}" for step in summary["steps"] if step["model"] is not None}
     fingerprints = {step["name"]: step["fingerprint"] for step in summary["steps"]}

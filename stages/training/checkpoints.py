@@ -127,7 +127,7 @@ class Checkpoints:
             problem = problem_of(checkpoint.path)
             if problem is None:
                 return checkpoint
-            self.runtime.console.print(f"{checkpoint.path.name} is skipped: {problem}", markup=False)
+            self.runtime.console.print(f"{checkpoint.path.name} is skipped: {problem}")
         return None
 
     def _all(self) -> list[Checkpoint]:

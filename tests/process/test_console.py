@@ -9,6 +9,8 @@ import pytest
 from rich.console import Console
 
 from stages.process.console import in_progress, made_of_each, progress_bar, showing
+from stages.process.runtime import Runtime
+from stages.process.tables import Table
 
 
 @pytest.mark.parametrize(("width", "has_bar"), [(60, False), (100, True)])
@@ -19,6 +21,19 @@ def test_numbers_of_a_progress_bar_are_not_cut(width: int, has_bar: bool) -> Non
     written = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue()).splitlines()[-1]
     assert re.search(r" +678/12345 0:00:0\d (-:--:--|\d+:\d\d:\d\d) loss", written), written
     assert ("━" in written) == has_bar and len(written) <= width
+
+
+def test_brackets_of_texts_are_no_styles(capsys: pytest.CaptureFixture[str]) -> None:
+    """A run ended with an error of rich when SFT printed how a chat template ends a reply."""
+    console = Runtime().console
+    console.print("the template ends a reply with '[/INST]', the pad token is [pad]")
+    table = Table("step", title="a [b]plan[/]")
+    table.add_row("[red]sft[/]")
+    console.print(table)
+    console.print("[bold]sft[/] reused", markup=True)
+    written = capsys.readouterr().out
+    assert "with '[/INST]', the pad token is [pad]" in written
+    assert "a plan" in written and "sft reused" in written and "[red]" not in written
 
 
 class Clock:
