@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from stages.errors import ModelError
@@ -20,7 +20,7 @@ from stages.memory.weights import SMALL, AdapterWeights, ModelWeights, Quantizab
 from stages.models.adapters.activation import activate, adapted, is_part_of
 from stages.models.adapters.attaching import add_adapter, attach_lora
 from stages.models.adapters.variants import Started
-from stages.models.families import quantized_modules
+from stages.models.families import is_encoder, quantized_modules
 from stages.models.loading import as_resolved
 from stages.sampling.support import plain_model
 
@@ -36,8 +36,8 @@ def weights_of(kind: PassKind) -> ModelWeights:
 
     Linear modules that bitsandbytes does not quantize count as other weights.
     """
-    family = config_of(kind).model_type
-    is_causal = family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and family not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    config = config_of(kind)
+    is_causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not is_encoder(config)
     if kind.task == "CAUSAL_LM" and not is_causal:
         kind = replace(kind, task="FEATURE_EXTRACTION")
     model = plain_model(full_model(kind))

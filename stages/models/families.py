@@ -46,10 +46,8 @@ def refuse_unfit(config: PretrainedConfig, name: str) -> None:
             f"{name!r} is a {kind} model, an encoder-decoder; this project trains only decoders (llama, gpt2, qwen2, ...). "
             f"{as_reward or 'Use a causal language model'}"
         )
-    reads_backwards = not (getattr(config, "is_decoder", False) or getattr(config, "causal", False))
-    is_encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and reads_backwards
     is_causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if is_encoder or not is_causal:
+    if is_encoder(config) or not is_causal:
         raise ModelError(
             f"{name!r} is a {kind} model; a policy or a scalar head needs a causal language model (llama, gpt2, gpt_neox, qwen2, ...). "
             f"{as_reward or 'An encoder can be trained as a classifier (stage: sentiment), whose label can be a reward'}"
@@ -65,6 +63,13 @@ def refuse_unfit(config: PretrainedConfig, name: str) -> None:
             f"{name!r} is a {kind} model. transformers loads only its text part as a language model, and cannot load that part ({part}) "
             "again after it is saved. Use a model for text"
         )
+
+
+def is_encoder(config: PretrainedConfig) -> bool:
+    """Whether ``config`` belongs to an encoder, whose tokens also attend to later ones: one of masked language models, unless it says that
+    it is a decoder."""
+    reads_backwards = not (getattr(config, "is_decoder", False) or getattr(config, "causal", False))
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and reads_backwards
 
 
 def text_part(config: PretrainedConfig) -> str | None:

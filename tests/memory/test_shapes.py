@@ -61,6 +61,14 @@ UNUSUAL: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 4},
     "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1},
     "rwkv": {"attention_hidden_size": 32, "intermediate_size": 64},
+    # a decoder of a family of encoders, whose output layer has its own width
+    "rembert": {
+        "is_decoder": True,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "input_embedding_size": 16,
+        "output_embedding_size": 24,
+    },
 }
 
 
