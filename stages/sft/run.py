@@ -139,7 +139,7 @@ def _say_untrained(encoded: Encoded, which: str, context: StepContext) -> None:
 
 
 def _say_form(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, context: StepContext) -> None:
-    """Report what a user may not expect of the rows: replies in separate rows, and replies without an end token."""
+    """Report what a user may not expect of the rows: replies in separate rows or without an end token, and unknown characters."""
     console = context.runtime.console
     if encoded.separate:
         console.print(
@@ -148,6 +148,13 @@ def _say_form(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, context: Ste
         )
     if ending := _missing_end(tokenizer):
         console.print(f"{context.name}: {ending}")
+    unknown = tokenizer.unk_token_id
+    number = 0 if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id) else sum(row.ids.count(unknown) for row in encoded.rows)
+    if number:
+        console.print(
+            f"{context.name}: {number} tokens of the training demonstrations are {tokenizer.unk_token}, because the vocabulary lacks their "
+            "characters: the model can neither read nor write them"
+        )
 
 
 def _missing_end(tokenizer: PreTrainedTokenizerBase) -> str | None:

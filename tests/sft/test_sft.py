@@ -23,7 +23,7 @@ from stages.models.loading import load_language_model
 from stages.sft.config import SFTStepConfig
 from stages.sft.packing import PackedCollator, pack_rows
 from stages.sft.rows import Encoded, EncodedRow, encode, pretraining_blocks
-from stages.sft.run import _missing_end, _say_untrained, run
+from stages.sft.run import _missing_end, _say_form, _say_untrained, run
 from stages.sft.trainer import make_trainer
 from stages.training.reproducible import IGNORED
 from stages.training.running import train
@@ -126,6 +126,18 @@ def test_replies_without_an_end_token_are_reported(tiny_tokenizer) -> None:
     for template in (tokenizer.chat_template, None):  # with an end token, both would end a completion
         tokenizer.chat_template = template
         assert "the tokenizer has no end token, so nothing ends a completion" in str(_missing_end(tokenizer))
+
+
+def test_unknown_characters_are_counted(tokenizer_of, tiny_tokenizer, capsys) -> None:
+    context = SimpleNamespace(name="sft", runtime=SimpleNamespace(console=SimpleNamespace(print=print)))
+    rows = [Demonstration(prompt="hello é", completion="there 🦜"), Demonstration(prompt="hello", completion="there")]
+    for tokenizer in (tokenizer_of("wordpiece"), tiny_tokenizer):
+        _say_form(tokenizer, encode(rows, tokenizer, "all_assistant_turns"), context)
+    assert capsys.readouterr().out.startswith("sft: 2 tokens of the training demonstrations are <unk>, because the vocabulary lacks")
+    tokenizer = deepcopy(tiny_tokenizer)  # as GPT-2's, whose unknown token also ends a text
+    tokenizer.unk_token = tokenizer.eos_token
+    _say_form(tokenizer, encode(rows, tokenizer, "all_assistant_turns"), context)
+    assert capsys.readouterr().out == ""
 
 
 def test_packing_by_hand() -> None:
