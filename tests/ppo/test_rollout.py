@@ -145,7 +145,7 @@ def test_bootstrap_value_is_read_at_the_last_token(ppo_config, ppo_context, make
     for row in range(len(rollout.prompts)):
         ids = torch.tensor([rollout.prompt_ids[row] + rollout.response(row)])
         with torch.no_grad():
-            values = head(backbone(input_ids=ids).last_hidden_state)[0, :, 0]
+            values = head(backbone(input_ids=ids).last_hidden_state)[0]
         length = int(rollout.lengths[row])
         # before each token, and for a response with room after the last one
         torch.testing.assert_close(rollout.values[row, :length], values[-length - 1 : -1], rtol=1e-4, atol=1e-5)
