@@ -24,6 +24,7 @@ from stages.importing.source import WEIGHT_SUFFIXES, find_source, no_weights, re
 from stages.importing.weights import ADAPTER_FILES, read_file, read_head_file, read_weights, unquantized, unread_files
 from stages.json_types import JsonObject
 from stages.models.adapters.saved import HEAD_FILE
+from stages.models.adapters.stacks import check_adapter
 from stages.models.heads import RewardModel, ScalarModel, ValueModel, read_head
 from stages.models.loading import as_resolved, load_classifier, load_language_model, load_tokenizer
 from stages.models.saving import save_model
@@ -172,6 +173,7 @@ def _convert_adapter(
 ) -> Layout:
     """Convert the adapter's weights to safetensors, without its scalar head. ``base`` replaces the recorded base path."""
     config = read_json(folder / "adapter_config.json")
+    check_adapter(as_resolved(folder))
     file = next((source / name for name in ADAPTER_FILES if (source / name).exists()), None)
     if file is None:
         raise ModelError(f"{source} has an adapter_config.json but no {ADAPTER_FILES[0]}; copy the adapter's weights there")

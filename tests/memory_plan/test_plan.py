@@ -364,7 +364,10 @@ def test_an_adapter_of_the_hub_that_is_not_downloaded_is_not_tried(recipe: Any, 
     """A plan downloads only its config."""
     commit = "0" * 40
     repository = tmp_path / "cache" / "models--org--adapter"
-    for path, content in ((f"snapshots/{commit}/adapter_config.json", {"base_model_name_or_path": small("base")}), ("refs/main", commit)):
+    for path, content in (
+        (f"snapshots/{commit}/adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": small("base")}),
+        ("refs/main", commit),
+    ):
         (repository / path).parent.mkdir(parents=True, exist_ok=True)
         (repository / path).write_text(content if isinstance(content, str) else json.dumps(content))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))

@@ -142,7 +142,12 @@ LOST_BASES = ("pissa_niter", "corda", "lora_ga", "loftq")
 def check_adapter(adapter: ResolvedModel) -> None:
     """Raise ModelError for an adapter that is not a fixed low-rank update of its base. Reads only its adapter_config.json."""
     config = read_adapter_config(adapter)
-    kind = str(config.get("peft_type", "LORA")).upper()
+    kind = config.get("peft_type")
+    if kind is None:
+        raise ModelError(
+            f"the {ADAPTER_CONFIG} of {adapter.ref!r} names no peft_type, so peft did not write it and cannot read it. Merge the adapter "
+            "into its base with the library that wrote it, and use that folder"
+        )
     if kind != "LORA":
         raise ModelError(
             f"the adapter {adapter.ref!r} is of peft type {kind}; only LORA can be stacked and merged here. Merge it into its base with "

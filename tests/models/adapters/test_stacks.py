@@ -53,6 +53,8 @@ def test_a_base_on_the_hub_is_read_at_the_revision_that_the_adapter_names(tmp_pa
         ({"base_model_name_or_path": "./gone"}, "'./gone', a folder that does not exist"),
         ({"base_model_name_or_path": "org/base", "peft_type": "IA3"}, "is of peft type IA3; only LORA"),
         ({"base_model_name_or_path": "org/base", "peft_type": "PROMPT_TUNING"}, "is of peft type PROMPT_TUNING; only LORA"),
+        ({"base_model_name_or_path": "org/base", "peft_type": "lora"}, "is of peft type lora; only LORA"),
+        ({"base_model_name_or_path": None, "peft_type": None}, "names no peft_type, so peft did not write it and cannot read it"),
         ({"base_model_name_or_path": "org/base", "alora_invocation_tokens": [5, 7]}, "acts only after certain tokens .aLoRA."),
         ({"base_model_name_or_path": "org/base", "layer_replication": [[0, 2], [1, 2]]}, "it repeats layers of its base, as layer_rep"),
         ({"base_model_name_or_path": "org/base", "init_lora_weights": "pissa_niter_16"}, "init_lora_weights='pissa_niter_16' changed"),
