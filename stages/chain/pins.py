@@ -14,9 +14,10 @@ from pathlib import Path
 
 from stages.config import DataSource, ModelInput
 from stages.corpora.tables.hub import check_source
-from stages.errors import DataError, HubError, HubMissing, HubUnreachable
+from stages.errors import DataError, HubError, HubMissing, HubUnreachable, ModelError
 from stages.hub.models import adapter_base, check_model, download
 from stages.hub.repositories import COMMIT, Kind, Repository, look_up
+from stages.models.adapters.stacks import ADAPTER_CONFIG, check_adapter
 from stages.recipe.schema import Recipe, RecipeStep, Reference, data_inputs, with_sources
 from stages.recipe.source import Steps, parse_path
 from stages.registry.references import ResolvedModel
@@ -132,7 +133,7 @@ def _resolve_models(recipe: Recipe, step: RecipeStep, commits: Commits) -> None:
     for field_path, model in step.models.items():
         try:
             _resolve_model(model, commits)
-        except HubError as error:
+        except (HubError, ModelError) as error:
             raise type(error)(f"{_location(recipe, step, field_path)}: got {model.input.ref!r}: {error}") from error
 
 
@@ -145,6 +146,9 @@ def _resolve_model(model: Reference, commits: Commits) -> None:
         repository = commits.look_up("model", model.target, model.input.revision)
     except (HubMissing, HubUnreachable) as error:
         raise type(error)(f"{error}. Here, {model.advice}" if model.advice else str(error)) from error
+    if ADAPTER_CONFIG in repository.files:
+        at_commit = model.input.model_copy(update={"revision": repository.commit})
+        check_adapter(ResolvedModel(model.input.ref, "hub", model.target, "", at_commit))
     _resolve_base(repository.ref, adapter_base(repository), commits)
 
 

@@ -60,6 +60,8 @@ def fresh(hub: Hub) -> Iterator[Hub]:
     hub.publish("dataset", "org/gated-rows", rows_of(ROWS[:8]))
     hub.publish("model", "org/pickled", {**without(files, ".safetensors"), "pytorch_model.bin": b"\x80"})
     hub.publish("model", "org/gguf", {**without(files, ".safetensors"), "model.gguf": b"GGUF"})
+    ia3 = {"peft_type": "IA3", "base_model_name_or_path": "org/model"}
+    hub.publish("model", "org/ia3", {"adapter_config.json": json.dumps(ia3).encode(), "adapter_model.safetensors": b""})
     hub.publish("model", "org/empty", {"README.md": b"# nothing"})
     hub.gated = {"org/gated", "org/gated-rows"}
     hub.requests.clear()
@@ -93,6 +95,7 @@ MODELS = {
     "org/gated": "the model 'org/gated' is gated, and this account may not read it; accept its terms at http",
     "org/pickled": "'org/pickled' has its weights only as pytorch_model.bin: pickle files can run code .* revision: refs/pr/N",
     "org/gguf": r"'org/gguf' has no \*.safetensors \(weights found: only model.gguf\)",
+    "org/ia3": "the adapter 'org/ia3' is of peft type IA3; only LORA can be stacked and merged here. Merge it into its base",
     "org/empty": "'org/empty' has neither config.json nor adapter_config.json",
     "{ref: org/model, revision: v9}": "the model 'org/model' has no revision 'v9'; use a branch, a tag or a commit",
 }
