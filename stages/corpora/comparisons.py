@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """Completions of one prompt and their ranks (0 is best; equal ranks tie).
 
@@ -83,7 +83,7 @@ def load_comparisons(
             raise DataError(f"the {which} comparisons ({len(made)} rows, first {rows[0].location}) are all ties; expected a preference")
         _say_contradictions(made, which)
         splits.append(made)
-    say_shared(*([(repr((item.prompt, sorted(map(repr, item.completions)))), item.location) for item in made] for made in splits))
+    say_shared(*(((repr((item.prompt, sorted(map(repr, item.completions)))), item.location) for item in made) for made in splits))
     return Comparisons(splits[0], splits[1])
 
 

@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +48,12 @@ class Demonstration(dict[str, Any]):
     replies inside the prompt are demonstrations, too.
     """
 
-    location: str = ""
-    is_full_conversation: bool = False
+    __slots__ = ("is_full_conversation", "location")  # see Row
+
+    def __init__(self, *columns: Mapping[str, object], **named: object) -> None:
+        super().__init__(*columns, **named)
+        self.location: str = ""
+        self.is_full_conversation: bool = False
 
     def with_prompt(self, prompt: Prompt) -> Demonstration:
         """The same demonstration with a different prompt."""
@@ -69,7 +74,7 @@ def load_demonstrations(data: DataInput, curator: RowFilter | None = None) -> De
     """Load both splits. Raises DataError with the row's location, its columns and the expected columns."""
     train, validation = read_splits(data, curator)
     loaded = Demonstrations([demonstration(row) for row in train], [demonstration(row) for row in validation])
-    say_shared(*([(repr(tuple(row.values())), row.location) for row in split] for split in (loaded.train, loaded.validation)))
+    say_shared(*(((repr(tuple(row.values())), row.location) for row in split) for split in (loaded.train, loaded.validation)))
     return loaded
 
 

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PromptRow:
     """A prompt, and the other columns of its row that the caller requested."""
 

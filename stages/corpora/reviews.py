@@ -39,7 +39,7 @@ def load_reviews(data: DataInput, labels: Sequence[str]) -> Reviews:
     reviews = Reviews([_review(row, labels) for row in train], [_review(row, labels) for row in validation])
     _say_other_names(train, labels)
     read = ((train, reviews.train), (validation, reviews.validation))
-    say_shared(*([(review.text, row.location) for row, review in zip(rows, made, strict=True)] for rows, made in read))
+    say_shared(*(((review.text, row.location) for row, review in zip(rows, made, strict=True)) for rows, made in read))
     if len({review.label for review in reviews.train}) < 2:
         raise DataError(f"all {len(train)} training rows (first {train[0].location}) have one label; a classifier needs at least two")
     if len(reviews.validation) >= MANY and len(held := {review.label for review in reviews.validation}) == 1:

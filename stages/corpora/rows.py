@@ -30,8 +30,12 @@ class Row(dict[str, Any]):
     ``columnar``: the row comes from a Parquet or Arrow table, where objects hold None for fields that only other rows have.
     """
 
-    location: str = ""
-    columnar: bool = False
+    __slots__ = ("columnar", "location")  # a __dict__ would need more memory than the columns of a short row
+
+    def __init__(self, *columns: Mapping[str, object] | Iterable[tuple[str, object]], **named: object) -> None:
+        super().__init__(*columns, **named)
+        self.location: str = ""
+        self.columnar: bool = False
 
     def with_values(self, values: Mapping[str, object]) -> Row:
         """A row with other values at the same location."""

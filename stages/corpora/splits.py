@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from stages.config import DataInput
 from stages.corpora.rows import Row
@@ -43,20 +43,25 @@ def hold_out(rows: Sequence[Row], data: DataInput, name: str) -> tuple[list[Row]
     return train, heldout
 
 
-def say_shared(train: Sequence[tuple[str, str]], heldout: Sequence[tuple[str, str]]) -> None:
+def say_shared(train: Iterable[tuple[str, str]], heldout: Iterable[tuple[str, str]]) -> None:
     """Warn if held-out rows are also training rows. ``train`` and ``heldout``: (content, location) of each row.
 
-    The content is what the step reads, so other columns, and the names of the files, do not count.
+    The content is what the step reads, so other columns, and the names of the files, do not count. Both are read once, so they may be
+    generators: a list of the contents would need as much memory as the data.
     """
-    wanted = {content for content, _ in heldout}
-    trained = {content: location for content, location in reversed(train) if content in wanted}
-    shared = [(location, trained[content]) for content, location in heldout if content in trained]
+    held = list(heldout)
+    wanted = {content for content, _ in held}
+    trained: dict[str, str] = {}
+    for content, location in train:
+        if content in wanted:
+            trained.setdefault(content, location)
+    shared = [(location, trained[content]) for content, location in held if content in trained]
     if shared:
         logger.warning(
             "%d of %d held-out rows are also training rows (the first: %s equals %s), so measurements on held-out rows are too good; "
             "remove duplicates, or change split, skip or limit of a source",
             len(shared),
-            len(heldout),
+            len(held),
             *shared[0],
         )
 

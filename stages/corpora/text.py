@@ -24,7 +24,7 @@ def load_text(data: DataInput) -> TextCorpus:
     """Load both splits without empty documents. Raises DataError if the column is missing, not text, or always empty."""
     train, validation = read_splits(data)
     corpus = TextCorpus(_documents(train, "training"), _documents(validation, "held-out"))
-    say_shared(*([(row["text"], row.location) for row in rows if row["text"].strip()] for rows in (train, validation)))
+    say_shared(*(((row["text"], row.location) for row in rows if row["text"].strip()) for rows in (train, validation)))
     return corpus
 
 

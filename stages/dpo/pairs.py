@@ -18,7 +18,7 @@ from stages.step import StepContext
 from stages.training.lengths import short_enough
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Pair:
     """Token ids of a prompt and of its better and worse completion, each with the chat template's ending."""
 

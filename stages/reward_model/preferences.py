@@ -23,7 +23,7 @@ EQUAL_LENGTH = 0.1  # relative difference below which lengths count as equal
 NO_PREFERENCE = "no held-out comparison has a preference; use validation data with pairs that are not ties"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class EncodedComparison:
     """The completions of one prompt as token rows (prompt included), their ranks, and the groups of the comparison.
 

@@ -22,7 +22,7 @@ HELDOUT_EVERY = 20  # every n-th block of the pretraining mix is held out
 MOST_HELDOUT_BLOCKS = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class EncodedRow:
     """A demonstration as tokens. The first ``prompt_length`` of ``ids`` are the prompt.
 
@@ -59,7 +59,6 @@ def encode(
     """
     rows: list[EncodedRow] = []
     separate = untrained = 0
-    shared: dict[int, int] = {}  # one object per token id: those of the tokenizer are new in every row, 28 bytes for each token
     with in_progress("encoding demonstrations", len(demonstrations)) as encoded:
         for demonstration in demonstrations:
             if not completion_only and has_untrained_reply(demonstration):
@@ -71,8 +70,7 @@ def encode(
             separate += max(len(made) - 1, 0)
             untrained += not made
             for row in made:
-                ids = list(map(shared.setdefault, row.ids, row.ids))
-                rows.append(EncodedRow(ids, row.prompt_length, None if row.trains_all else row.trained))
+                rows.append(EncodedRow(row.ids, row.prompt_length, None if row.trains_all else row.trained))
             encoded()
     return Encoded(rows, separate, untrained)
 

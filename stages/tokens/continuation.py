@@ -18,12 +18,18 @@ ANCHORS = ("\n", "a", "0", ".", ":")
 """Characters to put before a text if its beginning would be merged with the end of the prompt."""
 CONTEXT = 8  # prompt tokens used as context to decode a completion
 
+_objects: dict[int, int] = {}  # by token id
 _beginnings: WeakKeyDictionary[PreTrainedTokenizerBase, list[int]] = WeakKeyDictionary()
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of ``text`` without the tokens that the tokenizer adds before or after every text."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return shared_ids(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def shared_ids(ids: list[int]) -> list[int]:
+    """``ids`` with one object per token id. Those of the tokenizer are new in every text, and each needs 28 bytes."""
+    return list(map(_objects.setdefault, ids, ids))
 
 
 def beginning_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import pickle
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +15,16 @@ import torch
 from pydantic import ValidationError
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from stages.corpora.comparisons import comparison
 from stages.corpora.demonstrations import Demonstration, demonstration
+from stages.corpora.encoding.blocks import encode_documents
+from stages.corpora.prompts import PromptRow
 from stages.corpora.rows import Row
-from stages.corpora.templates import set_template
+from stages.corpora.templates import encode_prompt, set_template
 from stages.errors import DataError
 from stages.models.layers import compiled as compiled_layers
 from stages.models.loading import load_language_model
+from stages.reward_model.rows import encode_pairs
 from stages.sft.config import SFTStepConfig
 from stages.sft.packing import PackedCollator, pack_rows
 from stages.sft.rows import Encoded, EncodedRow, encode, pretraining_blocks
@@ -87,8 +92,24 @@ def test_equal_tokens_of_all_rows_are_one_object(tiny_tokenizer: Any) -> None:
     rows = [demonstration(Row(prompt="the film", completion=" was a joy")) for _ in range(2)]
     first, second = encode(rows, tiny_tokenizer, "all_assistant_turns").rows
     assert first.ids == tiny_tokenizer("the film was a joy")["input_ids"] + [tiny_tokenizer.eos_token_id] and max(first.ids) > 256
-    assert all(one is other for one, other in zip(first.ids, second.ids, strict=True))
     assert first.trained is None and first.counted(True) == [0] * first.prompt_length + [1] * (len(first.ids) - first.prompt_length)
+    prompt_ids = encode_prompt(tiny_tokenizer, "the film")
+    document_ids = encode_documents(tiny_tokenizer, ["the film was a joy"])
+    (pair,) = encode_pairs([("the film", " was a joy")], tiny_tokenizer, 99)
+    for others in (second.ids, document_ids, pair, prompt_ids):
+        assert all(one is other for one, other in zip(first.ids, others, strict=False)) and len(others) >= 2
+
+
+def test_rows_have_no_dict_of_their_attributes() -> None:
+    # it would need more memory than the texts of a short row, and rows are held by the million
+    row = Row(prompt="a", completion="b")
+    row.location = "a.jsonl:1"
+    made = demonstration(row)
+    rows = [row, made, made.with_prompt("c"), comparison(Row(prompt="a", chosen="b", rejected="c")), PromptRow("a"), *ROWS]
+    assert not [one for one in rows if hasattr(one, "__dict__")]
+    for one in (row, made):
+        copied = pickle.loads(pickle.dumps(one))  # rows travel between processes
+        assert copied == one and type(copied) is type(one) and copied.location == "a.jsonl:1"
 
 
 def test_demonstrations_without_a_trained_reply_are_counted(tiny_tokenizer, monkeypatch) -> None:

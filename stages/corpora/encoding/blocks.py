@@ -9,9 +9,13 @@ import torch
 
 from stages.errors import DataError, ModelError
 from stages.models.quiet import quiet_transformers
+from stages.process.console import in_progress
+from stages.tokens.continuation import shared_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+AT_ONCE = 256  # texts that the tokenizer encodes together
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
@@ -23,12 +27,14 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -
     if eos is None:
         raise ModelError("the tokenizer has no end token (eos_token), which separates documents; set one in its tokenizer_config.json")
     tokens: list[int] = []
-    with quiet_transformers():  # a document may exceed the model's context: it is cut into blocks
-        encoded = tokenizer(list(texts))["input_ids"] if texts else []
-    for ids in encoded:
-        tokens += ids
-        if not ids or ids[-1] != eos:
-            tokens.append(eos)
+    with quiet_transformers(), in_progress("encoding texts", len(texts)) as done:  # a document may exceed the model's context: it is cut
+        for start in range(0, len(texts), AT_ONCE):
+            some = list(texts[start : start + AT_ONCE])
+            for ids in tokenizer(some)["input_ids"]:
+                tokens += shared_ids(ids)
+                if not ids or ids[-1] != eos:
+                    tokens.append(eos)
+            done(len(some))
     return tokens
 
 

@@ -25,7 +25,7 @@ from stages.corpora.demonstrations import Demonstration
 from stages.corpora.templates import encode_pair, encode_segments, in_template_form, render_pair, rendered
 from stages.errors import DataError
 from stages.json_types import JsonObject
-from stages.tokens.continuation import plain_ids
+from stages.tokens.continuation import plain_ids, shared_ids
 from stages.tokens.dates import give_date
 from stages.tokens.template_arguments import used_arguments
 from stages.tokens.turns import first_difference, template_for, turn_form
@@ -155,7 +155,7 @@ def _marked_row(tokenizer: PreTrainedTokenizerBase, messages: Conversation, repl
         return_assistant_tokens_mask=True,
         **used_arguments(tokenizer, template, messages.arguments),
     )
-    ids, marked = list(encoded["input_ids"]), list(encoded["assistant_masks"])
+    ids, marked = shared_ids(encoded["input_ids"]), list(encoded["assistant_masks"])
     before = rendered(tokenizer, messages[: replies[0]], messages, generation_prompt=False)
     length = first_difference(plain_ids(tokenizer, before), ids)
     trained = [0] * length + marked[length:]
