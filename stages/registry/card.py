@@ -392,9 +392,10 @@ def _adapter_code(record: ModelRecord, registry: Registry, where: str, adapter: 
 
 
 def _usage(record: ModelRecord, registry: Registry, *, is_adapter: bool) -> list[tuple[str, str]]:
-    base = record.base if is_adapter else None
-    if record.role == "language_model" and base is not None:
+    base, where = record.base if is_adapter else None, ""
+    if base is not None:
         where = f"`stages models export {base['ref']} BASE` exports it" if base["kind"] == "registry" else "replace BASE by its path"
+    if record.role == "language_model" and base is not None:
         return [
             (
                 f"The adapter belongs to `{base['ref']}`; {where}.",
@@ -415,9 +416,11 @@ def _usage(record: ModelRecord, registry: Registry, *, is_adapter: bool) -> list
         bias = record.manifest["metrics"].get("reward_bias")
         text = "The score of a text is the single logit"
         text += f" plus the bias {bias:.4g}, which the class does not add (`config.reward_bias`)." if bias is not None else "."
-        if is_adapter:
+        if base is not None:
             load = 'RewardModel.from_pretrained("FOLDER", dtype=torch.float32)'
-            return [("The head is saved with the adapter.", f"import torch\nfrom stages.models.heads import RewardModel\n\nmodel = {load}")]
+            text = f"The head is saved with the adapter, which belongs to `{base['ref']}`; {where}. "
+            text += "Write BASE into base_model_name_or_path of its adapter_config.json."
+            return [(text, f"import torch\nfrom stages.models.heads import RewardModel\n\nmodel = {load}")]
         load = 'model = AutoModelForSequenceClassification.from_pretrained("FOLDER")'
         load += "\nscore = model(**inputs).logits[:, 0] + model.config.reward_bias"
         return [(text, f"from transformers import AutoModelForSequenceClassification\n\n{load}")]

@@ -204,6 +204,28 @@ def test_the_code_in_the_card_of_an_adapter_loads_what_was_trained(
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_the_card_of_a_reward_model_s_adapter_says_how_to_load_it(registry, base, tmp_path: Path) -> None:
+    import torch
+
+    from stages.models.heads import RewardModel
+
+    source = ResolvedModel.of_record(base)
+    made = RewardModel.from_language_model(source, dtype=torch.float32, lora=LoraSettings(r=2), trainable=False)
+    reward = publish(registry, "reward", lambda folder: made.save(folder), [source], base=source, role="reward_model")
+    card = model_card(reward, registry, merged=False)
+    assert "`stages models export recipe/base@1 BASE`" in card
+    assert "Write BASE into base_model_name_or_path of its adapter_config.json" in card
+    folder, config = registry.export(reward.ref, tmp_path / "alone"), tmp_path / "alone" / "adapter_config.json"
+    below = str(registry.export(base.ref, tmp_path / "base"))
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": below}))
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    space: dict[str, Any] = {}
+    exec(code.replace('"FOLDER"', repr(str(folder))), space)
+    ids = torch.tensor([[5, 17, 40]])
+    with torch.no_grad():
+        torch.testing.assert_close(space["model"].score_tokens(ids, torch.ones_like(ids)), made.score_tokens(ids, torch.ones_like(ids)))
+
+
 def test_exported_model_loads_in_other_libraries(registry, base, tmp_path) -> None:
     """lm-eval, vLLM and transformers serve need a known architecture, safetensors and a complete tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
