@@ -301,10 +301,10 @@ def test_earlier_report_is_replaced_atomically(run_folder: Path, tmp_path: Path,
     before = path.read_text()
     assert CliRunner().invoke(app, arguments).exit_code == 0 and path.read_text() == before
 
-    def full(self: Path, content: bytes) -> int:
+    def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(StorageError, match="page.html: No space left on device; free some space"):
         write_report(read_run(run_folder), path)
     assert path.read_text() == before and [file.name for file in tmp_path.iterdir() if file.is_file()] == ["page.html"]
