@@ -45,15 +45,19 @@ def run(config: PretrainingConfig, context: StepContext) -> StepResult:
     heldout_bytes = sum(len(text.encode()) for text in corpus.validation)
 
     trainer = _make_trainer(config, context, model, blocks)
-    before = _measure(trainer, config, context, tokenizer, heldout_tokens, heldout_bytes, "before")
+
+    def likelihood() -> Likelihood:
+        return heldout_likelihood(trainer, context, tokenizer, overlapping_windows(heldout_tokens, config.block_size), config.precision)
+
+    before = _measured(context, likelihood(), heldout_bytes, step=0, when="before")
     trained = train(
         trainer,
         context,
         f"{context.name}: pretraining",
         rule=config,
-        measure=lambda: _likelihood(trainer, config, context, tokenizer, heldout_tokens).loss,
+        measure=lambda: likelihood().loss,
     )
-    after = _measure(trainer, config, context, tokenizer, heldout_tokens, heldout_bytes, "after")
+    after = _measured(context, likelihood(), heldout_bytes, step=trainer.state.global_step, when="after")
 
     metrics: JsonObject = {
         **before,
@@ -127,26 +131,10 @@ def _collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 # Measurement
 
 
-def _measure(
-    trainer: StepTrainer,
-    config: PretrainingConfig,
-    context: StepContext,
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: list[int],
-    num_bytes: int,
-    when: str,
-) -> dict[str, float]:
-    """Held-out perplexity and bits per byte. End tokens are predicted as well and count in both."""
-    likelihood = _likelihood(trainer, config, context, tokenizer, tokens)
+def _measured(context: StepContext, likelihood: Likelihood, num_bytes: int, *, step: int, when: str) -> dict[str, float]:
+    """Log held-out perplexity and bits per byte; returns them as metrics. End tokens are predicted as well and count in both."""
     perplexity, bits = likelihood.perplexity, likelihood.bits_per_byte(num_bytes)
-    step = 0 if when == "before" else trainer.state.global_step
     context.log(step, {HELDOUT_LOG_PERPLEXITY: perplexity, HELDOUT_LOG_BITS_PER_BYTE: bits})
     shown = f"perplexity {perplexity:.4g}, {bits:.4g} bits per byte"
     context.runtime.console.print(f"{context.name}: held-out {when} training: {shown}")
     return {f"{HELDOUT_PERPLEXITY}_{when}": perplexity, f"{HELDOUT_BITS_PER_BYTE}_{when}": bits}
-
-
-def _likelihood(
-    trainer: StepTrainer, config: PretrainingConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, tokens: list[int]
-) -> Likelihood:
-    return heldout_likelihood(trainer, context, tokenizer, overlapping_windows(tokens, config.block_size), config.precision)

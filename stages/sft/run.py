@@ -5,6 +5,7 @@ Rows are tokenized here with the template that is saved with the model, so that 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -66,19 +67,14 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
     num_dropped = len(encoded.rows) + len(encoded_heldout.rows) - num_rows - len(heldout)
     for kept in (demonstrations.train, encoded.rows, rows, mixed.train):
         kept.clear()  # the trainer has its own copy of the training rows
-    before = _measure(trainer, config, context, tokenizer, heldout, "before")
-    forgotten = _measure_pretraining(trainer, config, context, tokenizer, mixed.heldout)
-    selector = _selector(config, context, trainer, tokenizer, demonstrations, heldout)
-    trained = train(
-        trainer,
-        context,
-        f"{context.name}: sft",
-        rule=config,
-        measure=lambda: _likelihood(trainer, config, context, tokenizer, heldout).loss,
-    )
+    likelihood = _likelihood_of(trainer, config, context, tokenizer)
+    before = _measured(context, likelihood(heldout), step=0, when="before")
+    forgotten = likelihood(mixed.heldout).loss if mixed.heldout else None
+    selector = _selector(config, context, trainer, tokenizer, demonstrations, lambda: likelihood(heldout).loss)
+    trained = train(trainer, context, f"{context.name}: sft", rule=config, measure=lambda: likelihood(heldout).loss)
     selected = _load_best(selector) if selector is not None else {}
-    after = _measure(trainer, config, context, tokenizer, heldout, "after")
-    remembered = _measure_pretraining(trainer, config, context, tokenizer, mixed.heldout)
+    after = _measured(context, likelihood(heldout), step=trainer.state.global_step, when="after")
+    remembered = likelihood(mixed.heldout).loss if mixed.heldout else None
 
     metrics: JsonObject = {
         HELDOUT_LOSS_BEFORE: before,
@@ -179,7 +175,7 @@ def _selector(
     trainer: DemonstrationTrainer,
     tokenizer: PreTrainedTokenizerBase,
     demonstrations: Demonstrations,
-    heldout: list[EncodedRow],
+    heldout_loss: Callable[[], float],
 ) -> Selector | None:
     selection = config.selection
     if selection is None:
@@ -193,46 +189,26 @@ def _selector(
     if config.prompt_fit is not None:
         prompts = [PromptRow(fit_prompt(row.prompt, config.prompt_fit, tokenizer), row.columns) for row in prompts]
 
-    def measure_loss() -> float:
-        return _likelihood(trainer, config, context, tokenizer, heldout).loss
-
     dtype = context.runtime.dtype(config.precision)
-    selector = Selector(selection, context, LoadedModel(trainer.model, tokenizer, context.models["model"], dtype), prompts, measure_loss)
+    selector = Selector(selection, context, LoadedModel(trainer.model, tokenizer, context.models["model"], dtype), prompts, heldout_loss)
     trainer.add_callback(selection_callback(selector, trainer))
     return selector
 
 
-def _measure(
-    trainer: DemonstrationTrainer,
-    config: SFTStepConfig,
-    context: StepContext,
-    tokenizer: PreTrainedTokenizerBase,
-    heldout: list[EncodedRow],
-    when: str,
-) -> float:
-    likelihood = _likelihood(trainer, config, context, tokenizer, heldout)
-    context.log(0 if when == "before" else trainer.state.global_step, {HELDOUT_LOG_LOSS: likelihood.loss})
+def _likelihood_of(
+    trainer: DemonstrationTrainer, config: SFTStepConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[list[EncodedRow]], Likelihood]:
+    """The function that measures the model on rows."""
+
+    def likelihood(rows: list[EncodedRow]) -> Likelihood:
+        counted = [(row.ids, row.counted(config.completion_only_loss)) for row in rows]
+        return heldout_likelihood(trainer, context, tokenizer, counted, config.precision)
+
+    return likelihood
+
+
+def _measured(context: StepContext, likelihood: Likelihood, *, step: int, when: str) -> float:
+    """Log the held-out loss; returns it."""
+    context.log(step, {HELDOUT_LOG_LOSS: likelihood.loss})
     context.runtime.console.print(f"{context.name}: held-out {when} training: loss {likelihood.loss:.4f} over {likelihood.tokens} tokens")
     return likelihood.loss
-
-
-def _measure_pretraining(
-    trainer: DemonstrationTrainer,
-    config: SFTStepConfig,
-    context: StepContext,
-    tokenizer: PreTrainedTokenizerBase,
-    heldout: list[EncodedRow],
-) -> float | None:
-    """Loss on held-out blocks of the pretraining mix; None without a mix."""
-    return _likelihood(trainer, config, context, tokenizer, heldout).loss if heldout else None
-
-
-def _likelihood(
-    trainer: DemonstrationTrainer,
-    config: SFTStepConfig,
-    context: StepContext,
-    tokenizer: PreTrainedTokenizerBase,
-    heldout: list[EncodedRow],
-) -> Likelihood:
-    rows = [(row.ids, row.counted(config.completion_only_loss)) for row in heldout]
-    return heldout_likelihood(trainer, context, tokenizer, rows, config.precision)
