@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from stages.corpora.tables.columnar import JsonObject
 from stages.errors import DataError
+from stages.process.console import announce
 
 OTHER_NAMES = {
     "prompt": ("question", "query", "problem", "user"),
@@ -22,6 +23,9 @@ OTHER_NAMES = {
     "label": ("sentiment", "class", "target"),
 }
 """Columns of other data sets that often have the meaning of ours, for the advice in messages."""
+
+
+_TURNS = re.compile(r"""\[\s*\{\s*["'](role|from)["']\s*:""")
 
 
 class Row(dict[str, Any]):
@@ -91,6 +95,9 @@ def text_of(row: Row, column: str, *, empty: bool = False) -> str:
         raise DataError(f"{row.location}: {column} is {shown}; expected text. Fill it in, or remove the row")
     if not empty and not value.strip():
         raise DataError(f"{row.location}: {column} is empty; expected text. Fill it in, or remove the row")
+    if value.startswith("[") and _TURNS.match(value):
+        said = f"{row.location}: {column} is the text of a list of messages, and the model reads it as this text"
+        announce(("turns as text", column), f"{said}. For a conversation, store the list itself, e.g. in .jsonl or .parquet")
     return value
 
 

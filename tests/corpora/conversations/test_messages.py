@@ -15,6 +15,7 @@ from stages.corpora.demonstrations import demonstration
 from stages.corpora.prompts import plain_text, prompt_in
 from stages.corpora.rows import Row
 from stages.errors import DataError
+from stages.process.console import announcing
 
 
 def row(**columns: Any) -> Row:
@@ -244,3 +245,15 @@ def test_a_conversation_as_python_text_is_refused_with_its_beginning() -> None:
     written = str([user("a"), bot("b")])  # as pandas writes a list to a CSV file
     with pytest.raises(DataError, match=r"^chats.jsonl:7: messages is str .*'role': 'user'.*; expected a list of messages .* JSON text$"):
         messages_of(row(messages=written), "messages")
+
+
+@pytest.mark.parametrize("text", ['[{"role": "user", "content": "a"}]', "[ {'from': 'human', 'value': 'a'}]", '[{"name": "a"}]', "[role]"])
+def test_messages_as_a_text_are_said_once_where_a_text_is_possible(text: str) -> None:
+    said: list[str] = []
+    with announcing(said.append):
+        for _ in range(2):
+            assert demonstration(row(prompt="p", completion=text))["completion"] == text
+    expected = "chats.jsonl:7: completion is the text of a list of messages, and the model reads it as this text. "
+    assert said == (
+        [expected + "For a conversation, store the list itself, e.g. in .jsonl or .parquet"] if "user" in text or "human" in text else []
+    )
