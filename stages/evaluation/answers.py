@@ -20,7 +20,7 @@ from stages.evaluation.tasks import measure_task
 from stages.models.loaded import LoadedModel
 from stages.models.loading import config_of, load_tokenizer
 from stages.models.passes.likelihood import measure_likelihood
-from stages.process.console import made_of_each
+from stages.process.console import in_progress, made_of_each
 from stages.rewards.details import Details, columns_of
 from stages.sampling.generation import decode_completions, episode_seed
 from stages.stats.best_of_n import best_of_n_kl
@@ -326,7 +326,9 @@ def _sample(
 
     def work(own: list[int]) -> list[Sample]:
         seeds = [episode_seed(context.seed, *stream_keys[row]) for row in own]
-        generated = sampler.sample([prompt_ids[row] for row in own], config.generation, seeds).cpu()
+        ids_of = [prompt_ids[row] for row in own]
+        with in_progress(f"{context.name}: sampling", len(own)) as done:
+            generated = sampler.sample(ids_of, config.generation, seeds, on_finished=lambda ended: done(len(ended))).cpu()
         mask = generated.response_mask
         return [
             Sample(text, prompt_ids[row], ids[kept].tolist(), values[kept].tolist(), stopped)

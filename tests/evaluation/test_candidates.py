@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import weakref
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
+from rich.console import Console
 
 from stages.config import DataSource
 from stages.corpora.completions import load_completions, prompt_key
@@ -21,6 +24,7 @@ from stages.evaluation.record import write_completions
 from stages.evaluation.run import run
 from stages.evaluation.tokens import _pieces
 from stages.models.loaded import LoadedModel
+from stages.process import console
 from stages.stats.best_of_n import best_of_n_kl
 from stages.tokens.continuation import plain_ids
 
@@ -47,6 +51,15 @@ def test_candidate_from_a_completions_file(prompts, step_context, models, config
     assert candidate["scores"]["lengths"] == 10 and candidate["model"] is None and candidate["empty_share"] == 0.5
     assert "stopped_share" not in candidate and "kl" not in candidate
     assert result.metrics["left_out"] == 2
+
+
+def test_long_sampling_shows_how_far_it_is(prompts, step_context, models, config, monkeypatch) -> None:
+    monkeypatch.setattr(console, "PATIENCE", 0.0)
+    written = Console(file=io.StringIO(), force_terminal=True, width=120, _environ={})
+    with console.showing(written):
+        run(config(prompts, candidates={"base": "b"}), step_context(models=models))
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written.file.getvalue())
+    assert re.search(r": sampling .* 4/4 ", shown)
 
 
 def test_recorded_prompts_are_those_of_the_data(write_rows, tmp_path) -> None:
