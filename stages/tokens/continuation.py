@@ -78,9 +78,9 @@ def continued(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], add
 
 
 def _after(tokenizer: PreTrainedTokenizerBase, anchor: str, addition: str) -> list[int] | None:
-    """Token ids of ``addition`` after ``anchor``; None if the two are merged."""
+    """Token ids of ``addition`` after ``anchor``; None if the two are merged, also to one unknown token."""
     head, both = plain_ids(tokenizer, anchor), plain_ids(tokenizer, anchor + addition)
-    return both[len(head) :] if head and both[: len(head)] == head else None
+    return both[len(head) :] or None if head and both[: len(head)] == head else None
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from stages.corpora.templates import encode_pair, encode_plain_pair, encode_prompt, render_prompt, set_template
@@ -130,6 +130,13 @@ def test_the_beginning_is_known_for_a_vocabulary_of_few_characters() -> None:
     made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
     assert encode_prompt(tokenizer, "1+2") == tokenizer("1+2")["input_ids"] == [0, 3, 12, 4]
+
+
+def test_a_word_that_follows_without_a_space_keeps_its_token() -> None:
+    """The tokenizer reads ``filmjoy`` as one unknown word."""
+    made = Tokenizer(models.WordLevel({"<unk>": 0, "film": 1, "joy": 2}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    assert segment_ids(PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>"), ["film", "joy"]) == [[1], [2]]
 
 
 def test_a_decoder_that_fails_at_unknown_ids_skips_them() -> None:
