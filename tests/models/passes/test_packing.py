@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from stages.models.heads import ValueModel
+from stages.models.heads import ScalarHead, ValueModel
 from stages.models.layers import compiled as compiled_layers
 from stages.models.layers.compiled import LayerCompiler, compiled_passes
 from stages.models.layers.replacing import use_own_layers
@@ -58,14 +58,21 @@ def made(config: Any, attention: str) -> Any:
     return model.train()
 
 
-def plain(model: Any, head: torch.nn.Linear) -> tuple[Tensor, Tensor]:
+def random_head() -> ScalarHead:
+    head = ScalarHead(32, torch.device("cpu"))
+    torch.nn.init.normal_(head.weight, std=0.1)
+    torch.nn.init.constant_(head.bias, 0.3)
+    return head
+
+
+def plain(model: Any, head: ScalarHead) -> tuple[Tensor, Tensor]:
     """(log-probabilities [N] of the responses, values [N and those of the states after the responses]), one sequence at a time."""
     logprobs, values, bootstrap = [], [], []
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         output = model(input_ids=torch.tensor([prompt + response]), use_cache=False, output_hidden_states=True)
         at = torch.arange(len(prompt) - 1, len(prompt) + len(response) - 1)
         logprobs.append(output.logits[0, at].log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0])
-        of_row = head(output.hidden_states[-1][0])[:, 0]
+        of_row = output.hidden_states[-1][0] @ head.weight[0] + head.bias
         values.append(of_row[at])
         bootstrap += [of_row[-1:]] if row in BOOTSTRAP else []
     return torch.cat(logprobs), torch.cat([*values, *bootstrap])
@@ -78,7 +85,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_passes_equal_plain_ones_and_so_do_their_gradients(family: str) -> None:
     expected_model, model = made(FAMILIES[family](), "eager"), made(FAMILIES[family](), "sdpa")
-    head = torch.nn.Linear(32, 1)
+    head = random_head()
     weights = torch.linspace(-1, 1, sum(map(len, RESPONSES)))
     logprobs, values = plain(expected_model, head)
     ((weights * logprobs).sum() + values.square().sum()).backward()
@@ -112,7 +119,7 @@ COMPILED = ["llama, two heads share keys", "gpt2", "qwen2", "gemma3, a sliding w
 def test_packed_passes_through_compiled_layers_equal_plain_ones(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled_layers, "BACKEND", "aot_eager")  # it traces both passes, but generates no code: fast
     expected_model, model = made(FAMILIES[family](), "eager"), made(FAMILIES[family](), "sdpa")
-    head = torch.nn.Linear(32, 1)
+    head = random_head()
     weights = torch.linspace(-1, 1, sum(map(len, RESPONSES)))
     logprobs, values = plain(expected_model, head)
     ((weights * logprobs).sum() + values.square().sum()).backward()
@@ -193,7 +200,7 @@ def test_kernels_get_the_sequences_the_scale_and_the_window(family: str, kernel:
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", of_torch)
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=of_flash))
     model = made(FAMILIES[family](), "sdpa")
-    logprobs, _ = plain(made(FAMILIES[family](), "eager"), torch.nn.Linear(32, 1))
+    logprobs, _ = plain(made(FAMILIES[family](), "eager"), random_head())
     batch = sequence_batch(PROMPTS, RESPONSES, 0, "cpu", kernel=kernel)
     torch.testing.assert_close(Policy(model, temperature=1.0, autocast=None).logprobs(batch), logprobs.detach(), rtol=1e-4, atol=2e-5)
 
