@@ -145,8 +145,8 @@ def _say_form(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, context: Ste
     if ending := _missing_end(tokenizer):
         console.print(f"{context.name}: {ending}")
     unknown = tokenizer.unk_token_id
-    number = 0 if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id) else sum(row.ids.count(unknown) for row in encoded.rows)
-    if number:
+    counts = unknown not in (None, tokenizer.eos_token_id, tokenizer.bos_token_id)  # else it also has another meaning
+    if counts and (number := sum(row.ids.count(unknown) for row in encoded.rows)):
         console.print(
             f"{context.name}: {number} tokens of the training demonstrations are {tokenizer.unk_token}, because the vocabulary lacks their "
             "characters: the model can neither read nor write them"
