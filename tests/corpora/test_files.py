@@ -19,6 +19,7 @@ from stages.corpora.files import fingerprint, read_rows
 from stages.corpora.rows import Row
 from stages.corpora.text import load_text
 from stages.errors import DataError
+from stages.process.console import announcing
 
 Rows = list[dict[str, Any]]
 
@@ -263,7 +264,11 @@ def test_the_header_of_a_table_decides_its_separator(mark: str, name: str, tmp_p
     # Excel of a country with decimal commas writes semicolons, with a byte order mark and CRLF
     text = f'\ufeffprompt{mark}completion\r\n"a{mark} b"{mark}c, d; e\r\n'.replace("c, d; e", '"c, d; e"')
     (tmp_path / name).write_bytes(text.encode())
-    assert read_rows([DataSource(path=str(tmp_path / name))]) == [{"prompt": f"a{mark} b", "completion": "c, d; e"}]
+    said: list[str] = []
+    with announcing(said.append):
+        assert read_rows([DataSource(path=str(tmp_path / name))]) == [{"prompt": f"a{mark} b", "completion": "c, d; e"}]
+    usual = "\t" if name == "rows.tsv" else ","
+    assert said == ([] if mark == usual else [f"{tmp_path / name}: the columns are separated by {mark!r}, as in the header"])
 
 
 def test_a_table_of_one_column_is_not_split_at_separators_in_its_texts(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from stages.corpora.tables.columnar import plain_rows
 from stages.corpora.tables.layout import PACKED, SUFFIXES, Layout, Part, suffix_of
 from stages.corpora.tables.signatures import other_content, refuse_pointer
 from stages.errors import DataError
+from stages.process.console import announce
 
 if TYPE_CHECKING:
     import pyarrow
@@ -213,6 +214,7 @@ def _read_csv(path: Path, shown: str) -> Iterator[Row]:
         header = list(reader.fieldnames or ())
         if len(header) == 1 and (other := next((mark for mark in ",;\t|" if mark in header[0]), None)) is not None:
             reader = separated_by(other)  # in many countries, Excel writes semicolons
+            announce(("separator", shown), f"{shown}: the columns are separated by {other!r}, as in the header")
             header = list(reader.fieldnames or ())
         if twice := sorted({name for name in header if header.count(name) > 1}):
             raise DataError(
