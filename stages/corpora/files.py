@@ -23,7 +23,7 @@ from stages.corpora.rows import Row, column_of
 from stages.corpora.splits import hold_out
 from stages.corpora.tables.formats import EXPECTED, file_text, read_file, row_at, rows_of_parts, with_locations
 from stages.corpora.tables.hub import DECIDE, content_of, read_hub
-from stages.corpora.tables.layout import OTHER_TABLES, PACKED, SUFFIXES, UNSPLIT, Layout, is_data, layout_of, parts_of, suffix_of
+from stages.corpora.tables.layout import PACKED, SUFFIXES, UNSPLIT, Layout, is_data, layout_of, parts_of
 from stages.corpora.world.lexicon import world_files
 from stages.corpora.world.parts import PREFIX, world_rows
 from stages.errors import DataError, some_of
@@ -158,10 +158,9 @@ def _read_folder(path: Path, source: DataSource, split: str) -> Iterator[Row]:
     layout = folder_layout(path, source)
     if layout.unread and not layout.is_declared:
         _say_unread(path, layout, source)
-    if source.data_files is None and not layout.is_declared:
-        others = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if suffix_of(file.name) in OTHER_TABLES)
-        if others:
-            logger.warning("%s: %d files are in formats that are not read: %s. Save them as .csv", path, len(others), some_of(others, 3))
+    if layout.other:
+        left = some_of(layout.other, 3)
+        logger.warning("%s: %d files are in formats that are not read: %s. Save them as .csv", path, len(layout.other), left)
     if layout.lost:
         logger.warning("%s: %s; only the existing files are read", path, layout.lost)
     parts = parts_of(layout, source.split, split)

@@ -288,6 +288,11 @@ def test_files_of_a_folder_in_formats_that_are_not_read_are_named(tmp_path: Path
     caplog.clear()
     assert len(read_rows([DataSource(path=str(tmp_path), data_files="a.jsonl")])) == 1  # the user chose the files
     assert not caplog.records
+    (tmp_path / "sub" / "d.jsonl").write_text('{"text": "two"}\n')
+    assert len(read_rows([DataSource(path=str(tmp_path), data_dir="sub")])) == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}: 1 files are in formats that are not read: sub/c.tar.gz. Save them as .csv"
+    ]
 
 
 @pytest.mark.parametrize(

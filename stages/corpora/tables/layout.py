@@ -12,7 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
 from ruamel.yaml import YAML
@@ -56,6 +56,7 @@ class Layout:
     unread: list[str] = field(default_factory=list)  # data files that belong to no split
     is_declared: bool = False  # by a README or save_to_disk: files that it does not list are left out on purpose
     lost: str = ""  # message about missing shards (x-00000-of-00003); empty if none is missing
+    other: list[str] = field(default_factory=list)  # files in formats that may hold rows, and are not read, if nothing chose the files
 
 
 def is_data(name: str) -> bool:
@@ -99,7 +100,8 @@ def layout_of(
         folders = sorted({PurePosixPath(other).parts[0] for other in names if "/" in other and is_data(other)})
         advice = f"; write data_dir: {name}" if name in folders else f"; its folders, for data_dir: {', '.join(folders) or 'none'}"
         raise DataError(f"there is no config {name!r}: the data set has no configs{advice}")
-    return _saved(names, read) or _by_names([name for name in names if is_data(name)])
+    other = [name for name in names if suffix_of(name) in OTHER_TABLES]
+    return _saved(names, read) or replace(_by_names([name for name in names if is_data(name)]), other=other)
 
 
 def _within(folder: str, names: list[str], read: Callable[[str], str], config: str | None, data_files: Sequence[str] | None) -> Layout:
@@ -113,7 +115,8 @@ def _within(folder: str, names: list[str], read: Callable[[str], str], config: s
         raise DataError(f"data_dir: {folder} contains no data file; {_nearest(folder.strip('/'), folders, 'folders with data')}")
     inner = layout_of(below, lambda name: read(start + name), data_files=data_files)
     splits = {split: [start + name for name in files] for split, files in inner.splits.items()}
-    return Layout(splits, inner.names_splits, [start + name for name in inner.unread], inner.is_declared, inner.lost)
+    unread, other = ([start + name for name in files] for files in (inner.unread, inner.other))
+    return replace(inner, splits=splits, unread=unread, other=other)
 
 
 # Configs declared in a README
